@@ -1,0 +1,1 @@
+"""What compression cost: perplexity, true size."""

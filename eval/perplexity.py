@@ -1,0 +1,154 @@
+"""Perplexity by the protocol of the published tables: one token stream, windows that do not overlap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ultralowbit.text import InputError, token_sha256
+
+Bos = Literal["none", "text"]
+
+_BATCH_TOKENS = 2048
+_CHUNK = 1 << 24  # logits upcast at a time: 64 MB in fp32
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp(nll), and all that has to agree before two of them may be compared."""
+
+    source: str
+    perplexity: float
+    nll: float
+    """Mean negative log-likelihood, nats a token."""
+    windows: int
+    context: int
+    """Tokens in a window, of which all but the first are predicted."""
+    tokens: int
+    """Predicted tokens."""
+    dtype: str
+    """Of the model's parameters; the loss is always fp32, its sum fp64."""
+    bos: Bos
+    sha256: str
+    """Of the token windows, see `token_sha256`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields; a collapsed model's perplexity stays nan or inf, which strict JSON lacks."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.source or 'text'}: perplexity {self.perplexity:.4f} ({self.windows} windows of {self.context}, "
+            f"{self.tokens} tokens, {self.dtype}, bos {self.bos})"
+        )
+
+
+def token_stream(tokenizer: Any, text: str, *, bos: Bos = "text") -> Tensor:
+    """Tokenise a text once: int64 [n].
+
+    "text" keeps the tokenizer's own start token, once, as the published script does, but not an end token; "none" has
+    no special tokens. Raises `InputError` for another `bos`.
+    """
+    if bos not in ("none", "text"):
+        raise InputError(f"bos is {bos!r}, expected 'none' or 'text'")
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=bos == "text", verbose=False)["input_ids"]
+
+    ids = encode(text)
+    # asked of another text: this one may itself end in what reads as the end token
+    if bos == "text" and encode("a")[-1:] == [tokenizer.eos_token_id]:
+        ids = ids[:-1]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    context: int,
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+    source: str = "",
+    bos: Bos = "text",
+    progress: Callable[[int, int], object] | None = None,
+) -> Perplexity:
+    """Perplexity of a causal LM on the stream tokens [n], of which the first `max_tokens` count.
+
+    The stream is cut into windows of `context` tokens, the rest is dropped; each window predicts `context - 1` tokens
+    from an empty past. `batch_size` is in windows (default: some 2048 tokens) and does not change how losses are
+    summed; `source` and `bos` (see `token_stream`) are recorded; `progress` gets the windows done and in all. A
+    collapsed model gives nan or inf. Raises `InputError` for a stream shorter than a window, or windows longer than the
+    model's positions.
+    """
+    if tokens.ndim != 1:
+        raise InputError(f"tokens have the shape {tuple(tokens.shape)}, expected one stream [n]: flatten them first")
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    _check(context, max_tokens, batch_size, positions)
+    stream = tokens[:max_tokens].long()
+    windows = stream[: len(stream) // context * context].view(-1, context)
+    if not len(windows):
+        raise InputError(
+            f"the text has {len(stream)} tokens, expected at least {context} for one window: "
+            "choose a smaller context or a longer text"
+        )
+    device = next(chain(model.parameters(), model.buffers()), tokens).device
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    losses: list[float] = []
+    training = model.training
+    model.eval()
+    try:
+        for batch in windows.split(batch_size or max(1, _BATCH_TOKENS // context)):
+            batch = batch.to(device)
+            logits = model(batch, use_cache=False).logits  # [batch, context, vocab]
+            dtype = dtype or logits.dtype
+            losses += [_loss(*pair) for pair in zip(logits, batch, strict=True)]
+            if progress:
+                progress(len(losses), len(windows))
+    finally:
+        model.train(training)
+    count = len(windows) * (context - 1)
+    nll = math.fsum(losses) / count
+    return Perplexity(
+        source=source,
+        perplexity=_exp(nll),
+        nll=nll,
+        windows=len(windows),
+        context=context,
+        tokens=count,
+        dtype=str(dtype).removeprefix("torch."),
+        bos=bos,
+        sha256=token_sha256(windows),
+    )
+
+
+def _check(context: int, max_tokens: int | None, batch_size: int | None, positions: int | None) -> None:
+    if context < 2:
+        raise InputError(f"context is {context}, expected at least 2: a window predicts all but its first token")
+    if positions is not None and context > positions:
+        raise InputError(f"context is {context}, but the model has {positions} positions: choose a context up to those")
+    for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}, expected at least 1, or None for the default")
+
+
+def _loss(logits: Tensor, ids: Tensor) -> float:
+    """Summed loss, in nats, of one window: logits [context, vocab], ids [context]."""
+    rows = max(1, _CHUNK // logits.shape[-1])
+    pairs = zip(logits[:-1].split(rows), ids[1:].split(rows), strict=True)
+    return sum(F.cross_entropy(part.float(), target, reduction="none").double().sum().item() for part, target in pairs)
+
+
+def _exp(nll: float) -> float:
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf

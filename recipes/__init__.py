@@ -1,0 +1,1 @@
+"""Shipped recipes, one YAML a file; `ultralowbit recipes list` names them."""

@@ -1,0 +1,200 @@
+"""transformers integration: `quant_method: ultralowbit` in a config.json, and `load()`.
+
+Importing this module registers the method, so that `AutoModelForCausalLM.from_pretrained(DIR)` works. Loading fails
+closed: every tensor of the model must be in the files with the dtype and shape that the config promises, or it raises.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ultralowbit.format import Format, FormatError, PackedWeight, TensorSpec
+from ultralowbit.linear import PackedLinear, swap
+
+QUANT_METHOD = "ultralowbit"
+
+_DTYPES = {  # the names safetensors headers use
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, incomplete, or not one that this package wrote."""
+
+
+@register_quantization_config(QUANT_METHOD)
+class UltraLowBitConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a packed checkpoint.
+
+    modules: name of each packed Linear -> key in `formats`; formats: key -> `Format.to_dict()`; recipe: its name.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, str] | None = None,
+        formats: Mapping[str, Mapping[str, Any]] | None = None,
+        recipe: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        self.recipe = recipe
+        self.formats = {key: dict(value) for key, value in (formats or {}).items()}
+        self.modules = dict(modules or {})
+
+    @classmethod
+    def of(cls, formats: Mapping[str, Format], recipe: str | None = None) -> UltraLowBitConfig:
+        """From the format of each packed module."""
+        distinct = {format.summary: format.to_dict() for format in formats.values()}
+        return cls({name: format.summary for name, format in formats.items()}, distinct, recipe)
+
+    def module_formats(self) -> dict[str, Format]:
+        """The format of each packed module; raises `FormatError` where this release cannot read one."""
+        try:
+            formats = {key: Format.from_dict(value) for key, value in self.formats.items()}
+            return {name: formats[key] for name, key in self.modules.items()}
+        except (KeyError, TypeError, AttributeError) as e:
+            raise CheckpointError(
+                f"the quantization_config is malformed ({e!r}): the config.json was edited or cut"
+            ) from e
+
+
+@register_quantizer(QUANT_METHOD)
+class UltraLowBitQuantizer(HfQuantizer):
+    """Puts a `PackedLinear` wherever the config names one; the shards then fill it as they fill any module."""
+
+    requires_calibration = True
+    required_packages: tuple[str, ...] = ()
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        self.quantization_config.module_formats()  # an unreadable format stops here, before anything is built
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        for name, format in self.quantization_config.module_formats().items():
+            try:
+                module = model.get_submodule(name)
+            except AttributeError:  # AutoModel builds the same decoder without the head's prefix
+                name = name.removeprefix(f"{model.base_model_prefix}.")
+                module = model.get_submodule(name)
+            swap(model, name, PackedLinear.replacing(module, format))
+        if checkpoint_files is None:
+            raise CheckpointError("a packed model is loaded from its safetensors files, not from a state_dict")
+        check_files(model, checkpoint_files)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, PackedLinear):
+                swap(model, name, module.dense(dtype or model.dtype))
+        return model
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # adapters: packed_matmul passes gradients to its input
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def read_headers(files: list[str] | list[Path]) -> dict[str, TensorSpec]:
+    """Name -> dtype and shape of every tensor in safetensors files; raises `CheckpointError` naming a bad file."""
+    found: dict[str, TensorSpec] = {}
+    for file in files:
+        try:
+            with safe_open(str(file), framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 (a safe_open is no mapping)
+                    part = shard.get_slice(name)
+                    found[name] = TensorSpec(_DTYPES.get(part.get_dtype()), tuple(part.get_shape()))
+        except (SafetensorError, OSError) as e:
+            raise CheckpointError(f"{file} is not a complete safetensors file ({e}): copy or compress it again") from e
+    return found
+
+
+def check_files(model: PreTrainedModel, files: list[str]) -> None:
+    """Raise `CheckpointError` unless every tensor of the model is in the files, as the model expects it."""
+    found = read_headers(files)
+    prefix = f"{model.base_model_prefix}."
+    bare = not any(name.startswith(prefix) for name, _ in model.named_parameters())  # AutoModel: the decoder alone
+    packed = {
+        f"{name}.{suffix}": spec
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLinear)
+        for suffix, spec in module.format.tensors(module.out_features, module.in_features).items()
+    }
+    problems = []
+    for name, tensor in model.state_dict().items():
+        stored = found.get(prefix + name if bare else name, found.get(name))
+        if stored is None:
+            if name not in model.all_tied_weights_keys:
+                problems.append(f"{name} is missing")
+        elif stored.shape != tuple(tensor.shape):
+            problems.append(f"{name} has shape {list(stored.shape)}, expected {list(tensor.shape)}")
+        elif name in packed and stored.dtype != packed[name].dtype:
+            problems.append(f"{name} has dtype {stored.dtype}, expected {packed[name].dtype}")
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"the checkpoint does not hold the model that its config.json describes: {'; '.join(problems[:3])}{more}; "
+            "copy it again, or compress again"
+        )
+
+
+def pack_model(
+    model: PreTrainedModel, packed: Mapping[str, PackedWeight], recipe: str | None = None
+) -> PreTrainedModel:
+    """Replace the named Linears of a model in memory by packed ones, in place; `save_pretrained` then writes a
+    checkpoint that `load` reads."""
+    config = UltraLowBitConfig.of({name: p.format for name, p in packed.items()}, recipe)
+    for name, weight in packed.items():
+        module = PackedLinear.replacing(model.get_submodule(name), weight.format)
+        module.fill(weight)
+        swap(model, name, module)
+    quantizer = UltraLowBitQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+    quantizer.postprocess_model(model)
+    return model
+
+
+def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a packed checkpoint, from a folder or the hub, ready to run.
+
+    kwargs go to `AutoModelForCausalLM.from_pretrained` (`device_map`, `dtype`, `attn_implementation`, ...); the dtype
+    is the one that config.json names unless given. Raises `CheckpointError` or `FormatError`, naming what is missing,
+    truncated, of the wrong shape or from a newer release; never returns a model with a weight that was not loaded.
+    """
+    folder = Path(path)
+    if folder.exists():
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError) as e:
+            raise CheckpointError(f"{folder} holds no readable config.json ({e}): is it a checkpoint folder?") from e
+        method = (config.get("quantization_config") or {}).get("quant_method")
+        if method != QUANT_METHOD:
+            raise CheckpointError(
+                f"{folder} is not a packed checkpoint (its quant_method is {method!r}): make one with "
+                f"`ultralowbit compress {folder} --recipe NAME --out DIR`"
+            )
+    return AutoModelForCausalLM.from_pretrained(path, **{"dtype": "auto", **kwargs}).eval()
+
+
+__all__ = ["CheckpointError", "FormatError", "UltraLowBitConfig", "UltraLowBitQuantizer", "load", "pack_model"]

@@ -1,0 +1,106 @@
+"""From a model's name to a folder that holds its safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from pathlib import Path
+
+from ultralowbit.text import InputError, reason
+
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "merges*"]
+_UNWANTED = ["original/*", "onnx/*", "consolidated*"]  # the same weights again, in other layouts
+
+
+def resolve_model(name: str) -> Path:
+    """The folder of a model: a local one, or a hub model `org/name` or `org/name@revision`, downloaded if need be.
+
+    It has a config.json, at least one .safetensors file and every shard that its index names; otherwise, or if the hub
+    cannot deliver it, raises `InputError`.
+    """
+    folder = Path(os.path.expanduser(name))
+    if os.path.isfile(folder):
+        raise InputError(f"{name!r} is a file, expected a model's folder or hub name: give the folder that it lies in")
+    if not os.path.isdir(folder):
+        if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise InputError(f"there is no such folder {name!r}: check the path, or give a hub name like org/model")
+        folder = _download(name)
+    _check(folder, name)
+    return folder
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repo, at, revision = name.partition("@")
+    if at and not revision:
+        raise InputError(f"{name!r} has no revision after the '@': give org/model@revision, or leave the '@' out")
+    try:
+        found = snapshot_download(repo, revision=revision or None, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+    except GatedRepoError as error:  # before its parent, RepositoryNotFoundError
+        message = (
+            f"the model {repo!r} is gated: accept its terms at https://huggingface.co/{repo} and run `hf auth login`"
+        )
+        raise InputError(message) from error
+    except RevisionNotFoundError as error:
+        message = f"the model {repo!r} has no revision {revision!r}: look for one at https://huggingface.co/{repo}"
+        raise InputError(message) from error
+    except RepositoryNotFoundError as error:
+        message = f"there is no folder and no hub model {repo!r}: check the name, or `hf auth login` if it is private"
+        raise InputError(message) from error
+    except HFValidationError as error:
+        message = f"there is no folder {name!r}, and it is no hub name either: give a folder or org/model"
+        raise InputError(message) from error
+    except (LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+        message = f"there is no folder {name!r}, and the hub cannot be reached for it: connect, or give a local folder"
+        raise InputError(message) from error
+    except Exception as error:  # other answers of the server, proxies, a full disk
+        message = f"the model {name!r} cannot be downloaded ({reason(error)}): try again, or give a local folder"
+        raise InputError(message) from error
+    return Path(found)
+
+
+def _check(folder: Path, name: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{name!r} has no config.json, expected a transformers model: give the folder that holds it")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"{name!r} has no .safetensors file, expected at least one (pickles such as pytorch_model*.bin are not "
+            f"read, because opening one can run code): if you trust it, convert it with `{_conversion(name)}`"
+        )
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            shards = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+            missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{index.name} in {name!r} is not a safetensors index ({reason(error)}): copy or download it again"
+            ) from error
+        if missing:
+            more = f" and {len(missing) - 1} more" if missing[1:] else ""
+            raise InputError(
+                f"{index.name} in {name!r} names {missing[0]!r}{more}, not in the folder: copy or download it again"
+            )
+
+
+def _conversion(name: str) -> str:
+    """A shell command that writes the model again, as safetensors."""
+    folder = Path(os.path.expanduser(name)).resolve()
+    repo, _, revision = (str(folder), "", "") if folder.is_dir() else name.partition("@")
+    # json writes Python's double quotes, which the shell's single ones leave alone
+    source = json.dumps(repo) + (f", revision={json.dumps(revision)}" if revision else "")
+    target = json.dumps(f"{Path(repo).name}-safetensors")
+    script = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f'M.from_pretrained({source}, dtype="auto").save_pretrained({target}); '
+        f"T.from_pretrained({source}).save_pretrained({target})"
+    )
+    return f"python -c {shlex.quote(script)}"

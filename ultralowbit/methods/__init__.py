@@ -1,0 +1,10 @@
+"""Quantization methods, one paper a file; `METHODS` is the closed table that recipes choose from."""
+
+from ultralowbit.methods.base import Method, Need
+from ultralowbit.methods.gptq import GPTQ
+from ultralowbit.methods.rtn import RTN
+from ultralowbit.methods.sign import Sign
+
+METHODS: dict[str, type[Method]] = {"rtn": RTN, "gptq": GPTQ, "sign": Sign}
+
+__all__ = ["METHODS", "Method", "Need"]

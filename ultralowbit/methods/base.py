@@ -1,0 +1,271 @@
+"""What all methods share: the protocol, roundings (how a column becomes codes) and the GPTQ column loop."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from ultralowbit.format import Format, Ints, PackedWeight, Planes, group_count, to_scale
+from ultralowbit.stats import Factor, InputStats
+
+MIN_SCALE = 2.0**-24
+"""Smallest positive fp16: a scale that rounded to 0 could not be divided by."""
+
+
+fields = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+"""Makes a class a frozen dataclass whose fields are validated recipe keys."""
+
+
+class Need(Enum):
+    """What a method wants to know of a Linear's inputs."""
+
+    NOTHING = "nothing"
+    HESSIAN = "hessian"
+
+
+class Method(Protocol):
+    """A quantization method: a frozen dataclass whose fields are the recipe's keys, with the paper's values."""
+
+    needs: ClassVar[Need]
+
+    def format(self, in_features: int) -> Format:
+        """How a weight with `in_features` columns will be stored; known before any data is seen."""
+        ...
+
+    def quantize(self, weight: Tensor, stats: InputStats | None) -> PackedWeight:
+        """weight [out, in] fp32, not modified; stats of its inputs, None to round to nearest without them.
+
+        Raises `ultralowbit.stats.SingularHessian` where the statistics cannot be used.
+        """
+        ...
+
+
+class Rounding(Protocol):
+    """How weights become codes: parameters for each group of columns, then the nearest code."""
+
+    group: int | None
+
+    def fit(self, g: int, weight: Tensor, importance: Tensor | None) -> None:
+        """Choose the parameters of group g for weight [columns, out]; importance [columns] > 0 weighs the columns."""
+        ...
+
+    def round(self, g: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """weight [..., out] -> (codes [..., out] uint8, the values they stand for [..., out])."""
+        ...
+
+    def pack(self, codes: Tensor) -> PackedWeight:
+        """codes [out, in] uint8 and the parameters of all groups -> the packed weight."""
+        ...
+
+
+class IntRounding:
+    """Uniform integer grid between the smallest and largest weight of a group, zero included (GPTQ's quantizer).
+
+    clip: shrink the range, per row and group, in 80 steps of 1 % to the one with the least sum |w - q|^2.4.
+    """
+
+    def __init__(
+        self, out: int, columns: int, bits: int, group: int | None, symmetric: bool, clip: bool, device
+    ) -> None:
+        groups = group_count(columns, group)
+        self.segment = Ints(columns, bits, group, symmetric)
+        self.group, self.symmetric, self.clip = group, symmetric, clip
+        self.top = 2**bits - 1
+        self.scale = torch.ones(groups, out, device=device)
+        self.zero = torch.zeros(groups, out, device=device)
+
+    def fit(self, g: int, weight: Tensor, importance: Tensor | None) -> None:
+        low, high = weight.amin(0).clamp_max(0), weight.amax(0).clamp_min(0)  # [out]
+        if self.symmetric:
+            high = torch.maximum(high, -low)
+            low = -high
+        self._set(g, low, high)
+        if not self.clip:
+            return
+        best = (self.round(g, weight)[1] - weight).abs_().pow_(2.4).sum(0)
+        scale, zero = self.scale[g].clone(), self.zero[g].clone()
+        for i in range(1, 80):
+            self._set(g, low * (1 - i / 100), high * (1 - i / 100))
+            error = (self.round(g, weight)[1] - weight).abs_().pow_(2.4).sum(0)
+            better = error < best
+            best = torch.where(better, error, best)
+            scale, zero = torch.where(better, self.scale[g], scale), torch.where(better, self.zero[g], zero)
+        self.scale[g], self.zero[g] = scale, zero
+
+    def _set(self, g: int, low: Tensor, high: Tensor) -> None:
+        scale = to_scale((high - low) / self.top).clamp_min_(MIN_SCALE)
+        self.scale[g] = scale
+        self.zero[g] = (self.top + 1) / 2 if self.symmetric else (-low / scale).round_().clamp_(0, self.top)
+
+    def round(self, g: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+        scale, zero = self.scale[g], self.zero[g]
+        codes = (weight / scale).round_().add_(zero).clamp_(0, self.top)
+        return codes.to(torch.uint8), (codes - zero).mul_(scale)
+
+    def pack(self, codes: Tensor) -> PackedWeight:
+        zero = None if self.symmetric else self.zero.T
+        return PackedWeight.encode(Format((self.segment,)), {"codes": codes, "scale": self.scale.T, "zero": zero})
+
+
+_FIT = 1 << 21  # weights fitted at a time
+
+
+class _Levels(NamedTuple):
+    """The 2^K values sum_p +-a_p of each row, rising."""
+
+    values: Tensor  # [2^K, out]
+    codes: Tensor  # [2^K, out] uint8, the signs that make the value
+    middles: Tensor  # [2^K - 1, out], the decision thresholds
+
+    def nearest(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """weight [..., out] -> (codes uint8, values) of the nearest level."""
+        if len(self.middles) == 1:  # one plane: the code is the rank
+            up = weight >= self.middles[0]
+            return up.to(torch.uint8), torch.where(up, self.values[1], self.values[0])
+        rank = torch.zeros_like(weight, dtype=torch.uint8)
+        for middle in self.middles:
+            rank += weight >= middle
+        index = rank.long().reshape(-1, weight.shape[-1])  # [columns, out]
+        return self.codes.gather(0, index).view_as(rank), self.values.gather(0, index).view_as(weight)
+
+
+class SignRounding:
+    """K sign planes with free scales: the nearest of the 2^K levels sum_p +-a_p of a group.
+
+    Fit: greedy residual binarisation, then alternate the weighted least-squares scales of the planes with the nearest
+    levels, row by row and only where the weighted squared error falls. For K = 1 that is a = sum h|w| / sum h at once.
+    """
+
+    def __init__(self, out: int, columns: int, bases: int, group: int | None, iterations: int, device) -> None:
+        groups = group_count(columns, group)
+        self.segment = Planes(columns, bases, group)
+        self.group, self.bases, self.iterations = group, bases, iterations
+        self.scale = torch.zeros(groups, bases, out, device=device)
+        codes = torch.arange(2**bases, device=device)
+        # bit p of a code is plane p's sign
+        self.signs = ((codes[:, None] >> torch.arange(bases, device=device)) & 1) * 2.0 - 1  # [2^K, K]
+        self._tables: dict[int, _Levels] = {}
+
+    def fit(self, g: int, weight: Tensor, importance: Tensor | None) -> None:
+        h = torch.ones_like(weight[:, 0]) if importance is None else importance / importance.mean()  # [columns]
+        rows = max(1, _FIT // len(weight))  # rows are independent: a few at a time bounds the memory
+        for start in range(0, weight.shape[1], rows):
+            part = weight[:, start : start + rows]
+            self.scale[g, :, start : start + rows] = self._alternate(part, h)
+        self._tables[g] = self._levels(self.scale[g])
+
+    def _alternate(self, weight: Tensor, h: Tensor) -> Tensor:
+        scale = to_scale(self._residual(weight, h))  # [K, out]
+        if self.bases == 1:
+            return scale
+        codes, error = self._assess(scale, weight, h)
+        for _ in range(self.iterations):
+            tried = to_scale(self._least_squares(codes, weight, h))
+            tried_codes, tried_error = self._assess(tried, weight, h)
+            better = tried_error < error  # [out]
+            if not better.any():
+                break
+            scale = torch.where(better, tried, scale)
+            codes, error = torch.where(better, tried_codes, codes), torch.where(better, tried_error, error)
+        return scale
+
+    def _residual(self, weight: Tensor, h: Tensor) -> Tensor:
+        rest, scales = weight.clone(), []
+        for _ in range(self.bases):
+            a = (h @ rest.abs()) / h.sum()  # [out]
+            scales.append(a)
+            rest -= torch.where(rest >= 0, a, -a)
+        return torch.stack(scales)
+
+    def _least_squares(self, codes: Tensor, weight: Tensor, h: Tensor) -> Tensor:
+        """Scales [K, out], falling, that minimise sum_j h_j (w_j - sum_p a_p b_pj)^2 for the signs b of the codes."""
+        planes = [((codes >> p) & 1).float().mul_(2).sub_(1) for p in range(self.bases)]  # K of [columns, out]
+        A = torch.stack([torch.stack([h @ (x * y) for y in planes], dim=-1) for x in planes], dim=-1)  # [out, K, K]
+        b = torch.stack([h @ (x * weight) for x in planes], dim=-1)  # [out, K]
+        # equal planes make A singular: the ridge then splits their scale, and the error decides
+        A.diagonal(dim1=1, dim2=2).add_(1e-6 * h.sum())
+        # a negative scale only flips its plane
+        return torch.linalg.solve(A, b).T.abs().sort(dim=0, descending=True).values
+
+    def _assess(self, scale: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest codes [columns, out] for scales [K, out], and the weighted squared error [out] they leave."""
+        codes, values = self._levels(scale).nearest(weight)
+        return codes, h @ (values - weight).square_()
+
+    def _levels(self, scale: Tensor) -> _Levels:
+        values, codes = (self.signs @ scale).sort(dim=0)
+        return _Levels(values, codes.to(torch.uint8), (values[1:] + values[:-1]) / 2)
+
+    def round(self, g: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return self._tables[g].nearest(weight)
+
+    def pack(self, codes: Tensor) -> PackedWeight:
+        bits = torch.stack([(codes >> p) & 1 for p in range(self.bases)])
+        return PackedWeight.encode(Format((self.segment,)), {"bits": bits, "scale": self.scale.permute(1, 2, 0)})
+
+
+def round_to_nearest(weight: Tensor, rounding: Rounding) -> PackedWeight:
+    """Each group of weight [out, in] on its own, no compensation between columns."""
+    columns = weight.T.contiguous()  # [in, out]
+    codes = torch.empty_like(columns, dtype=torch.uint8)
+    group = rounding.group or len(columns)
+    for g, start in enumerate(range(0, len(columns), group)):
+        part = columns[start : start + group]
+        rounding.fit(g, part, None)
+        codes[start : start + group] = rounding.round(g, part)[0]
+    return rounding.pack(codes.T.contiguous())
+
+
+_LEAF = 16
+
+
+def compensate(weight: Tensor, rounding: Rounding, factor: Factor) -> PackedWeight:
+    """GPTQ (Frantar et al. 2023, arXiv 2210.17323, algorithm 1) with any rounding.
+
+    Columns are rounded one by one, and each error is made up for by the columns after it: W[:, j:] -= e_j U[j, j:] with
+    e_j = (w_j - q_j) / U_jj. Groups are fitted when their first column is reached, to the weights as compensated by then;
+    in another order of columns (act-order) they are fitted to the original weights beforehand, so that they stay
+    contiguous in storage. The updates are applied by halves, so that nearly all of them are large matrix products; the
+    paper's block size has no counterpart, the result does not depend on it.
+    """
+    U, order = factor.U, factor.order
+    columns = weight.T.contiguous() if order is None else weight.T[order]  # [in, out]; done rows hold their error
+    total = len(columns)
+    codes = torch.empty_like(columns, dtype=torch.uint8)
+    group = rounding.group or total
+    importance = U.diagonal().reciprocal().square_()  # [in], in rounding order
+    pivots = U.diagonal().tolist()
+    if order is not None:
+        original = torch.empty_like(importance).scatter_(0, order, importance)
+        for g, start in enumerate(range(0, total, group)):
+            rounding.fit(g, weight[:, start : start + group].T, original[start : start + group])
+        group_of = (order // group).tolist()
+    else:
+        group_of = [j // group for j in range(total)]
+
+    def solve(low: int, high: int) -> None:
+        if high - low > _LEAF:
+            # a cut inside a group would fit it before all earlier columns have reached it
+            unit = group if high - low > group else _LEAF
+            middle = low + max(1, (high - low) // (2 * unit)) * unit
+            solve(low, middle)
+            columns[middle:high].addmm_(U[low:middle, middle:high].T, columns[low:middle], alpha=-1)
+            solve(middle, high)
+            return
+        for j in range(low, high):
+            if order is None and j % group == 0:
+                rounding.fit(j // group, columns[j : j + group], importance[j : j + group])
+            column = columns[j]
+            codes[j], value = rounding.round(group_of[j], column)
+            column.sub_(value).div_(pivots[j])
+            columns[j + 1 : high].addr_(U[j, j + 1 : high], column, alpha=-1)
+
+    solve(0, total)
+    if order is not None:
+        codes = torch.empty_like(codes).index_copy_(0, order, codes)
+    return rounding.pack(codes.T.contiguous())

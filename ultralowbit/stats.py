@@ -1,0 +1,148 @@
+"""What the calibration text says about the inputs of a Linear: one `InputStats` for all Linears that share an input.
+
+E(Q) = tr((W - Q) H (W - Q)^T) with H = sum x x^T is the error that every method here works against. H is a plain sum over
+tokens, so statistics of parts of the text merge by addition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+class SingularHessian(ArithmeticError):
+    """No damping made the Hessian positive definite."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """U [in, in] fp32 upper triangular with (H + damp mean(diag H) I)^-1 = U^T U, columns in `order`.
+
+    (w - q)^2 / U_jj^2 is the loss of rounding column j once the columns before it are fixed; row j of U says how the later
+    columns make up for it. `order` [in] int64 lists the columns in the order of rounding, None for left to right.
+    """
+
+    U: Tensor
+    order: Tensor | None
+    damp: float
+
+
+@dataclass
+class InputStats:
+    """Statistics of the inputs x [tokens, in] that one or more Linears share.
+
+    hessian: [in, in] fp32, the sum of x x^T. outliers: how many of the largest tokens (by norm) are scaled down to the
+    next largest before they count, 0 for none; with a share of the tokens that are to come, that is clipping at a
+    percentile of the token norms, exact however the text is cut into batches.
+    """
+
+    features: int
+    outliers: int = 0
+    device: torch.device | str = "cpu"
+    count: int = 0
+    notes: list[str] = field(default_factory=list)
+    _factors: dict[tuple[float, bool], Factor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self._sum = torch.zeros(self.features, self.features, device=self.device)
+        self._largest = torch.zeros(0, self.features, device=self.device)
+
+    def add(self, x: Tensor) -> None:
+        """Count the tokens of x [..., in]."""
+        x = x.reshape(-1, self.features).float()
+        self.count += len(x)
+        if self.outliers:
+            x = self._hold_back(x)
+        self._sum.addmm_(x.T, x)
+        self._factors.clear()
+
+    def __add__(self, other: InputStats) -> InputStats:
+        merged = InputStats(self.features, self.outliers, self.device, self.count + other.count)
+        merged._sum = self._sum + other._sum
+        if self.outliers:
+            rest = merged._hold_back(torch.cat([self._largest, other._largest]))
+            merged._sum.addmm_(rest.T, rest)
+        return merged
+
+    def _hold_back(self, x: Tensor) -> Tensor:
+        """Keep the `outliers` largest tokens seen so far, and the one that sets their bound; return the others."""
+        x = torch.cat([self._largest, x])
+        order = x.norm(dim=1).argsort(descending=True, stable=True)
+        kept = order[: self.outliers + 1]
+        self._largest = x[kept]
+        rest = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        rest[kept] = False
+        return x[rest]
+
+    @property
+    def hessian(self) -> Tensor:
+        """H [in, in] fp32; the tokens above the bound count scaled down to it."""
+        if not self.outliers or not len(self._largest):
+            return self._sum
+        norms = self._largest.norm(dim=1, keepdim=True)
+        clipped = self._largest * (norms[-1:] / norms.clamp_min(torch.finfo(norms.dtype).tiny))
+        return self._sum + clipped.T @ clipped
+
+    def factor(self, damp: float, act_order: bool = False) -> Factor:
+        """The factor of the damped inverse Hessian, kept for the other Linears of this input.
+
+        damp is relative to mean(diag H) and grows tenfold while the Cholesky factorisation fails; `notes` then says
+        so. act_order sorts the columns by falling diag H. Raises `SingularHessian` past damp 10.
+        """
+        key = (damp, act_order)
+        if key not in self._factors:
+            self._factors[key] = self._factorise(damp, act_order)
+        return self._factors[key]
+
+    def _factorise(self, damp: float, act_order: bool) -> Factor:
+        # fp64: at 1-2 bits the small eigenvalues decide where the error goes
+        H = self.hessian.double()
+        diag = H.diagonal()
+        if not diag.isfinite().all():
+            raise SingularHessian("its activations are not finite (NaN or Inf)")
+        dead = diag == 0
+        if dead.any():
+            self.notes.append(f"{int(dead.sum())} of {self.features} input channels are zero on all calibration text")
+            diag[dead] = diag.mean() if not dead.all() else 1.0
+        order = diag.argsort(descending=True, stable=True) if act_order else None
+        if order is not None:
+            H = H[order][:, order]
+        H = H.flip(0, 1)
+        step = damp * H.diagonal().mean()
+        total = damp
+        H.diagonal().add_(step)
+        while True:
+            # with J the reversal, J H J = L L^T gives H = R R^T for the upper R = J L J, hence U = R^-1
+            L, info = torch.linalg.cholesky_ex(H)
+            if info.item() == 0:
+                break
+            if total > 1:
+                raise SingularHessian(f"its Hessian is not positive definite even with damping {total:g}")
+            self.notes.append(f"the Cholesky factorisation failed with damping {total:g}, tried {10 * total:g}")
+            H.diagonal().add_(9 * step)
+            step, total = 10 * step, 10 * total
+        del H
+        R = L.flip(0, 1)
+        del L
+        return Factor(_invert_upper(R).float(), order, total)
+
+
+def _invert_upper(R: Tensor, leaf: int = 256) -> Tensor:
+    """Inverse of an upper triangular matrix, in place, by halves: a third of the work of solving against I."""
+    n = len(R)
+    if n <= leaf:
+        return R.copy_(torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype, device=R.device), upper=True))
+    h = n // 2
+    A, B, D = _invert_upper(R[:h, :h], leaf), R[:h, h:], _invert_upper(R[h:, h:], leaf)
+    B.copy_(-(A @ B @ D))
+    return R
+
+
+def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """tr(D H D^T) / tr(W H W^T), D = W - Q: the share of the output's energy that is lost on the calibration text."""
+    D = weight - quantized
+    lost = (D @ hessian).mul_(D).sum(dtype=torch.float64)
+    energy = (weight @ hessian).mul_(weight).sum(dtype=torch.float64)
+    return (lost / energy).item() if energy > 0 else 0.0
