@@ -19,11 +19,13 @@ def resolve_model(name: str) -> Path:
     It has a config.json, at least one .safetensors file and every shard that its index names; otherwise, or if the hub
     cannot deliver it, raises `InputError`.
     """
+    if not name:
+        raise InputError("the model's name is empty, expected a folder or a hub name like org/model: give one")
     folder = Path(os.path.expanduser(name))
     if os.path.isfile(folder):
         raise InputError(f"{name!r} is a file, expected a model's folder or hub name: give the folder that it lies in")
     if not os.path.isdir(folder):
-        if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise InputError(f"there is no such folder {name!r}: check the path, or give a hub name like org/model")
         folder = _download(name)
     _check(folder, name)

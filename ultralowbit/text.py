@@ -241,7 +241,7 @@ def _hub_documents(source: str, hub: _Hub, split: str) -> list[str]:
         fields = rows.features
     except Exception as error:  # datasets lets through whatever the network, the cache and the parsers raise
         raise InputError(
-            f"{source!r} ({hub.path}, split {name}) cannot be read from the hub ({reason(error)}): "
+            f"the {name} split of {source!r} cannot be read from the hub ({reason(error)}): "
             f"check the name, the connection and `hf auth login`, or give {_ALTERNATIVES}"
         ) from error
     strings = [key for key, value in fields.items() if getattr(value, "dtype", None) in ("string", "large_string")]

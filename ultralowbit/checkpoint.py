@@ -1,0 +1,202 @@
+"""Writing a packed checkpoint so that a crash at any moment loses at most one block.
+
+While a job runs, everything lies in `OUT.work`: one shard a block, the activations that enter the next block, and
+job.json, whose atomic replacement is what commits a block. When all is written the folder of shards becomes OUT by one
+rename: OUT is a whole checkpoint or it does not exist.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import save
+from torch import Tensor
+
+from ultralowbit.text import InputError
+
+MANIFEST = "manifest.json"
+
+
+class DiskFull(OSError):
+    """No space is left; what was committed is kept."""
+
+
+def sha256_file(path: Path, progress: Callable[[int], object] | None = None) -> str:
+    """Hex digest of a file's bytes, read 8 MB at a time; `progress` gets the bytes of each read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(1 << 23):
+            digest.update(chunk)
+            if progress:
+                progress(len(chunk))
+    return digest.hexdigest()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that it holds `data` or what it held before, also after a power cut; `DiskFull` keeps the old."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise_disk_full(e, path)
+
+
+def raise_disk_full(error: OSError, path: Path) -> None:
+    """Raise `DiskFull` in place of an ENOSPC or quota error, else the error itself."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise DiskFull(error.errno, f"no space left to write {path}: free some, then run the same command to go on") from error
+    raise error
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file, atomically."""
+    write_atomic(path, save({name: t.contiguous() for name, t in tensors.items()}, metadata={"format": "pt"}))
+
+
+class Activations:
+    """Hidden states [samples, length, hidden] in a memory-mapped file, so that they need disk and not memory."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype, create: bool) -> None:
+        self.path = path
+        size = torch.Size(shape).numel()
+        if create:
+            path.unlink(missing_ok=True)
+            with path.open("wb") as f:
+                try:
+                    # reserve the blocks now: a full disk would otherwise be a SIGBUS in the middle of a forward pass
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(f.fileno(), 0, size * dtype.itemsize)
+                    else:
+                        f.truncate(size * dtype.itemsize)
+                except OSError as e:
+                    path.unlink(missing_ok=True)
+                    raise_disk_full(e, path)
+        self.tensor = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+
+    def sync(self) -> None:
+        """Wait until the file's bytes are on disk."""
+        with self.path.open("rb") as f:
+            os.fsync(f.fileno())
+
+
+class Job:
+    """The work folder of one compression, opened by `Job.open`; `state` is what job.json holds."""
+
+    def __init__(self, out: Path, fingerprint: dict[str, Any]) -> None:
+        self.out = out
+        self.work = out.with_name(out.name + ".work")
+        self.shards = self.work / "checkpoint"
+        self.state: dict[str, Any] = {"fingerprint": fingerprint, "blocks": 0, "layers": {}, "seconds": {}}
+        self._lock = FileLock(self.work.with_name(self.work.name + ".lock"))
+
+    @classmethod
+    def open(cls, out: Path, fingerprint: dict[str, Any], restart: bool) -> Job | None:
+        """Start, or go on with, the job that writes `out`; None if `out` already is what it would write.
+
+        Raises `InputError` if `out` holds something else, if the unfinished work was started with another model, recipe or
+        calibration (`restart` discards it), or if another process is at it.
+        """
+        job = cls(out, fingerprint)
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            try:
+                manifest = json.loads((out / MANIFEST).read_text())
+                done = manifest["fingerprint"]
+            except (OSError, ValueError, KeyError, TypeError):
+                raise InputError(
+                    f"{out} exists and is no checkpoint of ours: choose another --out, or remove it"
+                ) from None
+            if done == fingerprint and not restart:
+                shutil.rmtree(job.work, ignore_errors=True)  # a kill right after the rename leaves it
+                return None
+            if not restart:
+                raise InputError(
+                    f"{out} holds a checkpoint made with a different {_difference(done, fingerprint)}: choose another "
+                    "--out, or --restart to replace it"
+                )
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            job._lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"another process is writing {out}: wait for it, or choose another --out") from None
+        if restart:
+            shutil.rmtree(job.work, ignore_errors=True)
+        state_file = job.work / "job.json"
+        if state_file.exists():
+            state = json.loads(state_file.read_text())
+            if state["fingerprint"] != fingerprint:
+                job.close()
+                raise InputError(
+                    f"{job.work} holds unfinished work with a different {_difference(state['fingerprint'], fingerprint)}: "
+                    "run the command it was started with, or --restart to discard it"
+                )
+            job.state = state
+        else:
+            shutil.rmtree(job.work, ignore_errors=True)
+            try:
+                job.shards.mkdir(parents=True)
+            except OSError as e:
+                raise_disk_full(e, job.work)
+        return job
+
+    def commit(self) -> None:
+        """Make `state` what a resumed job starts from."""
+        write_json(self.work / "job.json", self.state)
+
+    def shard_name(self, i: int, total: int) -> str:
+        return f"model-{i + 1:05d}-of-{total:05d}.safetensors"
+
+    def publish(self) -> None:
+        """Turn the finished folder into OUT by a rename, then remove the work folder."""
+        old = self.out.with_name(self.out.name + ".old")
+        if self.out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            self.out.replace(old)
+        self.shards.replace(self.out)
+        _sync_folder(self.out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.work)
+
+    def close(self) -> None:
+        self._lock.release()
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Which parts of two fingerprints differ, in words."""
+    parts = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            inner = [k for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+            parts.append(f"{key} ({', '.join(inner[:3])})")
+        else:
+            parts.append(f"{key} ({a} there, {b} now)")
+    return " and ".join(parts)

@@ -1,0 +1,326 @@
+"""The only file that knows how Hugging Face decoders are built: blocks, Linears, the arguments blocks are called with.
+
+Nothing here names an architecture. The model is built on meta; its own forward, run once with all but the first block
+passing hidden states through, shows what every block is called with; blocks are then filled from the safetensors files
+one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from ultralowbit.format import TensorSpec
+from ultralowbit.hf import CheckpointError, read_headers
+from ultralowbit.text import InputError
+
+MAX_UNQUANTIZED = 0.05
+"""Largest share of the blocks' weights that may stay outside Linears; above it (MoE experts) a model is refused."""
+
+
+class Source:
+    """The safetensors files of a checkpoint folder, read a few tensors at a time.
+
+    Raises `CheckpointError` naming the file where one is missing, cut or unreadable.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            try:
+                self.file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            except (ValueError, KeyError) as e:
+                raise CheckpointError(f"{index} is not a readable index ({e!r}): download the model again") from e
+            self.files = sorted(set(self.file_of.values()))
+        else:
+            self.files = sorted(p.name for p in folder.glob("*.safetensors"))
+            self.file_of = {name: file for file in self.files for name in read_headers([folder / file])}
+        self.specs: dict[str, TensorSpec] = read_headers([folder / file for file in self.files])
+        for name in self.file_of:
+            if name not in self.specs:
+                raise CheckpointError(f"{index} promises {name}, which no shard holds: download the model again")
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The named tensors, in their stored dtype, on the CPU. The files are closed before it returns, so that
+        their pages do not stay in this process's memory."""
+        tensors = {}
+        with ExitStack() as stack:
+            shards: dict[str, Any] = {}
+            for name in names:
+                file = self.file_of[name]
+                try:
+                    if file not in shards:
+                        shards[file] = stack.enter_context(safe_open(str(self.folder / file), framework="pt"))
+                    tensors[name] = shards[file].get_tensor(name).clone()
+                except (SafetensorError, OSError) as e:
+                    raise CheckpointError(
+                        f"{self.folder / file} cannot be read at {name} ({e}): download the model again"
+                    ) from e
+        return tensors
+
+
+@dataclass
+class BlockCall:
+    """What the model passes to one block beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Decoder:
+    """A causal LM on meta whose blocks can be filled from `source` one at a time.
+
+    dtype: the compute dtype; device: where blocks run.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> None:
+        self.source = Source(folder)
+        self.dtype, self.device = dtype, device
+        self.config = read_config(folder, trust_remote_code)
+        try:
+            with init_empty_weights(include_buffers=False):
+                self.model = AutoModelForCausalLM.from_config(
+                    self.config, dtype=dtype, trust_remote_code=trust_remote_code
+                ).eval()
+        except (ValueError, KeyError, ImportError, AttributeError) as e:
+            raise InputError(f"transformers cannot build a causal LM from {folder}/config.json: {e}") from e
+        self.blocks_name, self.blocks = _find_blocks(self.model, self.config)
+        self.key_of = self._match_keys()
+
+    def _match_keys(self) -> dict[str, str]:
+        """Name of each tensor of the model -> its name in the source; tied ones that the source leaves out are absent."""
+        prefix = f"{self.model.base_model_prefix}."
+        tied = self.model.all_tied_weights_keys
+        found, missing = {}, []
+        for name, tensor in self.model.state_dict().items():
+            key = next((k for k in (name, name.removeprefix(prefix), prefix + name) if k in self.source.specs), None)
+            if name in tied and tied[name] != name:
+                continue  # stored once, under the name it is tied to
+            if key is None:
+                missing.append(name)
+            elif self.source.specs[key].shape != tuple(tensor.shape):
+                raise CheckpointError(
+                    f"{key} in {self.source.folder} has shape {list(self.source.specs[key].shape)}, "
+                    f"config.json implies {list(tensor.shape)}: the two do not belong together"
+                )
+            else:
+                found[name] = key
+        if missing:
+            raise CheckpointError(
+                f"{self.source.folder} holds no tensor for {missing[0]}"
+                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+                + f"; load it with transformers {_transformers_version()} and `save_pretrained` it to rewrite its names"
+            )
+        return found
+
+    @property
+    def unused_keys(self) -> list[str]:
+        """Tensors of the source that the model has no place for."""
+        tied = set(self.model.all_tied_weights_keys)
+        return sorted(set(self.source.specs) - set(self.key_of.values()) - tied)
+
+    def block_name(self, i: int) -> str:
+        return f"{self.blocks_name}.{i}"
+
+    def names_outside_blocks(self) -> list[str]:
+        """State names of everything but the blocks: embeddings, final norm, head."""
+        return [name for name in self.key_of if not name.startswith(f"{self.blocks_name}.")]
+
+    def names_of_block(self, i: int) -> list[str]:
+        prefix = f"{self.block_name(i)}."
+        return [name for name in self.key_of if name.startswith(prefix)]
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """State name -> tensor as stored; raises `CheckpointError` naming one that is not finite."""
+        stored = self.source.read([self.key_of[name] for name in names])
+        tensors = {name: stored[self.key_of[name]] for name in names}
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise CheckpointError(
+                    f"{name} in {self.source.folder} holds NaN or Inf: the source checkpoint is damaged, nothing "
+                    "can be calibrated through it"
+                )
+        return tensors
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors into the model, in the compute dtype."""
+        for name, tensor in tensors.items():
+            value = tensor.to(self.device, self.dtype) if tensor.is_floating_point() else tensor.to(self.device)
+            set_module_tensor_to_device(self.model, name, self.device, value=value)
+
+    @contextmanager
+    def filled_block(self, i: int) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
+        """Block i on the device, with its tensors as stored; back on meta afterwards."""
+        block = self.blocks[i]
+        tensors = self.read(self.names_of_block(i))
+        computed = dict(block.named_buffers())  # not in the files: made when the model was built
+        self.fill(tensors)
+        _set_buffers(block, {name: buffer.to(self.device) for name, buffer in computed.items()})
+        try:
+            yield block, tensors
+        finally:
+            block.to("meta")
+            _set_buffers(block, computed)
+
+    def linears(self, i: int, skip: Sequence[str] = ()) -> dict[str, nn.Module]:
+        """Full name -> Linear or Conv1D of block i, but those whose full name matches a pattern in `skip`."""
+        named = {
+            f"{self.block_name(i)}.{name}": module
+            for name, module in self.blocks[i].named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+        }
+        return {name: module for name, module in named.items() if not any(fnmatch(name, p) for p in skip)}
+
+    def refuse_unquantizable(self) -> None:
+        """Raise `InputError` where more than `MAX_UNQUANTIZED` of the blocks' weights lie outside Linears."""
+        total, outside = 0, {}
+        for i, block in enumerate(self.blocks):
+            inside = {f"{name}.weight" for name in self.linears(i)}
+            for name, p in block.named_parameters():
+                full = f"{self.block_name(i)}.{name}"
+                total += p.numel()
+                if p.ndim >= 2 and full not in inside:
+                    outside[full] = p
+        share = sum(p.numel() for p in outside.values()) / total
+        if share > MAX_UNQUANTIZED:
+            name, p = max(outside.items(), key=lambda item: item[1].numel())
+            raise InputError(
+                f"{share:.0%} of the block weights of {self.source.folder} are not in Linear layers (the largest is "
+                f"{name} {list(p.shape)}): mixture-of-experts layers cannot be packed yet, and leaving them in "
+                f"{self.config.dtype} would make the bits reported a lie, so nothing was written"
+            )
+
+    @torch.no_grad()
+    def block_inputs(self, batches: Iterator[Tensor], sink: Any) -> list[BlockCall]:
+        """Run the model's own forward up to block 0 on each batch [batch, length] of token ids.
+
+        `sink(k, hidden)` takes the hidden states [batch, length, hidden] of batch k; returns how each block is called,
+        which must not depend on the batch (all have one shape). The embeddings are freed afterwards.
+        """
+        outside = [n for n in self.names_outside_blocks() if n != _head_name(self.model)]
+        self.fill(self.read(outside))
+        computed = {n: b for n, b in self.model.named_buffers() if not n.startswith(f"{self.blocks_name}.")}
+        _set_buffers(self.model, {name: buffer.to(self.device) for name, buffer in computed.items()})
+        calls: list[BlockCall] = []
+        with self.filled_block(0) as (first, _), ExitStack() as stack:
+            original = first.forward
+            for k, tokens in enumerate(batches):
+                if k == 0:
+                    wrap = None
+
+                    def real(*args: Any, **kwargs: Any) -> Any:
+                        nonlocal wrap
+                        hidden, call = _split_call(args, kwargs)
+                        calls.append(call)
+                        sink(0, hidden)
+                        output = original(*args, **kwargs)
+                        wrap = _wrapper(output)
+                        return output
+
+                    def through(*args: Any, **kwargs: Any) -> Any:
+                        hidden, call = _split_call(args, kwargs)
+                        calls.append(call)
+                        return wrap(hidden)
+
+                    for i, block in enumerate(self.blocks):
+                        block.forward = through if i else real
+                        stack.callback(block.__dict__.pop, "forward", None)
+                else:
+
+                    def stop(*args: Any, k: int = k, **kwargs: Any) -> Any:
+                        sink(k, _split_call(args, kwargs)[0])
+                        raise _Reached
+
+                    first.forward = stop
+                try:
+                    self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+                except _Reached:
+                    pass
+        if len(calls) != len(self.blocks):
+            raise InputError(
+                f"{self.config.model_type} runs its {len(self.blocks)} blocks {len(calls)} times in one forward pass: "
+                "decoders that skip or repeat blocks cannot be streamed"
+            )
+        for name in outside:
+            set_module_tensor_to_device(self.model, name, "meta")
+        return calls
+
+
+class _Reached(Exception):
+    """The hidden states have reached the first block: the rest of the forward is not needed."""
+
+
+def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+    if args:
+        return args[0], BlockCall(args[1:], kwargs)
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), BlockCall((), rest)
+
+
+def _wrapper(output: Any) -> Any:
+    """How a block returns hidden states: bare, or first in a tuple."""
+    return (lambda hidden: hidden) if isinstance(output, Tensor) else (lambda hidden: (hidden, *output[1:]))
+
+
+def _set_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    for name, buffer in buffers.items():
+        parent, _, leaf = name.rpartition(".")
+        module.get_submodule(parent)._buffers[leaf] = buffer
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+    """hidden [batch, length, hidden] -> the same, through the block."""
+    output = block(hidden, *call.args, **call.kwargs)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's config; raises `InputError` where transformers cannot read it, or where it is quantized already."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as e:
+        raise InputError(f"{folder}/config.json cannot be read: {str(e).splitlines()[0]}") from e
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise InputError(f"{folder} is already quantized ({method}): compress the original checkpoint instead")
+    return config
+
+
+def _find_blocks(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and any(isinstance(m, nn.Linear | Conv1D) for m in module.modules())
+    ]
+    # the outermost list of the configured depth; experts and heads inside a block come later in the walk
+    exact = [found for found in lists if len(found[1]) == depth]
+    if not lists or (depth is not None and not exact):
+        raise InputError(f"{type(model).__name__} has no list of {depth} decoder blocks made of Linear layers")
+    return (exact or lists)[0]
+
+
+def _head_name(model: nn.Module) -> str | None:
+    head = model.get_output_embeddings()
+    return next((f"{name}.weight" for name, module in model.named_modules() if module is head), None)
+
+
+def _transformers_version() -> str:
+    import transformers
+
+    return transformers.__version__

@@ -1,0 +1,446 @@
+"""compress(): one block after another is read, measured, quantized, packed and committed; never the whole model.
+
+Later blocks see what users will see: after a block is packed, its weights are what the packed bytes decode to, and its
+outputs are the next block's inputs.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from ultralowbit.calibration import Calibration, calibrate
+from ultralowbit.checkpoint import MANIFEST, Activations, Job, sha256_file, write_atomic, write_json, write_tensors
+from ultralowbit.format import VERSION, Format, PackedWeight
+from ultralowbit.hf import UltraLowBitConfig
+from ultralowbit.hub import resolve_model
+from ultralowbit.linear import linear_shape
+from ultralowbit.methods import Method, Need
+from ultralowbit.model import BlockCall, Decoder, run_block
+from ultralowbit.recipe import Recipe
+from ultralowbit.stats import InputStats, SingularHessian, relative_error
+from ultralowbit.text import InputError
+
+BATCH_TOKENS = 2048
+"""Tokens that run through a block at a time: enough to keep the products busy, little enough to keep them in memory."""
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+_NOT_CARRIED = {"config.json", "README.md", "model.safetensors.index.json", ".gitattributes"}
+
+
+class Progress(Protocol):
+    """What `compress` tells whoever watches."""
+
+    def start(self, what: str, total: int) -> None:
+        """A stage of `total` steps begins."""
+
+    def step(self, n: int = 1) -> None:
+        """n steps of the stage are done."""
+
+    def say(self, line: str) -> None:
+        """Something worth a line: a packed block, a warning."""
+
+
+class Silent:
+    """Watches nothing."""
+
+    def start(self, what: str, total: int) -> None: ...
+
+    def step(self, n: int = 1) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What `compress` leaves behind: the folder and its manifest."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """Linears that were rounded to nearest because their statistics failed, and why."""
+        return {name: layer["fallback"] for name, layer in self.manifest["layers"].items() if layer["fallback"]}
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is cuda where there is one; raises `InputError` for a device that torch cannot use here."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"device {device!r} cannot be used here ({str(e).splitlines()[0]}): try --device cpu") from e
+    return found
+
+
+def open_decoder(folder: Path, device: torch.device, trust_remote_code: bool = False) -> Decoder:
+    """The model on meta, ready to stream; blocks run in fp32 on a CPU and in the checkpoint's dtype elsewhere."""
+    decoder = Decoder(folder, torch.float32, device, trust_remote_code)
+    if device.type != "cpu":
+        decoder = Decoder(folder, decoder.config.dtype or torch.float32, device, trust_remote_code)
+    decoder.refuse_unquantizable()
+    return decoder
+
+
+def window_length(recipe: Recipe, decoder: Decoder) -> int:
+    """The recipe's calibration length, cut to the model's positions."""
+    positions = getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
+    return min(recipe.calibration.length, positions or recipe.calibration.length)
+
+
+def packed_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format, tuple[int, int]]]:
+    """Format and (out, in) of every Linear that the recipe packs, known before any data is seen."""
+    found = {}
+    for i in range(len(decoder.blocks)):
+        for name, module in decoder.linears(i, recipe.skip).items():
+            shape = linear_shape(module)
+            found[name] = (recipe.method_for(name).format(shape[1]), shape)
+    if not found:
+        raise InputError(f"recipe {recipe.name} skips every Linear of the model: nothing would be compressed")
+    for override in recipe.overrides:
+        if not any(recipe.method_for(name) is override.solve for name in found):
+            raise InputError(f"the override {override.match!r} matches no Linear of the model, such as {next(iter(found))}")
+    return found
+
+
+def compress(
+    model: str,
+    recipe: Recipe,
+    out: Path | str,
+    *,
+    device: str = "auto",
+    restart: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Compressed:
+    """Compress a local folder or hub model into the packed checkpoint `out`.
+
+    Killed at any moment, the same call goes on from the last committed block and ends with the same bytes; once `out` is
+    there it returns at once. Raises `InputError`, `CheckpointError` or `DiskFull` in one sentence; `out` is then untouched.
+    """
+    progress = progress or Silent()
+    where = pick_device(device)
+    folder = resolve_model(model)
+    decoder = open_decoder(folder, where, trust_remote_code)
+    formats = packed_formats(decoder, recipe)
+    fingerprint = {
+        "model": _hash_model(decoder, progress),
+        "recipe": recipe.model_dump(mode="json", exclude={"name", "summary"}),
+        "calibration": {},
+        "software": {"ultralowbit": version("ultralowbit"), "torch": torch.__version__, "format": VERSION},
+        "compute": {"device": where.type, "dtype": str(decoder.dtype).removeprefix("torch.")},
+    }
+    needs_data = any(recipe.method_for(name).needs is not Need.NOTHING for name in formats)
+    data = _calibration(folder, decoder, recipe, trust_remote_code, progress) if needs_data else None
+    if data is not None:
+        fingerprint["calibration"] = {"sha256": data.sha256}
+
+    job = Job.open(Path(out).expanduser(), fingerprint, restart)
+    if job is None:
+        import json
+
+        target = Path(out).expanduser()
+        progress.say(f"{target} is already what this command makes")
+        return Compressed(target, json.loads((target / MANIFEST).read_text()))
+    try:
+        _Run(job, decoder, recipe, data, progress).blocks()
+        manifest = _finish(job, model, folder, decoder, recipe, formats, data)
+        job.publish()
+    finally:
+        job.close()
+    return Compressed(job.out, manifest)
+
+
+def _hash_model(decoder: Decoder, progress: Progress) -> dict[str, str]:
+    folder = decoder.source.folder
+    names = ["config.json", *decoder.source.files]
+    progress.start("hashing the model", sum((folder / name).stat().st_size for name in names))
+    return {name: sha256_file(folder / name, progress.step) for name in names}
+
+
+def _calibration(
+    folder: Path, decoder: Decoder, recipe: Recipe, trust_remote_code: bool, progress: Progress
+) -> Calibration:
+    spec = recipe.calibration
+    length = window_length(recipe, decoder)
+    if length < spec.length:
+        progress.say(f"calibration windows cut from {spec.length} to the model's {length} positions")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(
+            f"{folder} has no tokenizer that transformers can load ({str(e).splitlines()[0]}): put its tokenizer files there"
+        ) from e
+    done = 0
+
+    def step(now: int, total: int) -> None:
+        nonlocal done
+        if not done:
+            progress.start(f"calibration text from {spec.source}", total)
+        progress.step(now - done)
+        done = now
+
+    data = calibrate(
+        spec.source, tokenizer, samples=spec.samples, length=length, seed=spec.seed, model_path=folder,
+        device=decoder.device, progress=step,
+    )  # fmt: skip
+    rows = decoder.model.get_input_embeddings().weight.shape[0]
+    if data.tokens.max() >= rows:
+        raise InputError(
+            f"the tokenizer makes token {data.tokens.max().item()}, the model has {rows}: the two do not belong together"
+        )
+    return data
+
+
+class _Run:
+    """The blocks of one job: activations ping-pong between two files, a block is committed when both are on disk."""
+
+    def __init__(self, job: Job, decoder: Decoder, recipe: Recipe, data: Calibration | None, progress: Progress) -> None:
+        self.job, self.decoder, self.recipe, self.data, self.progress = job, decoder, recipe, data, progress
+        self.tokens = None if data is None else _batched(data.tokens)  # [batches, batch, length]
+
+    def blocks(self) -> None:
+        state, total = self.job.state, len(self.decoder.blocks)
+        self.progress.start("blocks", total)
+        if state["blocks"]:
+            self.progress.say(f"going on after block {state['blocks'] - 1}, where the last run stopped")
+            self.progress.step(state["blocks"])
+        calls = self._enter() if self.tokens is not None and state["blocks"] < total else None
+        for i in range(state["blocks"], total):
+            started = time.perf_counter()
+            self._block(i, calls)
+            state["blocks"] = i + 1
+            state["seconds"][self.decoder.block_name(i)] = round(time.perf_counter() - started, 3)
+            self.job.commit()
+            self.progress.step()
+
+    def _activations(self, i: int, create: bool) -> Activations:
+        """What enters block i; two files take turns."""
+        hidden = self.decoder.config.get_text_config().hidden_size
+        shape = (*self.tokens.shape, hidden)
+        return Activations(self.job.work / f"activations-{i % 2}.bin", shape, self.decoder.dtype, create)
+
+    def _enter(self) -> list[BlockCall]:
+        """How blocks are called; on a fresh start also what enters block 0."""
+        fresh = self.job.state["blocks"] == 0
+        into = self._activations(0, create=True).tensor if fresh else None
+        batches = self.tokens if fresh else self.tokens[:1]
+
+        def sink(k: int, hidden: Tensor) -> None:
+            if into is not None:
+                into[k] = hidden.cpu()
+
+        calls = self.decoder.block_inputs(iter(batches), sink)
+        return calls
+
+    def _block(self, i: int, calls: list[BlockCall] | None) -> None:
+        decoder, state = self.decoder, self.job.state
+        with decoder.filled_block(i) as (block, stored), torch.no_grad():
+            linears = decoder.linears(i, self.recipe.skip)
+            stats: dict[str, InputStats] = {}
+            inputs = None
+            if calls is not None:
+                inputs = self._activations(i, create=False).tensor
+                wanted = {
+                    name: module
+                    for name, module in linears.items()
+                    if self.recipe.method_for(name).needs is Need.HESSIAN
+                }
+                stats = collect(block, wanted, calls[i], inputs, decoder.device, self._outliers())
+            tensors = {name: tensor for name, tensor in stored.items() if name.removesuffix(".weight") not in linears}
+            for name, module in linears.items():
+                packed, result = quantize_linear(name, module, self.recipe.method_for(name), stats.get(name))
+                tensors |= {f"{name.removesuffix('.weight')}.{part}": t.cpu() for part, t in packed.tensors.items()}
+                state["layers"][name] = result
+                _set_weight(module, packed)
+                if result["fallback"]:
+                    self.progress.say(f"WARNING {name}: rounded to nearest, because {result['fallback']}")
+            write_tensors(self.job.shards / self.job.shard_name(i, len(decoder.blocks) + 1), tensors)
+            if inputs is not None and i + 1 < len(decoder.blocks):
+                outputs = self._activations(i + 1, create=True)
+                for k, batch in enumerate(inputs):
+                    outputs.tensor[k] = run_block(block, batch.to(decoder.device), calls[i]).cpu()
+                outputs.sync()
+            self.progress.say(_block_line(decoder.block_name(i), {n: state["layers"][n] for n in linears}))
+
+    def _outliers(self) -> int:
+        clip = self.recipe.calibration.clip_tokens
+        return 0 if clip is None else int(self.data.tokens.numel() * (1 - clip))
+
+
+def _batched(tokens: Tensor) -> Tensor:
+    """[samples, length] -> [batches, batch, length], all batches of one shape: blocks are called alike for each."""
+    samples, length = tokens.shape
+    fits = max(1, BATCH_TOKENS // length)
+    batch = max(b for b in range(1, min(fits, samples) + 1) if samples % b == 0)
+    return tokens.view(-1, batch, length)
+
+
+def collect(
+    block: nn.Module,
+    linears: dict[str, nn.Module],
+    call: BlockCall,
+    inputs: Tensor,
+    device: torch.device,
+    outliers: int = 0,
+) -> dict[str, InputStats]:
+    """Run a block on inputs [batches, batch, length, hidden] and gather what enters its Linears.
+
+    Linears that are given the same tensor share one `InputStats`; one that is never called has none.
+    """
+    stats: dict[str, InputStats] = {}
+    leaders: set[str] = set()
+    seen: list[tuple[Tensor, InputStats]] = []  # of the first batch; holding the tensors keeps their identity apart
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            if name not in stats:
+                shared = next((s for tensor, s in seen if tensor is x), None)
+                if shared is not None:
+                    stats[name] = shared
+                    return
+                stats[name] = InputStats(x.shape[-1], outliers, device)
+                leaders.add(name)
+                seen.append((x, stats[name]))
+            if name in leaders:
+                stats[name].add(x)
+
+        return before
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
+    try:
+        for batch in inputs:
+            run_block(block, batch.to(device), call)
+            seen.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return stats
+
+
+def quantize_linear(
+    name: str, module: nn.Module, method: Method, stats: InputStats | None
+) -> tuple[PackedWeight, dict[str, Any]]:
+    """Pack one Linear; a Hessian that cannot be used, or none where one is needed, falls back to round-to-nearest, and
+    says so in the result's `fallback`."""
+    started = time.perf_counter()
+    weight = module.weight.detach().float()
+    weight = weight.T.contiguous() if isinstance(module, Conv1D) else weight
+    fallback = None
+    if method.needs is Need.HESSIAN and (stats is None or stats.count == 0):
+        fallback, stats = "no calibration token reached it", None
+    notes_before = len(stats.notes) if stats else 0
+    try:
+        packed = method.quantize(weight, stats)
+    except SingularHessian as e:
+        fallback = str(e)
+        packed = method.quantize(weight, None)
+    error = relative_error(weight, packed.dequantize(), stats.hessian) if stats and not fallback else None
+    return packed, {
+        "shape": list(packed.shape),
+        "format": packed.format.summary,
+        "bits_per_weight": packed.bits_per_weight,
+        "error": error,
+        "fallback": fallback,
+        "notes": stats.notes[notes_before:] if stats else [],
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def _set_weight(module: nn.Module, packed: PackedWeight) -> None:
+    weight = packed.dequantize(module.weight.dtype)
+    module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)
+
+
+def _block_line(name: str, layers: dict[str, dict[str, Any]]) -> str:
+    errors = [layer["error"] for layer in layers.values() if layer["error"] is not None]
+    bits = sum(v["bits_per_weight"] * v["shape"][0] * v["shape"][1] for v in layers.values())
+    weights = sum(v["shape"][0] * v["shape"][1] for v in layers.values())
+    seconds = sum(layer["seconds"] for layer in layers.values())
+    error = f"output error {sum(errors) / len(errors):.2%} mean, {max(errors):.2%} worst, " if errors else ""
+    return f"{name}: {len(layers)} Linears, {error}{bits / weights:.3f} bits per weight, {seconds:.1f} s solving"
+
+
+def _finish(
+    job: Job,
+    model: str,
+    folder: Path,
+    decoder: Decoder,
+    recipe: Recipe,
+    formats: dict[str, tuple[Format, tuple[int, int]]],
+    data: Calibration | None,
+) -> dict[str, Any]:
+    """Everything but the blocks: the other tensors, index, config, tokenizer, recipe and manifest."""
+    total = len(decoder.blocks) + 1
+    shards = {i: job.shards / job.shard_name(i, total) for i in range(total)}
+    write_tensors(shards[total - 1], decoder.read(decoder.names_outside_blocks()))
+    weight_map, size = {}, 0
+    from ultralowbit.hf import read_headers
+
+    for path in shards.values():
+        for name, spec in read_headers([path]).items():
+            weight_map[name] = path.name
+            size += torch.Size(spec.shape).numel() * spec.dtype.itemsize
+    write_json(
+        job.shards / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map}
+    )
+    config = decoder.config.to_dict()
+    config["quantization_config"] = UltraLowBitConfig.of(
+        {name: format for name, (format, _) in formats.items()}, recipe.name
+    ).to_dict()
+    config["architectures"] = config.get("architectures") or [type(decoder.model).__name__]
+    write_json(job.shards / "config.json", config)
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name not in _NOT_CARRIED and not path.name.endswith(_WEIGHTS):
+            shutil.copyfile(path, job.shards / path.name)
+    command = f"# ultralowbit compress {model} --recipe recipe.yaml --out {job.out}\n"
+    write_atomic(job.shards / "recipe.yaml", (command + recipe.to_yaml()).encode())
+    manifest = {
+        "fingerprint": job.state["fingerprint"],
+        "model": model,
+        "recipe": recipe.name,
+        "calibration": None
+        if data is None
+        else {
+            **recipe.calibration.model_dump(),
+            "length": data.tokens.shape[1],
+            "tokens": data.tokens.numel(),
+            "sha256": data.sha256,
+        },
+        "layers": job.state["layers"],
+        "block_seconds": job.state["seconds"],
+        "left_out": decoder.unused_keys,
+        "environment": environment(decoder.device),
+        "files": {path.name: sha256_file(path) for path in sorted(job.shards.iterdir()) if path.name != MANIFEST},
+    }
+    write_json(job.shards / MANIFEST, manifest)
+    return manifest
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware that a result may depend on."""
+    packages = ("ultralowbit", "torch", "transformers", "safetensors", "accelerate", "numpy")
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        **{name: version(name) for name in packages},
+    }

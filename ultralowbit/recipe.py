@@ -1,0 +1,134 @@
+"""Recipes: YAML -> validated values. Every mistake is reported at once, with the nearest known key."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ultralowbit.methods import METHODS, Method
+from ultralowbit.text import InputError
+
+Solve = Annotated[Union[tuple(METHODS.values())], Field(discriminator="method")]  # noqa: UP007 (built at run time)
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CalibrationSpec(_Model):
+    """Which text the statistics come from, and how much of it."""
+
+    source: str = Field("c4", description="local .txt/.jsonl/.parquet, wikitext2, c4, ptb, org/name, python-docs or self")
+    samples: int = Field(128, ge=1, description="windows drawn from the text")
+    length: int = Field(2048, ge=2, description="tokens in a window; cut to the model's context")
+    seed: int = Field(0, ge=0, description="of the windows and of the model's own samples")
+    clip_tokens: float | None = Field(
+        None, gt=0, lt=1, description="percentile (0.999) of the token norms that the Hessian scales larger tokens down to"
+    )
+
+
+class Override(_Model):
+    """Another method for the Linears whose full name matches."""
+
+    match: str = Field(description="shell pattern on the full name, such as *.down_proj")
+    solve: Solve
+
+
+class Recipe(_Model):
+    """What is done to each Linear of the decoder blocks, and on which text."""
+
+    name: str
+    summary: str = ""
+    solve: Solve
+    calibration: CalibrationSpec = CalibrationSpec()
+    skip: tuple[str, ...] = Field((), description="shell patterns of Linears to leave as they are")
+    overrides: tuple[Override, ...] = ()
+
+    def method_for(self, name: str) -> Method:
+        """The method of the Linear with this full name: the last matching override, or `solve`."""
+        matching = [override.solve for override in self.overrides if fnmatch(name, override.match)]
+        return (matching or [self.solve])[-1]
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def load(cls, name: str | Path, settings: tuple[str, ...] | list[str] = ()) -> Recipe:
+        """A shipped recipe by name or a YAML file by path, with `key.path=value` settings applied before validation.
+
+        Raises `InputError` that lists every unknown key and bad value.
+        """
+        text, label = _recipe_text(str(name))
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as e:
+            raise InputError(f"{label} is not YAML: {' '.join(str(e).split())}") from e
+        if not isinstance(data, dict):
+            raise InputError(f"{label} holds {type(data).__name__}, expected keys such as `solve: {{method: gptq}}`")
+        data.setdefault("name", Path(str(name)).stem)
+        for setting in settings:
+            _apply(data, setting)
+        try:
+            return cls.model_validate(data)
+        except ValidationError as e:
+            raise InputError(f"{label}: " + "; ".join(_explain(error) for error in e.errors())) from e
+
+
+def shipped() -> list[str]:
+    """Names of the recipes in the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in files("ultralowbit.recipes").iterdir() if p.name.endswith(".yaml"))
+
+
+def _recipe_text(name: str) -> tuple[str, str]:
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        try:
+            return Path(name).expanduser().read_text(encoding="utf-8"), name
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"the recipe file {name!r} cannot be read ({type(e).__name__}): check the path") from e
+    if name not in shipped():
+        near = get_close_matches(name, shipped(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"no recipe {name!r}: {hint}`ultralowbit recipes list` names all, or give a .yaml file")
+    return (files("ultralowbit.recipes") / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}"
+
+
+def _apply(data: dict[str, Any], setting: str) -> None:
+    path, equals, value = setting.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise InputError(f"--set {setting!r} is not KEY.PATH=VALUE, such as solve.bits=3")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as e:
+        raise InputError(f"--set {setting!r}: the value is not YAML") from e
+    at: Any = data
+    for key in keys[:-1]:
+        at = at.setdefault(key, {})
+        if not isinstance(at, dict):
+            raise InputError(f"--set {setting!r}: {key} is not a group of keys")
+    at[keys[-1]] = parsed
+
+
+def _explain(error: Any) -> str:
+    where = [str(part) for part in error["loc"] if part not in METHODS]  # the union's tag is no key
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _known_keys(error["loc"][:-1])
+        near = get_close_matches(where[-1], known, n=1)
+        return f"unknown key {'.'.join(where)}" + (f", did you mean {near[0]}?" if near else f" (known: {', '.join(known)})")
+    if error["type"] == "union_tag_invalid":
+        return f"{'.'.join(where)}.method is {error['ctx']['tag']}, expected one of {', '.join(METHODS)}"
+    return f"{'.'.join(where)}: {error['msg'][0].lower()}{error['msg'][1:]} (found {error['input']!r})"
+
+
+def _known_keys(loc: tuple[Any, ...]) -> list[str]:
+    tag = next((part for part in reversed(loc) if part in METHODS), None)
+    if tag is not None:
+        return [f for f in METHODS[tag].__dataclass_fields__]
+    owner = {"calibration": CalibrationSpec, "overrides": Override}.get(str(loc[0]) if loc else "", Recipe)
+    return list(owner.model_fields)
