@@ -1,7 +1,7 @@
 """The one product of the package: activations with a packed weight.
 
-`packed_matmul` is a single node for torch.compile and CUDA graphs, whatever runs inside. A fast path is a file beside this
-one and a line in `KERNELS`; where there is none the reference runs, which is the meaning of the operation.
+`packed_matmul` is a single node for torch.compile and CUDA graphs, whatever runs inside. A fast path is a file
+beside this one and a line in `KERNELS`; where there is none the reference runs, which is the meaning of the operation.
 """
 
 from __future__ import annotations

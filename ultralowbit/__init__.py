@@ -1,0 +1,14 @@
+"""Post-training quantization of causal language models to 1-2 true bits per weight.
+
+Importing it registers the packed format with transformers: `AutoModelForCausalLM.from_pretrained(DIR)` then works.
+"""
+
+from importlib.metadata import version
+
+from ultralowbit.hf import load
+from ultralowbit.pipeline import compress
+from ultralowbit.recipe import Recipe
+
+__version__ = version("ultralowbit")
+
+__all__ = ["Recipe", "__version__", "compress", "load"]

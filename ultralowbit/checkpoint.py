@@ -58,7 +58,8 @@ def write_atomic(path: Path, data: bytes) -> None:
 def raise_disk_full(error: OSError, path: Path) -> None:
     """Raise `DiskFull` in place of an ENOSPC or quota error, else the error itself."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise DiskFull(error.errno, f"no space left to write {path}: free some, then run the same command to go on") from error
+        message = f"no space left to write {path}: free some, then run the same command to go on"
+        raise DiskFull(error.errno, message) from error
     raise error
 
 
@@ -111,8 +112,8 @@ class Job:
     def open(cls, out: Path, fingerprint: dict[str, Any], restart: bool) -> Job | None:
         """Start, or go on with, the job that writes `out`; None if `out` already is what it would write.
 
-        Raises `InputError` if `out` holds something else, if the unfinished work was started with another model, recipe or
-        calibration (`restart` discards it), or if another process is at it.
+        Raises `InputError` if `out` holds something else, if the unfinished work was started with another model,
+        recipe or calibration (`restart` discards it), or if another process is at it.
         """
         job = cls(out, fingerprint)
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -144,8 +145,9 @@ class Job:
             if state["fingerprint"] != fingerprint:
                 job.close()
                 raise InputError(
-                    f"{job.work} holds unfinished work with a different {_difference(state['fingerprint'], fingerprint)}: "
-                    "run the command it was started with, or --restart to discard it"
+                    f"{job.work} holds unfinished work with a different "
+                    f"{_difference(state['fingerprint'], fingerprint)}: run the command it was started with, or "
+                    "--restart to discard it"
                 )
             job.state = state
         else:

@@ -1,8 +1,8 @@
 """The packed format: how one weight `[out, in]` is stored, shared by methods, files, kernels and the loader.
 
 A weight is a row of *segments*, each a run of consecutive input columns: sign planes (`Planes`) or integer codes
-(`Ints`). All of them keep their bits in one word layout, fixed by what a GPU unpacks with one AND: fields of `w` bits lie
-in int16 words, `16 / w` fields a word, and in a super-block of `16 / w * 32` columns
+(`Ints`). All of them keep their bits in one word layout, fixed by what a GPU unpacks with one AND: fields of `w`
+bits lie in int16 words, `16 / w` fields a word, and in a super-block of `16 / w * 32` columns
 
     word c, field f   <->   column f * 32 + c            (c = 0..31; a field's 32 columns are contiguous)
 
@@ -350,6 +350,8 @@ class Format:
                 f"packed format version {version!r} is not version {VERSION}, the one this ultralowbit reads: "
                 "install the release that wrote the checkpoint, or a newer one"
             )
+        if unknown := unknown_fields(cls, data):
+            raise FormatError(f"unknown {sorted(unknown)} in the packed format: a newer ultralowbit wrote it, upgrade")
         segments = []
         for entry in data["segments"]:
             entry = dict(entry)

@@ -8,8 +8,8 @@ one at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -102,7 +102,8 @@ class Decoder:
         self.key_of = self._match_keys()
 
     def _match_keys(self) -> dict[str, str]:
-        """Name of each tensor of the model -> its name in the source; tied ones that the source leaves out are absent."""
+        """Name of each tensor of the model -> its name in the source; tied ones that the source leaves out are
+        absent."""
         prefix = f"{self.model.base_model_prefix}."
         tied = self.model.all_tied_weights_keys
         found, missing = {}, []
@@ -205,7 +206,7 @@ class Decoder:
             )
 
     @torch.no_grad()
-    def block_inputs(self, batches: Iterator[Tensor], sink: Any) -> list[BlockCall]:
+    def block_inputs(self, batches: Iterator[Tensor], sink: Callable[[int, Tensor], None]) -> list[BlockCall]:
         """Run the model's own forward up to block 0 on each batch [batch, length] of token ids.
 
         `sink(k, hidden)` takes the hidden states [batch, length, hidden] of batch k; returns how each block is called,
@@ -215,41 +216,16 @@ class Decoder:
         self.fill(self.read(outside))
         computed = {n: b for n, b in self.model.named_buffers() if not n.startswith(f"{self.blocks_name}.")}
         _set_buffers(self.model, {name: buffer.to(self.device) for name, buffer in computed.items()})
-        calls: list[BlockCall] = []
-        with self.filled_block(0) as (first, _), ExitStack() as stack:
-            original = first.forward
-            for k, tokens in enumerate(batches):
-                if k == 0:
-                    wrap = None
-
-                    def real(*args: Any, **kwargs: Any) -> Any:
-                        nonlocal wrap
-                        hidden, call = _split_call(args, kwargs)
-                        calls.append(call)
-                        sink(0, hidden)
-                        output = original(*args, **kwargs)
-                        wrap = _wrapper(output)
-                        return output
-
-                    def through(*args: Any, **kwargs: Any) -> Any:
-                        hidden, call = _split_call(args, kwargs)
-                        calls.append(call)
-                        return wrap(hidden)
-
-                    for i, block in enumerate(self.blocks):
-                        block.forward = through if i else real
-                        stack.callback(block.__dict__.pop, "forward", None)
-                else:
-
-                    def stop(*args: Any, k: int = k, **kwargs: Any) -> Any:
-                        sink(k, _split_call(args, kwargs)[0])
-                        raise _Reached
-
-                    first.forward = stop
-                try:
-                    self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
-                except _Reached:
-                    pass
+        with self.filled_block(0) as (first, _):
+            spy = _Spy(first, self.blocks)
+            try:
+                for k, tokens in enumerate(batches):
+                    with suppress(_Reached):
+                        self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+                    sink(k, spy.hidden)
+            finally:
+                spy.leave()
+        calls = spy.calls
         if len(calls) != len(self.blocks):
             raise InputError(
                 f"{self.config.model_type} runs its {len(self.blocks)} blocks {len(calls)} times in one forward pass: "
@@ -264,16 +240,45 @@ class _Reached(Exception):
     """The hidden states have reached the first block: the rest of the forward is not needed."""
 
 
+class _Spy:
+    """Stands in for the forward of every block. In the first pass it notes how each is called, runs block 0 and lets
+    the hidden states pass the others as if they had run; later passes end at block 0."""
+
+    def __init__(self, first: nn.Module, blocks: nn.ModuleList) -> None:
+        self.calls: list[BlockCall] = []
+        self.hidden: Tensor | None = None  # what entered block 0 last
+        self._blocks, self._run_first = blocks, first.forward
+        for block in blocks:
+            # the instance's attribute shadows the method, so that the model still finds all else on its block
+            block.forward = self._pass
+        first.forward = self._enter
+
+    def _enter(self, *args: Any, **kwargs: Any) -> Any:
+        if self.calls:
+            self.hidden, _ = _split_call(args, kwargs)
+            raise _Reached
+        self.hidden, call = _split_call(args, kwargs)
+        self.calls.append(call)
+        output = self._run_first(*args, **kwargs)
+        # blocks return hidden states bare, or first in a tuple
+        self._like = (lambda hidden: hidden) if isinstance(output, Tensor) else lambda hidden: (hidden, *output[1:])
+        return output
+
+    def _pass(self, *args: Any, **kwargs: Any) -> Any:
+        hidden, call = _split_call(args, kwargs)
+        self.calls.append(call)
+        return self._like(hidden)
+
+    def leave(self) -> None:
+        for block in self._blocks:
+            block.__dict__.pop("forward", None)
+
+
 def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
     if args:
         return args[0], BlockCall(args[1:], kwargs)
     rest = dict(kwargs)
     return rest.pop("hidden_states"), BlockCall((), rest)
-
-
-def _wrapper(output: Any) -> Any:
-    """How a block returns hidden states: bare, or first in a tuple."""
-    return (lambda hidden: hidden) if isinstance(output, Tensor) else (lambda hidden: (hidden, *output[1:]))
 
 
 def _set_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ outputs are the next block's inputs.
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import sys
@@ -24,14 +25,14 @@ from transformers.pytorch_utils import Conv1D
 from ultralowbit.calibration import Calibration, calibrate
 from ultralowbit.checkpoint import MANIFEST, Activations, Job, sha256_file, write_atomic, write_json, write_tensors
 from ultralowbit.format import VERSION, Format, PackedWeight
-from ultralowbit.hf import UltraLowBitConfig
+from ultralowbit.hf import UltraLowBitConfig, read_headers
 from ultralowbit.hub import resolve_model
 from ultralowbit.linear import linear_shape
 from ultralowbit.methods import Method, Need
 from ultralowbit.model import BlockCall, Decoder, run_block
 from ultralowbit.recipe import Recipe
 from ultralowbit.stats import InputStats, SingularHessian, relative_error
-from ultralowbit.text import InputError
+from ultralowbit.text import InputError, reason
 
 BATCH_TOKENS = 2048
 """Tokens that run through a block at a time: enough to keep the products busy, little enough to keep them in memory."""
@@ -114,7 +115,9 @@ def packed_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format, 
         raise InputError(f"recipe {recipe.name} skips every Linear of the model: nothing would be compressed")
     for override in recipe.overrides:
         if not any(recipe.method_for(name) is override.solve for name in found):
-            raise InputError(f"the override {override.match!r} matches no Linear of the model, such as {next(iter(found))}")
+            raise InputError(
+                f"the override {override.match!r} matches no Linear of the model, such as {next(iter(found))}"
+            )
     return found
 
 
@@ -130,8 +133,9 @@ def compress(
 ) -> Compressed:
     """Compress a local folder or hub model into the packed checkpoint `out`.
 
-    Killed at any moment, the same call goes on from the last committed block and ends with the same bytes; once `out` is
-    there it returns at once. Raises `InputError`, `CheckpointError` or `DiskFull` in one sentence; `out` is then untouched.
+    Killed at any moment, the same call goes on from the last committed block and ends with the same bytes; once
+    `out` is there it returns at once. Raises `InputError`, `CheckpointError` or `DiskFull` in one sentence; `out` is
+    then untouched.
     """
     progress = progress or Silent()
     where = pick_device(device)
@@ -152,8 +156,6 @@ def compress(
 
     job = Job.open(Path(out).expanduser(), fingerprint, restart)
     if job is None:
-        import json
-
         target = Path(out).expanduser()
         progress.say(f"{target} is already what this command makes")
         return Compressed(target, json.loads((target / MANIFEST).read_text()))
@@ -184,7 +186,7 @@ def _calibration(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(
-            f"{folder} has no tokenizer that transformers can load ({str(e).splitlines()[0]}): put its tokenizer files there"
+            f"{folder} has no tokenizer that transformers can load ({reason(e)}): put its tokenizer files there"
         ) from e
     done = 0
 
@@ -202,7 +204,8 @@ def _calibration(
     rows = decoder.model.get_input_embeddings().weight.shape[0]
     if data.tokens.max() >= rows:
         raise InputError(
-            f"the tokenizer makes token {data.tokens.max().item()}, the model has {rows}: the two do not belong together"
+            f"the tokenizer makes token {data.tokens.max().item()}, the model has {rows}: put the tokenizer files that "
+            "belong to the model into its folder"
         )
     return data
 
@@ -210,7 +213,9 @@ def _calibration(
 class _Run:
     """The blocks of one job: activations ping-pong between two files, a block is committed when both are on disk."""
 
-    def __init__(self, job: Job, decoder: Decoder, recipe: Recipe, data: Calibration | None, progress: Progress) -> None:
+    def __init__(
+        self, job: Job, decoder: Decoder, recipe: Recipe, data: Calibration | None, progress: Progress
+    ) -> None:
         self.job, self.decoder, self.recipe, self.data, self.progress = job, decoder, recipe, data, progress
         self.tokens = None if data is None else _batched(data.tokens)  # [batches, batch, length]
 
@@ -245,8 +250,7 @@ class _Run:
             if into is not None:
                 into[k] = hidden.cpu()
 
-        calls = self.decoder.block_inputs(iter(batches), sink)
-        return calls
+        return self.decoder.block_inputs(iter(batches), sink)
 
     def _block(self, i: int, calls: list[BlockCall] | None) -> None:
         decoder, state = self.decoder, self.job.state
@@ -391,8 +395,6 @@ def _finish(
     shards = {i: job.shards / job.shard_name(i, total) for i in range(total)}
     write_tensors(shards[total - 1], decoder.read(decoder.names_outside_blocks()))
     weight_map, size = {}, 0
-    from ultralowbit.hf import read_headers
-
     for path in shards.values():
         for name, spec in read_headers([path]).items():
             weight_map[name] = path.name

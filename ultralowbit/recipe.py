@@ -24,12 +24,17 @@ class _Model(BaseModel):
 class CalibrationSpec(_Model):
     """Which text the statistics come from, and how much of it."""
 
-    source: str = Field("c4", description="local .txt/.jsonl/.parquet, wikitext2, c4, ptb, org/name, python-docs or self")
+    source: str = Field(
+        "c4", description="local .txt/.jsonl/.parquet, wikitext2, c4, ptb, org/name, python-docs or self"
+    )
     samples: int = Field(128, ge=1, description="windows drawn from the text")
     length: int = Field(2048, ge=2, description="tokens in a window; cut to the model's context")
     seed: int = Field(0, ge=0, description="of the windows and of the model's own samples")
     clip_tokens: float | None = Field(
-        None, gt=0, lt=1, description="percentile (0.999) of the token norms that the Hessian scales larger tokens down to"
+        None,
+        gt=0,
+        lt=1,
+        description="percentile (0.999) of the token norms that the Hessian scales larger tokens down to",
     )
 
 
@@ -82,7 +87,9 @@ class Recipe(_Model):
 
 def shipped() -> list[str]:
     """Names of the recipes in the package."""
-    return sorted(p.name.removesuffix(".yaml") for p in files("ultralowbit.recipes").iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml") for p in files("ultralowbit.recipes").iterdir() if p.name.endswith(".yaml")
+    )
 
 
 def _recipe_text(name: str) -> tuple[str, str]:
@@ -120,7 +127,9 @@ def _explain(error: Any) -> str:
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _known_keys(error["loc"][:-1])
         near = get_close_matches(where[-1], known, n=1)
-        return f"unknown key {'.'.join(where)}" + (f", did you mean {near[0]}?" if near else f" (known: {', '.join(known)})")
+        return f"unknown key {'.'.join(where)}" + (
+            f", did you mean {near[0]}?" if near else f" (known: {', '.join(known)})"
+        )
     if error["type"] == "union_tag_invalid":
         return f"{'.'.join(where)}.method is {error['ctx']['tag']}, expected one of {', '.join(METHODS)}"
     return f"{'.'.join(where)}: {error['msg'][0].lower()}{error['msg'][1:]} (found {error['input']!r})"
@@ -129,6 +138,6 @@ def _explain(error: Any) -> str:
 def _known_keys(loc: tuple[Any, ...]) -> list[str]:
     tag = next((part for part in reversed(loc) if part in METHODS), None)
     if tag is not None:
-        return [f for f in METHODS[tag].__dataclass_fields__]
+        return list(METHODS[tag].__dataclass_fields__)
     owner = {"calibration": CalibrationSpec, "overrides": Override}.get(str(loc[0]) if loc else "", Recipe)
     return list(owner.model_fields)

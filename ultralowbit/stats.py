@@ -1,7 +1,7 @@
 """What the calibration text says about the inputs of a Linear: one `InputStats` for all Linears that share an input.
 
-E(Q) = tr((W - Q) H (W - Q)^T) with H = sum x x^T is the error that every method here works against. H is a plain sum over
-tokens, so statistics of parts of the text merge by addition.
+E(Q) = tr((W - Q) H (W - Q)^T) with H = sum x x^T is the error that every method here works against. H is a plain sum
+over tokens, so statistics of parts of the text merge by addition.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class SingularHessian(ArithmeticError):
 class Factor:
     """U [in, in] fp32 upper triangular with (H + damp mean(diag H) I)^-1 = U^T U, columns in `order`.
 
-    (w - q)^2 / U_jj^2 is the loss of rounding column j once the columns before it are fixed; row j of U says how the later
-    columns make up for it. `order` [in] int64 lists the columns in the order of rounding, None for left to right.
+    (w - q)^2 / U_jj^2 is the loss of rounding column j once the columns before it are fixed; row j of U says how the
+    later columns make up for it. `order` [in] int64 lists the columns in the order of rounding, None for left to right.
     """
 
     U: Tensor

@@ -228,8 +228,8 @@ def compensate(weight: Tensor, rounding: Rounding, factor: Factor) -> PackedWeig
     """GPTQ (Frantar et al. 2023, arXiv 2210.17323, algorithm 1) with any rounding.
 
     Columns are rounded one by one, and each error is made up for by the columns after it: W[:, j:] -= e_j U[j, j:] with
-    e_j = (w_j - q_j) / U_jj. Groups are fitted when their first column is reached, to the weights as compensated by then;
-    in another order of columns (act-order) they are fitted to the original weights beforehand, so that they stay
+    e_j = (w_j - q_j) / U_jj. Groups are fitted when their first column is reached, to the weights as compensated by
+    then; in another order of columns (act-order) they are fitted to the original weights beforehand, so that they stay
     contiguous in storage. The updates are applied by halves, so that nearly all of them are large matrix products; the
     paper's block size has no counterpart, the result does not depend on it.
     """

@@ -6,8 +6,8 @@ W[:, j+1:] -= e_j U[j, j+1:]   (equations 2 and 3, algorithm 1).
 
 Differences from the published code: scales are rounded to the stored fp16 before the codes are chosen; a group shorter
 than the code's block of 128 is fitted to weights that the whole block so far has compensated; a channel that is zero on
-all calibration text keeps its rounded weights instead of losing them; a failed Cholesky factorisation is tried again with
-ten times the damping.
+all calibration text keeps its rounded weights instead of losing them; a failed Cholesky factorisation is tried again
+with ten times the damping.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Round to nearest: the baseline that needs no data.
 
-q = clamp(round(w / s) + z, 0, 2^b - 1), s = (max - min) / (2^b - 1), z = round(-min / s), for each row and group, the range
-widened to include 0.
+q = clamp(round(w / s) + z, 0, 2^b - 1), s = (max - min) / (2^b - 1), z = round(-min / s), for each row and group,
+the range widened to include 0.
 """
 
 from __future__ import annotations

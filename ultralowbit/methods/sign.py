@@ -1,8 +1,8 @@
 """Sign planes with free scales: 1 to 4 binary bases, the XNOR-Net scale at one.
 
-Rastegari et al.: XNOR-Net, ECCV 2016, arXiv 1603.05279 (a = mean |w|); Lin et al.: Towards Accurate Binary Convolutional
-Neural Network, NIPS 2017, arXiv 1711.11294 (several bases); alternating least squares as in Xu et al.: Alternating
-Multi-bit Quantization, ICLR 2018, arXiv 1802.00150.
+Rastegari et al.: XNOR-Net, ECCV 2016, arXiv 1603.05279 (a = mean |w|); Lin et al.: Towards Accurate Binary
+Convolutional Neural Network, NIPS 2017, arXiv 1711.11294 (several bases); alternating least squares as in Xu et al.:
+Alternating Multi-bit Quantization, ICLR 2018, arXiv 1802.00150.
 
 w ~ sum_p a_p b_p, b_p in {-1, +1}, a_p for each row (and group): residual start a_p = sum h|r| / sum h, then alternate
     a = argmin sum_j h_j (w_j - sum_p a_p b_pj)^2  (K x K normal equations a row),   b = nearest of the 2^K levels,
@@ -24,8 +24,8 @@ from ultralowbit.stats import InputStats
 
 @fields
 class Sign:
-    """bases: K sign planes; group: columns that share K scales, null for the row; iterations: of the alternating fit, at
-    most; damp, act_order: as in GPTQ."""
+    """bases: K sign planes; group: columns that share K scales, null for the row; iterations: of the alternating
+    fit, at most; damp, act_order: as in GPTQ."""
 
     needs: ClassVar[Need] = Need.HESSIAN
     method: Literal["sign"] = "sign"

@@ -1,0 +1,76 @@
+"""What tests of several folders share: devices, a tiny tokenizer, a text to calibrate on, model folders."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+VOCAB = 96
+
+torch.set_num_threads(1)  # tiny products: more threads only wait for one another
+logging.disable_progress_bar()
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
+]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> torch.device:
+    """The CPU, and a GPU where there is one: the same truth for both."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words w0 ... w91 and four special tokens."""
+    vocab = {"<s>": 0, "</s>": 1, "<unk>": 2, "<pad>": 3, **{f"w{n}": n + 4 for n in range(VOCAB - 4)}}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> str:
+    """A local file of 4000 words, in no order."""
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(f"w{rng.randrange(VOCAB - 4)}" for _ in range(4000)))
+    return str(path)
+
+
+def random_model(config: Any, seed: int = 0, **kwargs: Any) -> Any:
+    """A causal LM whose every parameter is random, norms and biases too, so that none of them can be lost unseen."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, **kwargs).eval()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                noise = torch.randn(p.shape).to(p.dtype)
+                p.copy_(
+                    noise * 0.15 if p.ndim > 1 else (1 if "norm" in name.lower() or "ln_" in name else 0) + 0.2 * noise
+                )
+    return model
+
+
+@pytest.fixture(scope="session")
+def save_model(tokenizer) -> Callable[..., Path]:
+    """save_model(config, folder) writes a random model and the tokenizer as a checkpoint folder."""
+
+    def save(config: Any, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Path:
+        random_model(config, seed).to(dtype).save_pretrained(folder, **kwargs)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save

@@ -1,0 +1,157 @@
+"""Bits are counted from stored bytes: against the files' sizes and against hand-counted layers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+from ultralowbit.eval.size import KINDS, measure
+
+from ultralowbit.bench import Shape, write_model, write_text
+from ultralowbit.hf import CheckpointError
+from ultralowbit.pipeline import compress
+from ultralowbit.recipe import Recipe
+
+SHAPE = Shape(hidden=64, inter=172, heads=4, kv_heads=2, vocab=96)
+SOLVES = {
+    "gptq2": {"method": "gptq", "bits": 2, "group": 128},
+    "rtn3": {"method": "rtn", "bits": 3, "group": 32, "symmetric": True},
+    "sign2": {"method": "sign", "bases": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write_text(folder / "text.txt", 500, SHAPE.vocab)
+    return write_model(folder, layers=2, shape=SHAPE)
+
+
+@pytest.fixture(scope="module", params=SOLVES)
+def packed(request, model, tmp_path_factory):
+    calibration = {"source": str(model / "text.txt"), "samples": 4, "length": 16}
+    recipe = Recipe.model_validate(
+        {"name": request.param, "solve": SOLVES[request.param], "calibration": calibration, "skip": ["*.0.*.o_proj"]}
+    )
+    return compress(str(model), recipe, tmp_path_factory.mktemp("packed") / "out").folder
+
+
+def shards(folder):
+    return sorted(folder.glob("*.safetensors"))
+
+
+def test_every_byte_of_the_files_is_counted(packed):
+    size = measure(packed)
+    headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in shards(packed))
+    assert size.file_bytes == sum(file.stat().st_size for file in shards(packed))
+    assert size.total_bytes + size.header_bytes == size.file_bytes
+    assert size.header_bytes == headers
+    assert size.total_bytes == size.linear_bytes + sum(size.other.values())
+
+
+def test_layers_agree_with_the_manifest(packed):
+    layers = json.loads((packed / "manifest.json").read_text())["layers"]
+    size = measure(packed)
+    assert {layer.name for layer in size.layers} == layers.keys()
+    assert [layer.name.split(".")[2] for layer in size.layers] == ["0"] * 6 + ["1"] * 7
+    for layer in size.layers:
+        promised = layers[layer.name]
+        assert (list(layer.shape), layer.format) == (promised["shape"], promised["format"])
+        assert layer.bits_per_weight == promised["bits_per_weight"]
+    weights = sum(layer.weights for layer in size.layers)
+    assert size.linear_bits_per_weight == pytest.approx(
+        sum(layer.bits_per_weight * layer.weights for layer in size.layers) / weights, rel=1e-12
+    )
+
+
+def test_a_layer_counted_by_hand(model, tmp_path):
+    recipe = Recipe.model_validate({"name": "x", "solve": {"method": "rtn", "bits": 2, "group": 128}})
+    size = measure(compress(str(model), recipe, tmp_path / "out").folder)
+    down = next(layer for layer in size.layers if layer.name == "model.layers.1.mlp.down_proj")
+    # 172 columns of 2 bits: 22 int16 words a row; 2 groups, whose zero points share a byte
+    assert (down.shape, down.parts) == ((64, 172), {"codes": 64 * 44, "scale": 64 * 4, "zero": 64})
+    assert (down.bytes, down.claimed_bits) == (64 * 49, 2)
+    assert down.bits_per_weight == 8 * 49 / 172
+    assert size.claimed_bits == 2 < size.linear_bits_per_weight < size.model_bits_per_weight
+
+
+def test_kinds(packed, model):
+    table = 2 * SHAPE.vocab * SHAPE.hidden
+    size = measure(packed)
+    assert size.other == {
+        "embeddings": table,
+        "head": table,
+        "norms and other": 2 * SHAPE.hidden * 5,
+        "unquantized linears": 2 * SHAPE.hidden**2,
+    }
+    plain = measure(model)
+    assert plain.total_weights == size.total_weights
+    assert plain.total_bytes == plain.fp16_bytes == size.fp16_bytes
+    assert size.compression == plain.total_bytes / size.total_bytes > 1
+
+
+def test_an_unpacked_checkpoint_has_no_layers(model):
+    size = measure(model)
+    assert size.layers == () and size.linear_bits_per_weight is None and size.claimed_bits is None
+    assert (size.model_bits_per_weight, size.compression) == (16, 1)
+    assert size.file_bytes == sum(file.stat().st_size for file in shards(model))
+
+
+def test_tied_transposed_and_biased(tmp_path):
+    """GPT-2: positions are embeddings, biases are other, the tied head is stored once."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=32, n_embd=64, n_layer=1, n_head=4))
+    model.save_pretrained(tmp_path / "model")
+    recipe = Recipe.model_validate({"name": "x", "solve": {"method": "rtn", "bits": 4, "group": None}})
+    size = measure(compress(str(tmp_path / "model"), recipe, tmp_path / "out").folder)
+    fused = next(layer for layer in size.layers if layer.name.endswith("c_attn"))
+    assert fused.shape == (192, 64)
+    biases, norms = 192 + 64 + 256 + 64, 2 * 64 * 3
+    assert size.other == dict(zip(KINDS, (4 * 64 * (96 + 32), 0, 4 * (biases + norms), 0), strict=True))
+    assert size.total_weights == sum(p.numel() for p in model.parameters())
+
+
+def test_to_dict_is_json(packed):
+    size = measure(packed)
+    found = json.loads(json.dumps(size.to_dict()))
+    assert found["file_bytes"] == size.file_bytes
+    assert found["layers"][0]["bits_per_weight"] == size.layers[0].bits_per_weight
+    assert set(found["other"]) == set(KINDS)
+
+
+def copy(folder, to):
+    to.mkdir()
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+def test_errors_name_what_is_wrong(packed, tmp_path):
+    with pytest.raises(CheckpointError, match=r"no readable config\.json"):
+        measure(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        measure(tmp_path)
+
+    broken = copy(packed, tmp_path / "cut")
+    file = shards(broken)[0]
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
+        measure(broken)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="is missing, though the index names it"):
+        measure(broken)
+
+    broken = copy(packed, tmp_path / "edited")
+    config = json.loads((broken / "config.json").read_text())
+    name = next(iter(config["quantization_config"]["modules"]))
+    save_file({f"{name}.weight": torch.zeros(3, 3)}, broken / "model.safetensors")
+    (broken / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match="is stored twice"):
+        measure(broken)
+    for file in shards(broken)[:-1]:
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"weight is torch\.float32 \[3, 3\], expected torch\.int16"):
+        measure(broken)

@@ -1,0 +1,177 @@
+"""What every method promises, and the layers that no paper mentions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from ultralowbit.methods import METHODS, Need
+from ultralowbit.methods.gptq import GPTQ
+from ultralowbit.methods.rtn import RTN
+from ultralowbit.methods.sign import Sign
+from ultralowbit.stats import InputStats, SingularHessian
+
+ALL = {
+    "rtn-2-g32": RTN(bits=2, group=32),
+    "rtn-3-row-symmetric": RTN(bits=3, group=None, symmetric=True),
+    "rtn-4-clip": RTN(bits=4, clip="mse"),
+    "gptq-2-g32": GPTQ(bits=2, group=32),
+    "gptq-3-row": GPTQ(bits=3, group=None),
+    "gptq-4-act-order-symmetric": GPTQ(bits=4, group=64, symmetric=True, act_order=True),
+    "gptq-8-clip": GPTQ(bits=8, clip="mse"),
+    "sign-1": Sign(),
+    "sign-2-g64": Sign(bases=2, group=64),
+    "sign-3-act-order": Sign(bases=3, group=32, act_order=True),
+    "sign-4": Sign(bases=4),
+}
+
+
+@pytest.fixture(params=ALL, ids=ALL.keys())
+def method(request):
+    return ALL[request.param]
+
+
+@pytest.fixture(params=[False, True], ids=["no-stats", "stats"])
+def stats_for(request, method):
+    """The statistics of a layer, or none; one that needs none is also asked without."""
+    if request.param and method.needs is Need.NOTHING:
+        pytest.skip("uses no statistics")
+    return (lambda problem: problem.stats) if request.param else (lambda problem: None)
+
+
+def relative(found: torch.Tensor, weight: torch.Tensor) -> float:
+    return ((found - weight).norm() / weight.norm()).item()
+
+
+def test_the_table_names_each_method():
+    assert all(cls(method=name).method == name for name, cls in METHODS.items())
+    assert {type(m) for m in ALL.values()} == {*METHODS.values()}
+
+
+def test_the_format_is_known_before_the_data(method, stats_for, layer):
+    for columns in (1, 20, 100, 130):
+        problem = layer(3, columns)
+        packed = method.quantize(problem.weight, stats_for(problem))
+        assert packed.format == method.format(columns)
+        assert packed.shape == (3, columns)
+
+
+def test_weight_and_statistics_are_left_as_they_were(method, stats_for, layer):
+    problem = layer(6, 100)
+    weight, stats = problem.weight.clone(), stats_for(problem)
+    hessian = stats.hessian.clone() if stats else None
+    method.quantize(problem.weight, stats)
+    assert torch.equal(problem.weight, weight)
+    assert stats is None or torch.equal(stats.hessian, hessian)
+
+
+def test_the_same_layer_gives_the_same_bytes_and_draws_no_random_number(method, stats_for, layer):
+    problem = layer(6, 100)
+    state = torch.get_rng_state()
+    first, second = (method.quantize(problem.weight, stats_for(problem)).tensors for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_transposed_view_is_the_weight_it_shows(method, stats_for, layer):
+    problem = layer(6, 100)
+    view = problem.weight.T.contiguous().T
+    assert not view.is_contiguous()
+    first = method.quantize(problem.weight, stats_for(problem)).dequantize()
+    assert torch.equal(method.quantize(view, stats_for(problem)).dequantize(), first)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (7, 1), (5, 33), (2, 129)], ids=str)
+def test_layers_of_any_shape_are_packed(method, stats_for, layer, shape):
+    problem = layer(*shape, seed=4)
+    found = method.quantize(problem.weight, stats_for(problem)).dequantize()
+    assert found.shape == shape
+    assert relative(found, problem.weight) < 1
+
+
+def test_a_group_larger_than_the_layer_is_the_row(method, layer):
+    if method.group is None:
+        pytest.skip("has no group")
+    problem = layer(5, 24)
+    stats = None if method.needs is Need.NOTHING else problem.stats
+    row = type(method)(**{**method.__dict__, "group": None}) if hasattr(method, "__dict__") else method
+    assert torch.equal(
+        method.quantize(problem.weight, stats).dequantize(), row.quantize(problem.weight, stats).dequantize()
+    )
+
+
+def test_rows_of_zeros_stay_zero(method, stats_for, layer):
+    problem = layer(5, 70)
+    problem.weight[[0, 3]] = 0
+    found = method.quantize(problem.weight, stats_for(problem)).dequantize()
+    assert not found[[0, 3]].any()
+    assert relative(found, problem.weight) < 1
+
+
+@pytest.mark.parametrize("value", [0.37, -2.5])
+def test_constant_rows_keep_their_value(method, layer, value):
+    problem = layer(5, 70)
+    problem.weight[2] = value
+    found = method.quantize(problem.weight, None).dequantize()[2]
+    if getattr(method, "symmetric", False) and value > 0:
+        return  # a symmetric grid has no code for its largest positive value
+    torch.testing.assert_close(found, torch.full((70,), value), rtol=2**-10, atol=0)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_the_scale_of_a_layer_does_not_matter(method, stats_for, layer, factor):
+    problem = layer(8, 96)
+    weight = problem.weight / problem.weight.abs().amax(1, keepdim=True)  # all rows far from fp16's ends
+    errors = [relative(method.quantize(weight * f, stats_for(problem)).dequantize(), weight * f) for f in (1, factor)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
+@pytest.mark.parametrize("factor", [3e4, 1e-6, 1e-12, 1e-40], ids=str)
+def test_weights_at_the_ends_of_fp16_stay_finite(method, stats_for, layer, factor):
+    problem = layer(4, 64)
+    weight = problem.weight / problem.weight.abs().max() * factor
+    found = method.quantize(weight, stats_for(problem)).dequantize()
+    assert found.isfinite().all()
+    assert found.abs().max() <= max(3 * factor, 2.0**-22)
+
+
+def test_a_hessian_of_low_rank_is_damped(method, layer):
+    if method.needs is Need.NOTHING:
+        pytest.skip("uses no statistics")
+    problem = layer(6, 96, tokens=3)
+    found = method.quantize(problem.weight, problem.stats).dequantize()
+    assert found.isfinite().all()
+    assert problem.loss(found) < problem.loss(method.quantize(problem.weight, None).dequantize())
+
+
+def test_a_hessian_that_cannot_be_used_is_refused(method, layer):
+    if method.needs is Need.NOTHING:
+        pytest.skip("uses no statistics")
+    stats = InputStats(8)
+    stats.add(torch.full((5, 8), float("nan")))
+    with pytest.raises(SingularHessian, match="not finite"):
+        method.quantize(layer(3, 8).weight, stats)
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields"),
+    [
+        (RTN, {"bits": 5}),
+        (RTN, {"group": 100}),
+        (RTN, {"damp": 0.1}),
+        (GPTQ, {"bits": 1}),
+        (GPTQ, {"damp": 0}),
+        (GPTQ, {"damp": 2}),
+        (GPTQ, {"clip": "max"}),
+        (GPTQ, {"method": "rtn"}),
+        (Sign, {"bases": 0}),
+        (Sign, {"bases": 5}),
+        (Sign, {"iterations": -1}),
+        (Sign, {"bits": 1}),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value.__name__,
+)
+def test_values_without_a_meaning_are_refused(cls, fields):
+    with pytest.raises(ValidationError):
+        cls(**fields)

@@ -1,0 +1,5 @@
+"""`python -m ultralowbit` is the `ultralowbit` command."""
+
+from ultralowbit.cli import main
+
+main()

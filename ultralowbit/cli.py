@@ -1,0 +1,439 @@
+"""The `ultralowbit` command. Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 done but with Linears that fell
+back to round-to-nearest, 130 interrupted."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import signal
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from rich import box
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from transformers.utils import logging
+from typer.core import TyperGroup
+
+import ultralowbit
+from ultralowbit import report as reports
+from ultralowbit.checkpoint import DiskFull
+from ultralowbit.console import Watch, err, human, out
+from ultralowbit.eval.size import Size
+from ultralowbit.eval.size import measure as measure_size
+from ultralowbit.format import FormatError
+from ultralowbit.generation import generate as write_text
+from ultralowbit.hf import CheckpointError
+from ultralowbit.hub import resolve_model
+from ultralowbit.measure import measure, open_model, open_tokenizer, pick_dtype, read_texts
+from ultralowbit.pipeline import pick_device
+from ultralowbit.recipe import Recipe, shipped
+from ultralowbit.text import InputError
+from ultralowbit.verify import verify as find_problems
+
+FAILED, USAGE, FELL_BACK, INTERRUPTED = 1, 2, 3, 130
+
+
+class Commands(TyperGroup):
+    """Turns every error into one sentence on stderr and its exit code."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.obj = list(args)  # as typed: what a resumed run and a report quote
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _interrupted(ctx.obj)
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as e:
+            usage = type(e).__module__.startswith(("typer.", "click."))  # it has its own way to be shown
+            if usage or os.environ.get("ULTRALOWBIT_DEBUG") or getattr(e, "errno", None) == errno.EPIPE:
+                raise
+            err.print(f"[bold red]error:[/] {escape(explain(e))}", soft_wrap=True)
+            raise typer.Exit(USAGE if isinstance(e, InputError) else FAILED) from None
+
+
+def explain(error: Exception) -> str:
+    """An error in one sentence that says what to do."""
+    text = " ".join(str(error).split())
+    if isinstance(error, DiskFull):
+        return error.strerror
+    if isinstance(error, InputError | CheckpointError | FormatError):
+        return text
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        what = text.split(". ")[0] or "allocation failed"
+        return f"out of memory ({what}): free some, or use fewer --samples or a shorter --length"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left to write {error.filename or 'a file'}: free some, then run the same command to go on"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    kind = type(error).__name__
+    return f"unexpected {kind}: {text} (ULTRALOWBIT_DEBUG=1 shows where; please report it)"
+
+
+def command_line(args: list[str]) -> str:
+    return shlex.join(["ultralowbit", *args])
+
+
+def _interrupted(args: list[str]) -> None:
+    err.print("[bold yellow]interrupted[/]")
+    if args[:1] in (["compress"], ["demo"]):
+        again = command_line([arg for arg in args if arg != "--restart"])  # which would discard what is done
+        err.print("finished blocks are kept; to go on, run:")
+        err.print(f"  {again}", markup=False, soft_wrap=True)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 done with fallbacks, 130 interrupted.",
+)
+recipes_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="List and show recipes.")
+app.add_typer(recipes_app, name="recipes")
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="folder, or hub name such as org/model[@revision]")]
+FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="folder of a checkpoint")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only warnings and results")]
+ContextOption = Annotated[int | None, typer.Option(help="tokens in a window [default: 2048, or the model's positions]")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"ultralowbit {ultralowbit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks, as ULTRALOWBIT_DEBUG=1 does")] = False,
+) -> None:
+    """Compress language models to 1-2 true bits per weight, and see what it costs.
+
+    Start with  [bold]ultralowbit demo[/]
+    """
+    if debug:
+        os.environ["ULTRALOWBIT_DEBUG"] = "1"
+
+
+@app.command()
+def compress(
+    context: typer.Context,
+    model: ModelArgument,
+    recipe: Annotated[str, typer.Option(help="a shipped recipe (see `recipes list`) or a .yaml file")],
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="folder to write [default: <model>-<recipe>]", show_default=False)
+    ] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="calibration text: a .txt, .jsonl or .parquet file, wikitext2, c4, ptb, org/name, python-docs, self",
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="calibration windows")] = None,
+    length: Annotated[int | None, typer.Option(help="tokens in a calibration window")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the calibration windows")] = None,
+    settings: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="any value of the recipe, such as solve.bits=3")
+    ] = [],  # noqa: B006 (typer reads it, nobody writes it)
+    eval_sources: Annotated[
+        list[str],
+        typer.Option(
+            "--eval",
+            metavar="SOURCE",
+            help="text to measure perplexity on, repeatable; auto: the test split of the calibration's hub dataset, "
+            "else python-docs, up to 40960 tokens; none: skip",
+        ),
+    ] = ["auto"],  # noqa: B006
+    window: ContextOption = None,
+    max_tokens: Annotated[int | None, typer.Option(help="of each text that perplexity is measured on")] = None,
+    device: DeviceOption = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="bits, memory, disk and time to expect; nothing is run")
+    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="discard what an earlier run has written")] = False,
+    trust_remote_code: TrustOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Compress a model into a packed checkpoint and measure what it cost.
+
+    Killed at any moment, the same command goes on where it stopped. The folder ends up with report.md and report.json.
+
+    [bold]ultralowbit compress meta-llama/Llama-3.2-1B --recipe sign-2 --calib wikitext2[/]
+
+    [bold]ultralowbit compress ./model --recipe gptq-2bit --set solve.group=64 --calib notes.txt --out small[/]
+    """
+    shortcuts = {"source": calib, "samples": samples, "length": length, "seed": seed}
+    given = [f"calibration.{key}={json.dumps(value)}" for key, value in shortcuts.items() if value is not None]
+    chosen = Recipe.load(recipe, [*settings, *given])
+    texts = reports.Texts(_sources(eval_sources), window, max_tokens)
+    if dry_run:
+        from ultralowbit.plan import plan
+
+        out.print(plan(model, chosen, device=device, trust_remote_code=trust_remote_code))
+        return
+    folder = out_folder or Path(default_name(model, chosen))
+    _download(model, quiet)
+    with Watch(quiet) as watch:
+        report = reports.run(
+            model, chosen, folder, texts, device=device, restart=restart, trust_remote_code=trust_remote_code,
+            watch=watch, command=command_line(context.obj),
+        )  # fmt: skip
+    show(report)
+    if report["fallbacks"]:
+        raise typer.Exit(FELL_BACK)
+
+
+def _sources(named: list[str]) -> tuple[str, ...] | None:
+    """`auto` is None and `none` is nothing, but neither goes with other texts."""
+    if len(named) > 1 and {"auto", "none"} & {*named}:
+        raise InputError(f"--eval {' --eval '.join(named)}: auto and none stand alone, drop them or the rest")
+    return {("auto",): None, ("none",): ()}.get(tuple(named), tuple(named))
+
+
+def default_name(model: str, recipe: Recipe) -> str:
+    """What the folder is called unless --out says otherwise."""
+    folder = Path(model).expanduser()
+    name = folder.resolve().name if folder.is_dir() else model.partition("@")[0].rpartition("/")[2]
+    return f"{name}-{recipe.name}"
+
+
+def _download(model: str, quiet: bool) -> Path:
+    """The model's folder; while it is fetched from the hub, the hub's own bars show."""
+    if quiet or not err.is_terminal:
+        return resolve_model(model)
+    enable_progress_bars()
+    try:
+        return resolve_model(model)
+    finally:
+        disable_progress_bars()
+
+
+def show(report: dict[str, Any]) -> None:
+    """The table of a report, and below it what nobody may miss."""
+    original, packed = report["original"], report["packed"]
+    out.print(reports.table([original, packed]))
+    for line in reports.protocol(packed["perplexity"]):
+        out.print(f"[dim]{escape(line)}[/]")
+    if original["not_measured"]:
+        out.print(f"[yellow]original {escape(original['not_measured'])}[/]")
+    for source in report["collapsed"]:
+        shout(
+            "COLLAPSED",
+            f"On {source} the packed model predicts worse than a guess among the {report['vocabulary']} tokens of its "
+            "vocabulary. It is not usable: use more bits, smaller groups or more calibration text.",
+        )
+    if report["fallbacks"]:
+        lines = [f"{name}: {why}" for name, why in report["fallbacks"].items()]
+        more = [f"and {len(lines) - 5} more, see report.md"] if len(lines) > 5 else []
+        shout(
+            f"{len(lines)} OF {len(report['layers'])} LINEARS FELL BACK TO ROUND-TO-NEAREST",
+            "\n".join(lines[:5] + more),
+        )
+    out.print(f"{report['folder']}  [dim]report.md, report.json[/]", soft_wrap=True)
+
+
+def shout(title: str, text: str) -> None:
+    width = min(out.width, 100)
+    out.print(Panel(escape(text), title=title, border_style="bold red", title_align="left", width=width))
+
+
+@app.command()
+def inspect(
+    folder: FolderArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Count the bits that a checkpoint stores, layer by layer, beside fp16 and what papers would claim.
+
+    [bold]ultralowbit inspect model-sign-2[/]
+
+    [bold]ultralowbit inspect model-sign-2 --json | jq .linear_bits_per_weight[/]
+    """
+    size = measure_size(folder)
+    if as_json:
+        print(json.dumps(reports.strict(size.to_dict()), indent=1))
+        return
+    if size.layers:
+        out.print(_layer_table(size))
+    out.print(_size_table(size))
+
+
+def _layer_table(size: Size) -> Table:
+    table = _table("layer", "shape", "format", *(("bytes", "bits", "claimed")))
+    for layer in size.layers:
+        table.add_row(
+            layer.name, "x".join(map(str, layer.shape)), layer.format, f"{layer.bytes:,}",
+            f"{layer.bits_per_weight:.3f}", f"{layer.claimed_bits:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def _size_table(size: Size) -> Table:
+    table = _table("stored", "", "bytes", "bits per weight", "fp16", "claimed", left=1)
+    if size.layers:
+        table.add_row(
+            "packed linears", str(len(size.layers)), f"{size.linear_bytes:,}", f"{size.linear_bits_per_weight:.3f}", "16",
+            f"{size.claimed_bits:.2f}",
+        )  # fmt: skip
+    for kind, count in size.other.items():
+        if count:
+            table.add_row(kind, "", f"{count:,}", "", "", "")
+    table.add_row("headers of the files", "", f"{size.header_bytes:,}", "", "", "")
+    table.add_section()
+    table.add_row(
+        "whole model", f"{human(size.fp16_bytes)} in fp16", f"{size.file_bytes:,}", f"{size.model_bits_per_weight:.3f}",
+        "16", "",
+    )  # fmt: skip
+    return table
+
+
+def _table(*headers: str, left: int = 3) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="left" if i < left else "right", overflow="fold")
+    return table
+
+
+@app.command()
+def verify(folder: FolderArgument, quiet: QuietOption = False) -> None:
+    """Hash a packed checkpoint again; exit 1 and name the file if it is not what was written.
+
+    [bold]ultralowbit verify model-sign-2[/]
+    """
+    with Watch(quiet) as watch:
+        watch.start("hashing", sum(path.stat().st_size for path in folder.glob("*") if path.is_file()))
+        problems = find_problems(folder, watch.step)
+    for problem in problems:
+        out.print(f"[bold red]not intact:[/] {escape(problem)}", soft_wrap=True)
+    if problems:
+        raise typer.Exit(FAILED)
+    out.print(f"{folder} is intact: every file is as it was written", soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="packed or original: folders or hub names")],
+    sources: Annotated[
+        list[str],
+        typer.Option("--ppl", metavar="SOURCE", help="a text file, wikitext2, c4, ptb, org/name, python-docs"),
+    ],
+    context: ContextOption = None,
+    max_tokens: Annotated[int | None, typer.Option(help="of each text [default: all]")] = None,
+    dtype: Annotated[str, typer.Option(help="auto is float32 on a CPU, elsewhere the checkpoint's")] = "auto",
+    bos: Annotated[str, typer.Option(help="text: with the tokenizer's own start token; none: without")] = "text",
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the results here too")] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure the perplexity of packed and original models, on the same windows.
+
+    [bold]ultralowbit eval model model-sign-2 --ppl wikitext2 --ppl c4[/]
+    """
+    where = pick_device(device)
+    results = []
+    with Watch(quiet) as watch:
+        for model in models:
+            folder = _download(model, quiet)
+            texts = read_texts(
+                folder, sources, context=context, max_tokens=max_tokens, bos=bos, trust_remote_code=trust_remote_code
+            )
+            chosen = pick_dtype(folder, where) if dtype == "auto" else _dtype(dtype)
+            progress = lambda what, model=model: watch.counter(f"{model}: {what}")  # noqa: E731
+            options = {"dtype": chosen, "trust_remote_code": trust_remote_code, "progress": progress}
+            results += [(model, p) for p in measure(folder, texts, where, **options)]
+    table = _table("model", "text", "perplexity", "windows", "context", "tokens", "dtype", left=2)
+    for model, p in results:
+        cells = (p.source, reports.number(p.perplexity), str(p.windows), str(p.context), f"{p.tokens:,}", p.dtype)
+        table.add_row(model, *cells)
+    out.print(table)
+    if json_file:
+        text = json.dumps([{"model": model, **reports.strict(p.to_dict())} for model, p in results], indent=1)
+        json_file.write_text(text + "\n", encoding="utf-8")
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise InputError(f"--dtype is {name!r}, expected auto, {', '.join(known)}")
+    return known[name]
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="text to continue")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to write at most")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token every time")] = 0.0,
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Continue a prompt with a packed or original model, word by word.
+
+    [bold]ultralowbit generate model-sign-2 "The import statement" --temperature 0.7[/]
+    """
+    where = pick_device(device)
+    folder = _download(model, quiet=False)
+    tokenizer = open_tokenizer(folder, trust_remote_code)
+    net = open_model(folder, where, pick_dtype(folder, where), trust_remote_code)
+    write_text(
+        net, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+        on_text=lambda piece: print(piece, end="", flush=True),
+    )  # fmt: skip
+    print()
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """Name the shipped recipes.
+
+    [bold]ultralowbit recipes list[/]
+    """
+    table = _table("recipe", "what it does")
+    for name in shipped():
+        table.add_row(name, Recipe.load(name).summary)
+    out.print(table)
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(help="a shipped recipe or a .yaml file")]) -> None:
+    """Print a recipe with every value that it leaves at its default; save it to a file to make your own.
+
+    [bold]ultralowbit recipes show sign-2 > mine.yaml[/]
+    """
+    out.out(f"# ultralowbit compress MODEL --recipe {name} --out DIR\n" + Recipe.load(name).to_yaml(), end="")
+
+
+def main() -> None:
+    """Run the command of this process's arguments."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _quiet_libraries()
+    app()
+
+
+def _quiet_libraries() -> None:
+    """Warnings and bars of the libraries below would tear the progress apart; their errors still come through."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    warnings.filterwarnings("ignore")

@@ -1,0 +1,1 @@
+"""The embedded default: a tiny checkpoint trained on text that every Python install carries."""

@@ -1,0 +1,149 @@
+"""Perplexity of checkpoints on texts by name, packed or not, one model in memory at a time."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ultralowbit.eval.perplexity import Bos, Perplexity, perplexity, token_stream
+from ultralowbit.eval.size import Size, read_config_json
+from ultralowbit.hf import QUANT_METHOD, CheckpointError, load
+from ultralowbit.text import InputError, read_text, reason, token_sha256
+
+DEFAULT_CONTEXT = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class EvalText:
+    """A text as one tokenizer sees it: tokens [n], whole windows of `context`; `sha256` is that of its windows."""
+
+    source: str
+    tokens: Tensor
+    context: int
+    bos: Bos
+
+    @property
+    def sha256(self) -> str:
+        return token_sha256(self.tokens.view(-1, self.context))
+
+
+def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(
+            f"{folder} has no tokenizer that transformers can load ({reason(e)}): put its tokenizer files there"
+        ) from e
+
+
+def read_texts(
+    folder: Path,
+    sources: Iterable[str],
+    *,
+    context: int | None = None,
+    max_tokens: int | None = None,
+    bos: Bos = "text",
+    trust_remote_code: bool = False,
+) -> list[EvalText]:
+    """The test splits of the sources in the tokens of the checkpoint `folder`, of each the first `max_tokens`.
+
+    `context` is 2048, or the model's positions if those are fewer. Raises `InputError` for a source that cannot be
+    read or is shorter than a window: before anything heavy has begun.
+    """
+    config = read_config_json(folder)
+    positions = (config.get("text_config") or config).get("max_position_embeddings") or context or DEFAULT_CONTEXT
+    context = context or min(DEFAULT_CONTEXT, positions)
+    if not 2 <= context <= positions:
+        raise InputError(f"--context is {context}, the model takes 2 to {positions} tokens")
+    tokenizer = open_tokenizer(folder, trust_remote_code)
+    texts = []
+    for source in dict.fromkeys(sources):
+        tokens = token_stream(tokenizer, read_text(source, "test").text, bos=bos)[:max_tokens]
+        if len(tokens) < context:
+            raise InputError(
+                f"{source!r} gives {len(tokens)} tokens to measure perplexity on, expected at least one window of "
+                f"{context}: choose a smaller --context or a longer text"
+            )
+        texts.append(EvalText(source, tokens[: len(tokens) // context * context], context, bos))
+    return texts
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether the checkpoint folder is one that `compress` wrote."""
+    return (read_config_json(folder).get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
+
+
+def pick_dtype(folder: Path, device: torch.device) -> torch.dtype:
+    """What a checkpoint is measured in: fp32 on a CPU, where all else is slow, and as it was stored elsewhere."""
+    if device.type == "cpu":
+        return torch.float32
+    config = read_config_json(folder)
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return getattr(torch, name)
+
+
+def open_model(
+    folder: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A checkpoint on the device, packed or not; raises `CheckpointError` if a weight of it is missing."""
+    if is_packed(folder):
+        return load(folder, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, ImportError) as e:
+        raise InputError(f"transformers cannot load {folder} ({reason(e)}): check the folder") from e
+    if found["missing_keys"]:
+        raise CheckpointError(f"{folder} holds no tensor for {sorted(found['missing_keys'])[0]}: download it again")
+    return model.to(device).eval()
+
+
+def too_large(size: Size, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the unpacked model should not be loaded, in words; None if there is room for it."""
+    need = size.total_weights * dtype.itemsize * 1.1
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if need <= free:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return f"not measured: it needs {need / 1e9:.1f} GB in {name}, {free / 1e9:.1f} GB are free"
+
+
+def measure(
+    folder: Path,
+    texts: Sequence[EvalText],
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    known: Iterable[Perplexity] = (),
+    trust_remote_code: bool = False,
+    progress: Callable[[str], Callable[[int, int], object]] | None = None,
+) -> list[Perplexity]:
+    """Perplexity on each text. What `known` holds of the same tokens and dtype is not measured again.
+
+    `progress(what)` gives the callback for one text, called with the windows done and in all.
+    """
+    dtype = dtype or pick_dtype(folder, device)
+    done = {(p.source, p.sha256, p.dtype, p.bos): p for p in known}
+    keys = {text: (text.source, text.sha256, str(dtype).removeprefix("torch."), text.bos) for text in texts}
+    missing = [text for text, key in keys.items() if key not in done]
+    if missing:
+        model = open_model(folder, device, dtype, trust_remote_code)
+        for text in missing:
+            watch = progress(f"perplexity on {text.source}") if progress else None
+            done[keys[text]] = perplexity(
+                model, text.tokens, context=text.context, source=text.source, bos=text.bos, progress=watch
+            )
+        del model
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return [done[keys[text]] for text in texts]

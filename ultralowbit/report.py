@@ -1,0 +1,261 @@
+"""What a compression cost, measured: a table for the terminal, report.json for programs, report.md for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from rich import box
+from rich.table import Table
+
+from ultralowbit.checkpoint import MANIFEST, sha256_file, write_atomic, write_json
+from ultralowbit.console import Watch, clock, human
+from ultralowbit.eval.perplexity import Perplexity
+from ultralowbit.eval.size import measure as measure_size
+from ultralowbit.eval.size import read_config_json
+from ultralowbit.hub import resolve_model
+from ultralowbit.measure import EvalText, measure, pick_dtype, read_texts, too_large
+from ultralowbit.methods import Need
+from ultralowbit.pipeline import compress, pick_device
+from ultralowbit.recipe import Recipe
+from ultralowbit.text import SOURCES
+
+SCHEMA_VERSION = 1
+AUTO_TOKENS = 40_960
+"""Tokens that perplexity is measured on unless texts are named: twenty windows of 2048, enough to see what happened."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Which texts to measure perplexity on; `sources` None is the default of the recipe, cut to `AUTO_TOKENS`."""
+
+    sources: tuple[str, ...] | None = None
+    context: int | None = None
+    max_tokens: int | None = None
+
+    def read(self, folder: Path, recipe: Recipe, trust_remote_code: bool = False) -> list[EvalText]:
+        sources, max_tokens = self.sources, self.max_tokens
+        if sources is None:
+            sources, max_tokens = (default_source(recipe),), max_tokens or AUTO_TOKENS
+        return read_texts(
+            folder, sources, context=self.context, max_tokens=max_tokens, trust_remote_code=trust_remote_code
+        )
+
+
+def default_source(recipe: Recipe) -> str:
+    """The calibration's own hub dataset, of which perplexity reads the test split, else the text that is always there."""
+    source = recipe.calibration.source
+    methods = [recipe.solve, *(override.solve for override in recipe.overrides)]
+    calibrated = any(method.needs is not Need.NOTHING for method in methods)
+    hub = source not in ("python-docs", "self") and not Path(source).expanduser().exists()
+    return source if calibrated and hub and (source in SOURCES or "/" in source) else "python-docs"
+
+
+def run(
+    model: str,
+    recipe: Recipe,
+    out: Path,
+    texts: Texts,
+    *,
+    device: str = "auto",
+    restart: bool = False,
+    trust_remote_code: bool = False,
+    watch: Watch,
+    command: str | None = None,
+    known: Sequence[Perplexity] = (),
+) -> dict[str, Any]:
+    """Compress `model` into the folder `out`, measure it before and after, and write report.json and report.md there.
+
+    Texts are read first, so that a mistake in them costs nothing. What an earlier report of the same checkpoint has
+    measured stands; `known` are perplexities of the original to be taken over. Returns the report.
+    """
+    where = pick_device(device)
+    folder = resolve_model(model)
+    wanted = texts.read(folder, recipe, trust_remote_code)
+    there = (out / MANIFEST).exists() and not restart
+    compressed = compress(
+        model, recipe, out, device=device, restart=restart, trust_remote_code=trust_remote_code, progress=watch
+    )
+    peak = None if there else peak_memory()
+    digest = sha256_file(out / MANIFEST)
+    old = _earlier(out, digest)
+
+    def counter(label: str) -> Callable[[str], Callable[[int, int], None]]:
+        return lambda what: watch.counter(f"{label}: {what}")
+
+    size, packed_size = measure_size(folder), measure_size(out)
+    dtype = pick_dtype(folder, where)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    known = [*known, *old.get("original", ())]
+    no_room = too_large(size, where, dtype) if wanted else None
+    if no_room:
+        watch.say(f"WARNING the original is {no_room}")
+    before = [] if no_room else measure(folder, wanted, where, known=known, progress=counter("original"), **options)
+    after = measure(out, wanted, where, known=old.get("packed", ()), progress=counter(recipe.name), **options)
+    vocabulary = _vocabulary(folder)
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "folder": str(out),
+        "model": model,
+        "recipe": recipe.model_dump(mode="json"),
+        "manifest": {"path": MANIFEST, "sha256": digest},
+        "vocabulary": vocabulary,
+        "calibration": compressed.manifest["calibration"],
+        "original": {
+            "label": "original",
+            "size": _totals(size.to_dict()),
+            "perplexity": [p.to_dict() for p in before],
+            "not_measured": no_room,
+            "seconds": None,
+            "peak_memory_bytes": None,
+        },
+        "packed": {
+            "label": recipe.name,
+            "size": _totals(packed_size.to_dict()),
+            "perplexity": [p.to_dict() for p in after],
+            "not_measured": None,
+            "seconds": round(sum(compressed.manifest["block_seconds"].values()), 3),
+            "peak_memory_bytes": peak or old.get("peak"),
+        },
+        "collapsed": [p.source for p in after if collapsed(p.perplexity, vocabulary)],
+        "fallbacks": compressed.fallbacks,
+        "notes": {name: layer["notes"] for name, layer in compressed.manifest["layers"].items() if layer["notes"]},
+        "layers": _layers(packed_size.to_dict()["layers"], compressed.manifest["layers"]),
+        "environment": compressed.manifest["environment"],
+    }
+    write(out, report)
+    return report
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def collapsed(perplexity: float, vocabulary: int | None) -> bool:
+    """Whether a model predicts worse than one that guesses among its tokens."""
+    return not math.isfinite(perplexity) or (vocabulary is not None and perplexity > vocabulary)
+
+
+def _vocabulary(folder: Path) -> int | None:
+    config = read_config_json(folder)
+    return (config.get("text_config") or config).get("vocab_size")
+
+
+def _totals(size: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in size.items() if key != "layers"}
+
+
+def _layers(sizes: list[dict[str, Any]], results: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each packed Linear takes and how far its output is off, the worst first."""
+    rows = []
+    for entry in sizes:
+        result = results.get(entry["name"], {})
+        rows.append({**entry, **{key: result.get(key) for key in ("error", "fallback", "notes", "seconds")}})
+    return sorted(rows, key=lambda row: (row["fallback"] is None, -(row["error"] or 0)))
+
+
+def _earlier(out: Path, digest: str) -> dict[str, Any]:
+    """What a report that is there already has measured of the very same checkpoint."""
+    try:
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        if report["schema_version"] != SCHEMA_VERSION or report["manifest"]["sha256"] != digest:
+            return {}
+        found = {row: [_perplexity(p) for p in report[row]["perplexity"]] for row in ("original", "packed")}
+        return {**found, "peak": report["packed"]["peak_memory_bytes"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _perplexity(stored: dict[str, Any]) -> Perplexity:
+    return Perplexity(**{**stored, "perplexity": float(stored["perplexity"]), "nll": float(stored["nll"])})
+
+
+def write(out: Path, report: dict[str, Any]) -> None:
+    """report.json and report.md; numbers that JSON lacks become the strings "nan" and "inf"."""
+    write_json(out / "report.json", strict(report))
+    write_atomic(out / "report.md", render("report.md.j2", report).encode())
+
+
+def strict(value: Any) -> Any:
+    """The same value in strict JSON."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: strict(inner) for key, inner in value.items()}
+    return [strict(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def render(template: str, values: dict[str, Any]) -> str:
+    """One of the package's markdown templates, filled."""
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"human": human, "clock": clock, "number": number, "percent": "{:.2%}".format}
+    environment.globals |= {"columns": columns, "cells": cells}
+    text = (files("ultralowbit") / "templates" / template).read_text(encoding="utf-8")
+    return environment.from_string(text).render(values)
+
+
+def number(value: float) -> str:
+    """A perplexity with as many digits as mean something."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}" if value >= 100 else f"{value:.3f}"
+
+
+def columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Headers of the table of `rows`, which are reports' "original" and "packed"."""
+    sources = dict.fromkeys(p["source"] for row in rows for p in row["perplexity"])
+    texts = [f"perplexity {Path(source).name}" for source in sources]
+    return ["", *texts, "linear bits", "claimed bits", "model bits", "file", "time", "peak memory"]
+
+
+def cells(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """One line of the table of `rows`."""
+    size = row["size"]
+    measured = {p["source"]: number(p["perplexity"]) for p in row["perplexity"]}
+    sources = dict.fromkeys(p["source"] for other in rows for p in other["perplexity"])
+    linear, claimed = size["linear_bits_per_weight"], size["claimed_bits"]
+    return [
+        row["label"],
+        *(measured.get(source, "-") for source in sources),
+        # an unpacked checkpoint stores all its weights alike
+        f"{size['model_bits_per_weight'] if linear is None else linear:.3f}",
+        "-" if claimed is None else f"{claimed:.2f}",
+        f"{size['model_bits_per_weight']:.3f}",
+        human(size["file_bytes"]),
+        "-" if row["seconds"] is None else clock(row["seconds"]),
+        "-" if row["peak_memory_bytes"] is None else human(row["peak_memory_bytes"]),
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The same for a terminal of 80 columns."""
+    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for i, header in enumerate(columns(rows)):
+        found.add_column(header.replace(" ", "\n", 1), justify="right" if i else "left", overflow="fold", max_width=18)
+    for row in rows:
+        found.add_row(*cells(row, rows))
+    return found
+
+
+def protocol(measured: Iterable[dict[str, Any]]) -> list[str]:
+    """How the perplexities were measured, one line a text: two numbers compare only where these lines agree."""
+    return [
+        f"{p['source']}: {p['windows']} windows of {p['context']} tokens that do not overlap, {p['tokens']:,} predicted, "
+        f"{p['dtype']}, sha256 {p['sha256'][:12]}"
+        for p in measured
+    ]

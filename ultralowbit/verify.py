@@ -1,0 +1,106 @@
+"""Is a packed checkpoint still what `compress` wrote? Its manifest's hashes, and what its config.json promises."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ultralowbit.checkpoint import MANIFEST, sha256_file
+from ultralowbit.format import FormatError, TensorSpec
+from ultralowbit.hf import QUANT_METHOD, CheckpointError, UltraLowBitConfig, read_headers
+
+
+def verify(folder: Path | str, progress: Callable[[int], object] | None = None) -> list[str]:
+    """What is wrong with a packed checkpoint, one sentence a problem; nothing if it is as it was written.
+
+    Every file that manifest.json lists is hashed again (`progress` gets the bytes of each read), every safetensors file
+    must be listed, and each packed weight must have the tensors, dtypes and shapes that config.json and the manifest
+    promise. Other files added later, such as report.md, are no problem. Raises `CheckpointError` if there is no
+    readable manifest.
+    """
+    folder = Path(folder)
+    manifest = _manifest(folder)
+    problems = []
+    readable = True
+    for name, digest in sorted(manifest["files"].items()):
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing: copy it again")
+            readable &= path.suffix != ".safetensors"
+        elif sha256_file(path, progress) != digest:
+            problems.append(f"{name} has changed since it was written: copy it again")
+    shards = sorted(folder.glob("*.safetensors"))
+    problems += [
+        f"{path.name} is not in the manifest, nobody should load it: remove it"
+        for path in shards
+        if path.name not in manifest["files"]
+    ]
+    found: dict[str, TensorSpec] = {}
+    for path in shards:
+        try:
+            found |= read_headers([path])
+        except CheckpointError as e:
+            problems.append(str(e))
+            readable = False
+    # the tensors of a lost shard would only repeat that it is lost
+    return problems + _broken_promises(folder, manifest, found) if readable else problems
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise CheckpointError(
+            f"{folder} has no readable {MANIFEST} ({e}), so nothing says what it should hold: "
+            "give a folder that `ultralowbit compress` wrote"
+        ) from e
+    try:
+        whole = all(Path(name).name == name and isinstance(sha, str) for name, sha in manifest["files"].items())
+        whole &= all(len(layer["shape"]) == 2 and layer["format"] for layer in manifest["layers"].values())
+    except (AttributeError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{folder / MANIFEST} is not one that `ultralowbit compress` wrote: copy it again")
+    return manifest
+
+
+def _broken_promises(folder: Path, manifest: dict[str, Any], found: dict[str, TensorSpec]) -> list[str]:
+    """How the tensors found differ from the formats in config.json and the shapes in the manifest."""
+    try:
+        quantization = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        if quantization["quant_method"] != QUANT_METHOD:
+            raise ValueError(f"quant_method is {quantization['quant_method']!r}")
+        formats = UltraLowBitConfig(**quantization).module_formats()
+    except FormatError as e:
+        return [str(e)]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        return [f"config.json does not say how the weights are packed ({e!r}): copy it again"]
+    layers = manifest["layers"]
+    problems = [
+        f"{name} is packed according to {one} but not to {other}: copy both again"
+        for one, other, names in (
+            ("config.json", MANIFEST, formats.keys() - layers.keys()),
+            (MANIFEST, "config.json", layers.keys() - formats.keys()),
+        )
+        for name in sorted(names)
+    ]
+    for name in sorted(formats.keys() & layers.keys()):
+        format, layer = formats[name], layers[name]
+        if layer["format"] != format.summary or layer["shape"][1] != format.in_features:
+            problems.append(
+                f"{name} is {layer['shape']} in {layer['format']} according to {MANIFEST}, config.json says "
+                f"{format.summary}: copy both again"
+            )
+            continue
+        for suffix, spec in format.tensors(*layer["shape"]).items():
+            stored = found.get(f"{name}.{suffix}")
+            if stored is None:
+                problems.append(f"{name}.{suffix} is in no file, {format.summary} has one: copy the shards again")
+            elif stored != spec:
+                problems.append(
+                    f"{name}.{suffix} is {stored.dtype} {list(stored.shape)}, {format.summary} has {spec.dtype} "
+                    f"{list(spec.shape)}: copy the shards again"
+                )
+    return problems
