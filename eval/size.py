@@ -27,7 +27,7 @@ class LayerSize:
     format: str
     """`Format.summary`"""
     parts: dict[str, int]
-    """codes, scale, zero, offset -> bytes"""
+    """codes, scale, zero, offset, overlay_index, ... -> bytes"""
     claimed_bits: float
     """Bits per weight as papers count them: the codes alone."""
 

@@ -19,7 +19,7 @@ from ultralowbit.format import Format
 Kernel = Callable[[Tensor, dict[str, Tensor], Format], Tensor]
 
 KERNELS: dict[tuple[str, str], Kernel] = {}
-"""(segment kinds joined by `+`, device type) -> fast path; absence means `packed_matmul_ref`."""
+"""(`Format.kinds`, device type) -> fast path; absence means `packed_matmul_ref`."""
 
 
 def packed_matmul_ref(x: Tensor, tensors: dict[str, Tensor], format: Format) -> Tensor:
@@ -29,7 +29,7 @@ def packed_matmul_ref(x: Tensor, tensors: dict[str, Tensor], format: Format) -> 
 
 def kernel_for(format: Format, device: str) -> Kernel:
     """The function that `packed_matmul` runs for this format on this device type."""
-    return KERNELS.get(("+".join(s.kind for s in format.segments), device), packed_matmul_ref)
+    return KERNELS.get((format.kinds, device), packed_matmul_ref)
 
 
 @lru_cache(maxsize=4096)
@@ -53,7 +53,7 @@ def _backward(ctx, grad: Tensor):
     """The packed weight is a constant: only x has a gradient, so that adapters can be trained around it."""
     format, names = _parse(ctx.layout)
     weight = format.decode(dict(zip(names, ctx.saved_tensors, strict=True)), grad.dtype)
-    return grad @ weight, None, None
+    return grad @ weight, [None] * len(names), None
 
 
 def _save_for_backward(ctx, inputs, output) -> None:

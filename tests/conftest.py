@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -32,26 +33,28 @@ def device(request) -> torch.device:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0 ... w91 and four special tokens."""
-    vocab = {"<s>": 0, "</s>": 1, "<unk>": 2, "<pad>": 3, **{f"w{n}": n + 4 for n in range(VOCAB - 4)}}
-    words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    """Byte-level BPE without merges, as every class of tokenizer in transformers reads it: a character is a token."""
+    characters = "\u0120" + string.ascii_letters + string.digits + string.punctuation
+    vocab = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", "<pad>", *characters[: VOCAB - 4]])}
+    letters = Tokenizer(models.BPE(vocab, []))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+        tokenizer_object=letters, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
     )
 
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> str:
-    """A local file of 4000 words, in no order."""
+    """A local file of 4000 characters, in no order."""
     rng = random.Random(0)
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(f"w{rng.randrange(VOCAB - 4)}" for _ in range(4000)))
+    path.write_text("".join(rng.choice(string.ascii_letters + string.digits + " ") for _ in range(4000)))
     return str(path)
 
 
 def random_model(config: Any, seed: int = 0, **kwargs: Any) -> Any:
-    """A causal LM whose every parameter is random, norms and biases too, so that none of them can be lost unseen."""
+    """A causal LM whose every stored tensor is random, norms, biases and buffers too: none can be lost unseen."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, **kwargs).eval()

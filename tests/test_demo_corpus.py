@@ -12,7 +12,7 @@ from ultralowbit.demo.corpus import corpus, documents
 from ultralowbit.demo.train import CHECKPOINT, END, batches, evaluate
 
 TRAINED_ON = (3, 11)  # other minor versions have other text
-PERPLEXITY = 0.0  # measured on 3.11.7: the first 8192 held-out tokens, in windows of 256
+PERPLEXITY = 28.66  # measured on 3.11.7: the first 8192 held-out tokens, in windows of 256
 
 
 def squeeze(text: str) -> str:
@@ -97,5 +97,5 @@ def test_checkpoint_is_bfloat16_and_generates(model, tokenizer):
 def test_checkpoint_has_its_measured_perplexity(model, tokenizer):
     tokens = torch.tensor(tokenizer(corpus("heldout"))["input_ids"][:8192])
     assert len(tokens) == 8192
-    slack = 1.03 if sys.version_info[:2] == TRAINED_ON else 1.6
+    slack = 1.03 if sys.version_info[:2] == TRAINED_ON else 1.3  # 3.10, 3.12 and 3.13: 27.5 to 29.7
     assert math.exp(evaluate(model, tokens)) < slack * PERPLEXITY

@@ -24,8 +24,10 @@ from typer.core import TyperGroup
 
 import ultralowbit
 from ultralowbit import report as reports
+from ultralowbit.bench import pipeline_bench
 from ultralowbit.checkpoint import DiskFull
-from ultralowbit.console import Watch, err, human, out
+from ultralowbit.console import Watch, err, out
+from ultralowbit.demo import run as demos
 from ultralowbit.eval.size import Size
 from ultralowbit.eval.size import measure as measure_size
 from ultralowbit.format import FormatError
@@ -34,6 +36,7 @@ from ultralowbit.hf import CheckpointError
 from ultralowbit.hub import resolve_model
 from ultralowbit.measure import measure, open_model, open_tokenizer, pick_dtype, read_texts
 from ultralowbit.pipeline import pick_device
+from ultralowbit.plan import plan
 from ultralowbit.recipe import Recipe, shipped
 from ultralowbit.text import InputError
 from ultralowbit.verify import verify as find_problems
@@ -56,7 +59,8 @@ class Commands(TyperGroup):
             raise typer.Exit(INTERRUPTED) from None
         except Exception as e:
             usage = type(e).__module__.startswith(("typer.", "click."))  # it has its own way to be shown
-            if usage or os.environ.get("ULTRALOWBIT_DEBUG") or getattr(e, "errno", None) == errno.EPIPE:
+            debug = ctx.params.get("debug") or os.environ.get("ULTRALOWBIT_DEBUG")
+            if usage or debug or getattr(e, "errno", None) == errno.EPIPE:
                 raise
             err.print(f"[bold red]error:[/] {escape(explain(e))}", soft_wrap=True)
             raise typer.Exit(USAGE if isinstance(e, InputError) else FAILED) from None
@@ -103,13 +107,17 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="List and show recipes.")
 app.add_typer(recipes_app, name="recipes")
+bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Measure speed and memory.")
+app.add_typer(bench_app, name="bench")
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="folder, or hub name such as org/model[@revision]")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="folder, or hub name like org/model@revision")]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="folder of a checkpoint")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only warnings and results")]
-ContextOption = Annotated[int | None, typer.Option(help="tokens in a window [default: 2048, or the model's positions]")]
+ContextOption = Annotated[
+    int | None, typer.Option(help="tokens in a window of perplexity, by default 2048 or what the model takes")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -129,17 +137,15 @@ def root(
 
     Start with  [bold]ultralowbit demo[/]
     """
-    if debug:
-        os.environ["ULTRALOWBIT_DEBUG"] = "1"
 
 
 @app.command()
 def compress(
-    context: typer.Context,
+    ctx: typer.Context,
     model: ModelArgument,
     recipe: Annotated[str, typer.Option(help="a shipped recipe (see `recipes list`) or a .yaml file")],
     out_folder: Annotated[
-        Path | None, typer.Option("--out", help="folder to write [default: <model>-<recipe>]", show_default=False)
+        Path | None, typer.Option("--out", help="folder to write, by default <model>-<recipe>")
     ] = None,
     calib: Annotated[
         str | None,
@@ -163,7 +169,7 @@ def compress(
             "else python-docs, up to 40960 tokens; none: skip",
         ),
     ] = ["auto"],  # noqa: B006
-    window: ContextOption = None,
+    context: ContextOption = None,
     max_tokens: Annotated[int | None, typer.Option(help="of each text that perplexity is measured on")] = None,
     device: DeviceOption = "auto",
     dry_run: Annotated[
@@ -184,18 +190,16 @@ def compress(
     shortcuts = {"source": calib, "samples": samples, "length": length, "seed": seed}
     given = [f"calibration.{key}={json.dumps(value)}" for key, value in shortcuts.items() if value is not None]
     chosen = Recipe.load(recipe, [*settings, *given])
-    texts = reports.Texts(_sources(eval_sources), window, max_tokens)
-    if dry_run:
-        from ultralowbit.plan import plan
-
-        out.print(plan(model, chosen, device=device, trust_remote_code=trust_remote_code))
-        return
+    texts = reports.Texts(_sources(eval_sources), context, max_tokens)
     folder = out_folder or Path(default_name(model, chosen))
+    if dry_run:
+        out.print(str(plan(model, chosen, device, trust_remote_code, folder)), markup=False, soft_wrap=True)
+        return
     _download(model, quiet)
     with Watch(quiet) as watch:
         report = reports.run(
             model, chosen, folder, texts, device=device, restart=restart, trust_remote_code=trust_remote_code,
-            watch=watch, command=command_line(context.obj),
+            watch=watch, command=command_line(ctx.obj),
         )  # fmt: skip
     show(report)
     if report["fallbacks"]:
@@ -287,21 +291,19 @@ def _layer_table(size: Size) -> Table:
 
 
 def _size_table(size: Size) -> Table:
-    table = _table("stored", "", "bytes", "bits per weight", "fp16", "claimed", left=1)
+    table = _table("stored", "", "bytes", "in fp16", "bits per weight", "claimed", left=1)
     if size.layers:
         table.add_row(
-            "packed linears", str(len(size.layers)), f"{size.linear_bytes:,}", f"{size.linear_bits_per_weight:.3f}", "16",
-            f"{size.claimed_bits:.2f}",
+            "packed linears", str(len(size.layers)), f"{size.linear_bytes:,}", f"{2 * size.linear_weights:,}",
+            f"{size.linear_bits_per_weight:.3f}", f"{size.claimed_bits:.2f}",
         )  # fmt: skip
     for kind, count in size.other.items():
         if count:
-            table.add_row(kind, "", f"{count:,}", "", "", "")
-    table.add_row("headers of the files", "", f"{size.header_bytes:,}", "", "", "")
+            table.add_row(kind, "", f"{count:,}")
+    table.add_row("headers of the files", "", f"{size.header_bytes:,}")
     table.add_section()
-    table.add_row(
-        "whole model", f"{human(size.fp16_bytes)} in fp16", f"{size.file_bytes:,}", f"{size.model_bits_per_weight:.3f}",
-        "16", "",
-    )  # fmt: skip
+    bits = f"{size.model_bits_per_weight:.3f}"
+    table.add_row("whole model", "", f"{size.file_bytes:,}", f"{size.fp16_bytes:,}", bits)
     return table
 
 
@@ -330,13 +332,13 @@ def verify(folder: FolderArgument, quiet: QuietOption = False) -> None:
 
 @app.command("eval")
 def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="packed or original: folders or hub names")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="packed or original: folders or hub names")],
     sources: Annotated[
         list[str],
         typer.Option("--ppl", metavar="SOURCE", help="a text file, wikitext2, c4, ptb, org/name, python-docs"),
     ],
     context: ContextOption = None,
-    max_tokens: Annotated[int | None, typer.Option(help="of each text [default: all]")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="of each text, by default all")] = None,
     dtype: Annotated[str, typer.Option(help="auto is float32 on a CPU, elsewhere the checkpoint's")] = "auto",
     bos: Annotated[str, typer.Option(help="text: with the tokenizer's own start token; none: without")] = "text",
     device: DeviceOption = "auto",
@@ -400,6 +402,60 @@ def generate(
         on_text=lambda piece: print(piece, end="", flush=True),
     )  # fmt: skip
     print()
+
+
+@app.command()
+def demo(
+    ctx: typer.Context,
+    out_folder: Annotated[Path, typer.Option("--out", help="folder to write")] = Path("ultralowbit-demo"),
+    device: DeviceOption = "auto",
+    restart: Annotated[bool, typer.Option("--restart", help="discard what an earlier run has written")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Compress the tiny model that comes with the package with several recipes, and compare them in one table.
+
+    Needs no network and takes a minute or two; run again, it only prints.
+
+    [bold]ultralowbit demo[/]
+    """
+    with Watch(quiet) as watch:
+        result = demos.run(out_folder, watch, device=device, restart=restart, command=command_line(ctx.obj))
+    out.print(reports.table(result["rows"]))
+    for line in reports.protocol(result["rows"][0]["perplexity"]):
+        out.print(f"[dim]{escape(line)}[/]")
+    out.print()
+    samples = _table("", f"what it writes after {result['prompt']!r}", left=2)
+    for row in result["rows"]:
+        samples.add_row(row["label"], escape(" ".join(row["sample"].split())))
+    out.print(samples)
+    out.print()
+    for row in result["rows"]:
+        if row["collapsed"]:
+            shout("COLLAPSED", f"{row['label']} predicts worse than a guess among the tokens of the vocabulary.")
+    out.print(f"{out_folder}  [dim]report.md, report.json and a folder for each recipe[/]", soft_wrap=True)
+    if any(row["fallbacks"] for row in result["rows"]):
+        shout("FELL BACK", "Some Linears were rounded to nearest instead: see the recipes' report.md.")
+        raise typer.Exit(FELL_BACK)
+
+
+@bench_app.command("pipeline")
+def bench_pipeline(
+    layers: Annotated[list[int], typer.Option(help="depth of a random model, repeatable")] = [4, 22],  # noqa: B006
+    samples: Annotated[int, typer.Option(help="calibration windows")] = 16,
+    length: Annotated[int, typer.Option(help="tokens in a window")] = 512,
+    recipe: Annotated[str, typer.Option(help="a shipped recipe or a .yaml file")] = "gptq-2bit",
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="folder to work in, by default a temporary one")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the results here too")] = None,
+) -> None:
+    """Time and memory of compressing random models of two depths, beside the work that cannot be avoided.
+
+    [bold]ultralowbit bench pipeline --layers 2 --layers 4 --samples 4[/]
+    """
+    pipeline_bench(
+        layers, samples, length, recipe, out_folder, json_file, say=lambda line: out.print(line, markup=False)
+    )
 
 
 @recipes_app.command("list")

@@ -12,6 +12,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
 from rich.text import Text
 
 PLAIN_EVERY = 10.0
@@ -91,8 +92,9 @@ class Watch:
         self.printed = 0.0
         self.bars: Bars | None = None
         if err.is_terminal and not quiet:
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), _PaceColumn())
-            self.bars = Bars(*columns, console=err, transient=True, refresh_per_second=4)
+            what = TextColumn("{task.description}", table_column=Column(no_wrap=True))
+            columns = (SpinnerColumn(), what, BarColumn(None), _PaceColumn(table_column=Column(no_wrap=True)))
+            self.bars = Bars(*columns, console=err, transient=True, expand=True, refresh_per_second=4)
 
     def __enter__(self) -> Watch:
         if self.bars:

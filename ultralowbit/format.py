@@ -1,8 +1,9 @@
 """The packed format: how one weight `[out, in]` is stored, shared by methods, files, kernels and the loader.
 
 A weight is a row of *segments*, each a run of consecutive input columns: sign planes (`Planes`) or integer codes
-(`Ints`). All of them keep their bits in one word layout, fixed by what a GPU unpacks with one AND: fields of `w`
-bits lie in int16 words, `16 / w` fields a word, and in a super-block of `16 / w * 32` columns
+(`Ints`). An *overlay* (`Overlay`, `Bitmap`) may replace single weights of the row by 8-bit values. All of them keep
+their bits in one word layout, fixed by what a GPU unpacks with one AND: fields of `w` bits lie in int16 words, `16 / w`
+fields a word, and in a super-block of `16 / w * 32` columns
 
     word c, field f   <->   column f * 32 + c            (c = 0..31; a field's 32 columns are contiguous)
 
@@ -115,6 +116,7 @@ class Planes:
     """
 
     kind: ClassVar[str] = "planes"
+    row_axis: ClassVar[Mapping[str, int | None]] = {"": -2}
     columns: int
     planes: int
     group: int | None = None
@@ -177,6 +179,7 @@ class Ints:
     """
 
     kind: ClassVar[str] = "ints"
+    row_axis: ClassVar[Mapping[str, int | None]] = {"": -2}
     columns: int
     bits: int
     group: int | None = None
@@ -258,23 +261,162 @@ class Ints:
 
 
 Segment = Planes | Ints
-SEGMENTS: dict[str, type[Planes] | type[Ints]] = {s.kind: s for s in (Planes, Ints)}
+"""`row_axis` says where a stored tensor has its rows: the last axis unless named, None for what all rows share."""
+SEGMENTS: dict[str, type[Segment]] = {s.kind: s for s in (Planes, Ints)}
 
 
-def _check_segment(segment: Segment, **allowed: Sequence[Any]) -> None:
-    if segment.columns < 1 or (segment.group is not None and segment.group < 1):
+@dataclass(frozen=True)
+class Overlay:
+    """Single weights at 8 bits in the place of what the segments say: w = (value - zero) * scale.
+
+    Each row has `count` of them in every `block` columns, and ceil(count * rest / block) in a shorter last block.
+    Stored by rising column: index in the block uint8 [entries, out]; value uint8 [entries, out]; and a row's scale fp16
+    [1, out] and zero uint8 [1, out].
+    """
+
+    kind: ClassVar[str] = "overlay"
+    row_axis: ClassVar[Mapping[str, int | None]] = {}
+    columns: int
+    count: int
+    block: int = 256
+
+    def __post_init__(self) -> None:
+        _check_segment(self, block=range(1, 257))
+        _check_segment(self, count=range(1, self.block + 1))
+
+    @property
+    def summary(self) -> str:
+        return f"{self.count}of{self.block}xint8"
+
+    @property
+    def blocks(self) -> list[tuple[int, int, int]]:
+        """First column, columns and entries of each block."""
+        starts = range(0, self.columns, self.block)
+        sizes = [min(self.block, self.columns - start) for start in starts]
+        return [(start, size, -(-self.count * size // self.block)) for start, size in zip(starts, sizes, strict=True)]
+
+    @property
+    def share(self) -> float:
+        """The share of a row's weights that it replaces."""
+        return sum(entries for _, _, entries in self.blocks) / self.columns
+
+    def tensors(self, out_features: int) -> dict[str, TensorSpec]:
+        entries = sum(entries for _, _, entries in self.blocks)
+        return {
+            "_index": TensorSpec(torch.uint8, (entries, out_features)),
+            "_value": TensorSpec(torch.uint8, (entries, out_features)),
+            "_scale": TensorSpec(torch.float16, (1, out_features)),
+            "_zero": TensorSpec(torch.uint8, (1, out_features)),
+        }
+
+    def encode(self, mask: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
+        """mask [out, columns] bool; codes [out, columns] uint8, read where the mask is set; scale [out] fp16-exact,
+        zero [out] whole numbers."""
+        index, value = [], []
+        for start, size, entries in self.blocks:
+            part = mask[:, start : start + size]
+            if (part.sum(1) != entries).any():
+                raise FormatError(f"{self.summary} holds {entries} weights in columns {start} to {start + size - 1}")
+            at = part.nonzero()[:, 1].view(len(mask), entries)
+            index.append(at.T.to(torch.uint8))
+            value.append(codes[:, start : start + size].gather(1, at).T)
+        return {"_index": torch.cat(index), "_value": torch.cat(value), **_row_grid(scale, zero)}
+
+    def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+        """Replace what out [rows, columns] fp32 holds at the stored columns."""
+        first = [torch.full((entries, 1), start, device=out.device) for start, _, entries in self.blocks]
+        out.scatter_(1, (parts["_index"] + torch.cat(first)).T, _grid_values(parts))
+
+
+@dataclass(frozen=True)
+class Bitmap:
+    """Like `Overlay`, for any number of weights in a row: a bit for each weight says whether it is replaced.
+
+    Stored: mask words int16 [out, words]; value uint8 [capacity, out], of the row's set bits by rising column, zeros
+    after the last; scale fp16 [1, out]; zero uint8 [1, out]. `ratio` is the share of the whole weight that is meant to
+    be replaced: bits that papers claim come from it, stored ones from `capacity`, which is that of the fullest row.
+    """
+
+    kind: ClassVar[str] = "bitmap"
+    row_axis: ClassVar[Mapping[str, int | None]] = {"_mask": -2}
+    columns: int
+    capacity: int
+    ratio: float
+
+    def __post_init__(self) -> None:
+        _check_segment(self, capacity=range(1, self.columns + 1))
+        if not 0 <= self.ratio <= 1:
+            raise FormatError(f"bitmap.ratio is {self.ratio!r}, expected a share from 0 to 1")
+
+    @property
+    def summary(self) -> str:
+        return f"{self.capacity}xint8/bitmap({self.ratio:g})"
+
+    @property
+    def share(self) -> float:
+        """The share of the weights that it replaces."""
+        return self.ratio
+
+    def tensors(self, out_features: int) -> dict[str, TensorSpec]:
+        return {
+            "_mask": TensorSpec(torch.int16, (out_features, word_count(self.columns, 1))),
+            "_value": TensorSpec(torch.uint8, (self.capacity, out_features)),
+            "_scale": TensorSpec(torch.float16, (1, out_features)),
+            "_zero": TensorSpec(torch.uint8, (1, out_features)),
+        }
+
+    def encode(self, mask: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
+        """As `Overlay.encode`."""
+        if (fullest := int(mask.sum(1).max())) > self.capacity:
+            raise FormatError(f"{self.summary} holds {self.capacity} weights a row, a row of the mask has {fullest}")
+        value = codes.new_zeros(len(mask), self.capacity)
+        value[self._used(mask)] = codes[mask]  # both in order of rows, then columns
+        parts = {"_mask": pack_fields(mask.to(torch.uint8), 1), "_value": value.T.contiguous()}
+        return parts | _row_grid(scale, zero)
+
+    def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+        """Replace what out [rows, columns] fp32 holds where the mask is set."""
+        mask = unpack_fields(parts["_mask"], 1, self.columns).bool()
+        out[mask] = _grid_values(parts)[self._used(mask)]
+
+    def _used(self, mask: Tensor) -> Tensor:  # [rows, columns] -> [rows, capacity] bool
+        return torch.arange(self.capacity, device=mask.device) < mask.sum(1, keepdim=True)
+
+
+def _row_grid(scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
+    return {"_scale": scale[None].half(), "_zero": zero[None].to(torch.uint8)}
+
+
+def _grid_values(parts: Mapping[str, Tensor]) -> Tensor:
+    """The values [rows, entries] fp32 that an overlay stores."""
+    return ((parts["_value"].float() - parts["_zero"].float()) * parts["_scale"].float()).T
+
+
+OVERLAYS: dict[str, type[Overlay] | type[Bitmap]] = {o.kind: o for o in (Overlay, Bitmap)}
+
+
+def _check_segment(segment: Segment | Overlay | Bitmap, **allowed: Sequence[Any]) -> None:
+    group = getattr(segment, "group", None)
+    if segment.columns < 1 or (group is not None and group < 1):
         raise FormatError(f"columns and group must be positive, got {segment}")
     for name, values in allowed.items():
         if getattr(segment, name) not in values:
-            raise FormatError(f"{segment.kind}.{name} is {getattr(segment, name)!r}, expected one of {list(values)}")
+            expected = f"{values[0]} to {values[-1]}" if isinstance(values, range) else f"one of {list(values)}"
+            raise FormatError(f"{segment.kind}.{name} is {getattr(segment, name)!r}, expected {expected}")
 
 
 @dataclass(frozen=True)
 class Format:
-    """How one weight [out, in] is stored: the segments of its columns, left to right, and the version of the layout."""
+    """How one weight [out, in] is stored: the segments of its columns, left to right, what replaces single weights of
+    them, and the version of the layout."""
 
     segments: tuple[Segment, ...]
+    overlay: Overlay | Bitmap | None = None
     version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.overlay is not None and self.overlay.columns != self.in_features:
+            raise FormatError(f"the overlay has {self.overlay.columns} columns, the segments have {self.in_features}")
 
     @property
     def in_features(self) -> int:
@@ -283,12 +425,19 @@ class Format:
     @property
     def summary(self) -> str:
         """One line that names every field: `4096xint2/g128`."""
-        return " + ".join(s.summary for s in self.segments)
+        return " + ".join(part.summary for _, _, part in self._parts())
+
+    @property
+    def kinds(self) -> str:
+        """What a kernel is chosen by: `planes+overlay`."""
+        return "+".join(part.kind for _, _, part in self._parts())
 
     @property
     def claimed_bits(self) -> float:
-        """Bits per weight as papers count them: the codes alone, no scales, no padding."""
-        return sum(s.columns * s.code_bits for s in self.segments) / self.in_features
+        """Bits per weight as papers count them: the codes alone, no scales, no padding, and of an overlay the 8 bits of
+        the weights in it but not where they are."""
+        bits = sum(s.columns * s.code_bits for s in self.segments) / self.in_features
+        return bits if self.overlay is None else 8 * self.overlay.share + (1 - self.overlay.share) * bits
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """Names, dtypes and shapes of everything stored. The first is `weight`: a loader that does not know the
@@ -299,16 +448,16 @@ class Format:
             )
         return {
             prefix + suffix: spec
-            for prefix, segment in self._prefixed()
-            for suffix, spec in segment.tensors(out_features).items()
+            for prefix, _, part in self._parts()
+            for suffix, spec in part.tensors(out_features).items()
         }
 
     def encode(self, *parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One mapping of the segment's `encode` arguments for each segment -> the stored tensors."""
+        """The `encode` arguments of each segment, and last of the overlay if there is one -> the stored tensors."""
         return {
             prefix + suffix: tensor
-            for (prefix, segment), part in zip(self._prefixed(), parts, strict=True)
-            for suffix, tensor in segment.encode(**part).items()
+            for (prefix, _, part), values in zip(self._parts(), parts, strict=True)
+            for suffix, tensor in part.encode(**values).items()
         }
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -319,27 +468,38 @@ class Format:
         step = max(1, _TILE // self.in_features)
         for row in range(0, out_features, step):
             rows = slice(row, min(row + step, out_features))
-            tile = torch.empty(rows.stop - row, self.in_features, device=first.device)
-            column = 0
-            for prefix, segment in self._prefixed():
-                # rows are the axis before the words in the main tensor, and the last axis in its companions
-                parts = {
-                    suffix: tensors[prefix + suffix][..., rows, :]
-                    if suffix == ""
-                    else tensors[prefix + suffix][..., rows]
-                    for suffix in segment.tensors(out_features)
-                }
-                segment.decode(parts, tile[:, column : column + segment.columns])
-                column += segment.columns
-            weight[rows] = tile
+            tile = weight[rows] if dtype == torch.float32 else torch.empty_like(weight[rows], dtype=torch.float32)
+            stored = self.rows(tensors, rows)
+            for prefix, column, part in self._parts():
+                values = {suffix: stored[prefix + suffix] for suffix in part.tensors(out_features)}
+                part.decode(values, tile[:, column : column + part.columns])
+            if dtype != torch.float32:
+                weight[rows] = tile
         return weight
 
-    def _prefixed(self) -> list[tuple[str, Segment]]:
-        return [("weight" if i == 0 else f"weight_{i}", s) for i, s in enumerate(self.segments)]
+    def rows(self, tensors: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+        """The stored tensors of some rows, which are stored tensors again."""
+        found = {}
+        for prefix, _, part in self._parts():
+            for suffix in part.tensors(1):
+                tensor, axis = tensors[prefix + suffix], part.row_axis.get(suffix, -1)
+                found[prefix + suffix] = (
+                    tensor if axis is None else tensor[..., rows] if axis == -1 else tensor[..., rows, :]
+                )
+        return found
+
+    def _parts(self) -> list[tuple[str, int, Segment | Overlay | Bitmap]]:
+        """Name of the main tensor and first column of each segment, and last of the overlay."""
+        found, column = [], 0
+        for i, segment in enumerate(self.segments):
+            found.append(("weight" if i == 0 else f"weight_{i}", column, segment))
+            column += segment.columns
+        return found if self.overlay is None else [*found, ("weight_overlay", 0, self.overlay)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json; `from_dict` is the inverse."""
-        return {"version": self.version, "segments": [{"kind": s.kind, **asdict(s)} for s in self.segments]}
+        data = {"version": self.version, "segments": [{"kind": s.kind, **asdict(s)} for s in self.segments]}
+        return data if self.overlay is None else data | {"overlay": {"kind": self.overlay.kind, **asdict(self.overlay)}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Format:
@@ -352,16 +512,19 @@ class Format:
             )
         if unknown := unknown_fields(cls, data):
             raise FormatError(f"unknown {sorted(unknown)} in the packed format: a newer ultralowbit wrote it, upgrade")
-        segments = []
-        for entry in data["segments"]:
-            entry = dict(entry)
-            segment = SEGMENTS.get(entry.pop("kind", None))
-            if segment is None or unknown_fields(segment, entry):
-                raise FormatError(
-                    f"unknown segment in the packed format: {entry}; a newer ultralowbit wrote it, upgrade"
-                )
-            segments.append(segment(**entry))
-        return cls(tuple(segments))
+        overlay = data.get("overlay")
+        return cls(
+            tuple(_described(entry, SEGMENTS, "segment") for entry in data["segments"]),
+            None if overlay is None else _described(overlay, OVERLAYS, "overlay"),
+        )
+
+
+def _described(entry: Mapping[str, Any], kinds: Mapping[str, type], what: str) -> Any:
+    entry = dict(entry)
+    found = kinds.get(entry.pop("kind", None))
+    if found is None or unknown_fields(found, entry):
+        raise FormatError(f"unknown {what} in the packed format: {entry}; a newer ultralowbit wrote it, upgrade")
+    return found(**entry)
 
 
 def unknown_fields(cls: type, entry: Mapping[str, Any]) -> set[str]:
@@ -392,7 +555,7 @@ class PackedWeight:
 
     @classmethod
     def encode(cls, format: Format, *parts: Mapping[str, Tensor]) -> PackedWeight:
-        """Pack one mapping of parts for each segment (see the segments' `encode`)."""
+        """Pack one mapping of parts for each segment, and last for the overlay (see their `encode`)."""
         tensors = format.encode(*parts)
         return cls(format, (tensors["weight"].shape[-2], format.in_features), tensors)
 

@@ -7,13 +7,17 @@ closed: every tensor of the model must be in the files with the dtype and shape 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -32,6 +36,10 @@ class CheckpointError(ValueError):
     """A checkpoint is damaged, incomplete, or not one that this package wrote."""
 
 
+def _malformed(error: Exception) -> CheckpointError:
+    return CheckpointError(f"the quantization_config is malformed ({error!r}): the config.json was edited or cut")
+
+
 @register_quantization_config(QUANT_METHOD)
 class UltraLowBitConfig(QuantizationConfigMixin):
     """The `quantization_config` of a packed checkpoint.
@@ -48,8 +56,11 @@ class UltraLowBitConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.recipe = recipe
-        self.formats = {key: dict(value) for key, value in (formats or {}).items()}
-        self.modules = dict(modules or {})
+        try:
+            self.formats = {key: dict(value) for key, value in (formats or {}).items()}
+            self.modules = dict(modules or {})
+        except (TypeError, ValueError, AttributeError) as e:
+            raise _malformed(e) from e
 
     @classmethod
     def of(cls, formats: Mapping[str, Format], recipe: str | None = None) -> UltraLowBitConfig:
@@ -63,9 +74,7 @@ class UltraLowBitConfig(QuantizationConfigMixin):
             formats = {key: Format.from_dict(value) for key, value in self.formats.items()}
             return {name: formats[key] for name, key in self.modules.items()}
         except (KeyError, TypeError, AttributeError) as e:
-            raise CheckpointError(
-                f"the quantization_config is malformed ({e!r}): the config.json was edited or cut"
-            ) from e
+            raise _malformed(e) from e
 
 
 @register_quantizer(QUANT_METHOD)
@@ -81,13 +90,17 @@ class UltraLowBitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
+        modules = dict(model.named_modules())
         for name, format in self.quantization_config.module_formats().items():
-            try:
-                module = model.get_submodule(name)
-            except AttributeError:  # AutoModel builds the same decoder without the head's prefix
-                name = name.removeprefix(f"{model.base_model_prefix}.")
-                module = model.get_submodule(name)
-            swap(model, name, PackedLinear.replacing(module, format))
+            # AutoModel builds the same decoder without the head's prefix
+            names = (name, name.removeprefix(f"{model.base_model_prefix}."))
+            found = next((n for n in names if isinstance(modules.get(n), nn.Linear | Conv1D)), None)
+            if found is None:
+                raise CheckpointError(
+                    f"config.json lists {name} as packed, which is no Linear of {type(model).__name__}: "
+                    "the config.json was edited, or belongs to another model"
+                )
+            swap(model, found, PackedLinear.replacing(modules[found], format))
         if checkpoint_files is None:
             raise CheckpointError("a packed model is loaded from its safetensors files, not from a state_dict")
         check_files(model, checkpoint_files)
@@ -128,11 +141,24 @@ def read_headers(files: list[str] | list[Path]) -> dict[str, TensorSpec]:
     return found
 
 
+def match_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Name of each tensor of the model that a checkpoint holds -> its key there: with transformers' own renamings
+    (GPT-NeoX's `embed_out` is `lm_head` to it), and with or without the base model's prefix."""
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    prefix = f"{model.base_model_prefix}."
+    renamed = {apply_renamings(key, renamings): key for key in keys}
+    found = {}
+    for name in model.state_dict():
+        key = next((k for k in (name, name.removeprefix(prefix), prefix + name) if k in renamed), None)
+        if key is not None:
+            found[name] = renamed[key]
+    return found
+
+
 def check_files(model: PreTrainedModel, files: list[str]) -> None:
     """Raise `CheckpointError` unless every tensor of the model is in the files, as the model expects it."""
     found = read_headers(files)
-    prefix = f"{model.base_model_prefix}."
-    bare = not any(name.startswith(prefix) for name, _ in model.named_parameters())  # AutoModel: the decoder alone
+    key_of = match_keys(model, found)
     packed = {
         f"{name}.{suffix}": spec
         for name, module in model.named_modules()
@@ -141,7 +167,7 @@ def check_files(model: PreTrainedModel, files: list[str]) -> None:
     }
     problems = []
     for name, tensor in model.state_dict().items():
-        stored = found.get(prefix + name if bare else name, found.get(name))
+        stored = found.get(key_of.get(name))
         if stored is None:
             if name not in model.all_tied_weights_keys:
                 problems.append(f"{name} is missing")
@@ -149,6 +175,15 @@ def check_files(model: PreTrainedModel, files: list[str]) -> None:
             problems.append(f"{name} has shape {list(stored.shape)}, expected {list(tensor.shape)}")
         elif name in packed and stored.dtype != packed[name].dtype:
             problems.append(f"{name} has dtype {stored.dtype}, expected {packed[name].dtype}")
+        elif stored.dtype is None or stored.dtype.is_floating_point != tensor.dtype.is_floating_point:
+            problems.append(f"{name} has dtype {stored.dtype}, expected {tensor.dtype}")
+    # a part that the format leaves out would change what the others mean
+    modules = {key.rpartition(".")[0] for name, key in key_of.items() if name in packed}
+    problems += [
+        f"{key} is no part of the format of its module"
+        for key in sorted(found.keys() - set(key_of.values()))
+        if key.rpartition(".")[0] in modules
+    ]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise CheckpointError(
@@ -188,7 +223,8 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             config = json.loads((folder / "config.json").read_text())
         except (OSError, ValueError) as e:
             raise CheckpointError(f"{folder} holds no readable config.json ({e}): is it a checkpoint folder?") from e
-        method = (config.get("quantization_config") or {}).get("quant_method")
+        packing = config.get("quantization_config") if isinstance(config, dict) else None
+        method = packing.get("quant_method") if isinstance(packing, dict) else None
         if method != QUANT_METHOD:
             raise CheckpointError(
                 f"{folder} is not a packed checkpoint (its quant_method is {method!r}): make one with "

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from ultralowbit.eval.perplexity import Bos, Perplexity, perplexity, token_stream
 from ultralowbit.eval.size import Size, read_config_json
 from ultralowbit.hf import QUANT_METHOD, CheckpointError, load
+from ultralowbit.plan import available_memory
 from ultralowbit.text import InputError, read_text, reason, token_sha256
 
 DEFAULT_CONTEXT = 2048
@@ -110,7 +110,7 @@ def open_model(
 def too_large(size: Size, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the unpacked model should not be loaded, in words; None if there is room for it."""
     need = size.total_weights * dtype.itemsize * 1.1
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if need <= free:
         return None
     name = str(dtype).removeprefix("torch.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ultralowbit.format import TensorSpec
-from ultralowbit.hf import CheckpointError, read_headers
+from ultralowbit.hf import CheckpointError, match_keys, read_headers
 from ultralowbit.text import InputError
 
 MAX_UNQUANTIZED = 0.05
@@ -43,9 +44,9 @@ class Source:
         if index.exists():
             try:
                 self.file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError) as e:
+                self.files = sorted(set(self.file_of.values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
                 raise CheckpointError(f"{index} is not a readable index ({e!r}): download the model again") from e
-            self.files = sorted(set(self.file_of.values()))
         else:
             self.files = sorted(p.name for p in folder.glob("*.safetensors"))
             self.file_of = {name: file for file in self.files for name in read_headers([folder / file])}
@@ -94,21 +95,24 @@ class Decoder:
         try:
             with init_empty_weights(include_buffers=False):
                 self.model = AutoModelForCausalLM.from_config(
-                    self.config, dtype=dtype, trust_remote_code=trust_remote_code
+                    deepcopy(self.config),  # it notes the compute dtype there, ours keeps the stored one
+                    dtype=dtype,
+                    trust_remote_code=trust_remote_code,
                 ).eval()
         except (ValueError, KeyError, ImportError, AttributeError) as e:
             raise InputError(f"transformers cannot build a causal LM from {folder}/config.json: {e}") from e
         self.blocks_name, self.blocks = _find_blocks(self.model, self.config)
+        self.refuse_unquantizable()  # before the names: experts are stored under others, in other shapes
         self.key_of = self._match_keys()
 
     def _match_keys(self) -> dict[str, str]:
         """Name of each tensor of the model -> its name in the source; tied ones that the source leaves out are
         absent."""
-        prefix = f"{self.model.base_model_prefix}."
         tied = self.model.all_tied_weights_keys
+        key_of = match_keys(self.model, self.source.specs)
         found, missing = {}, []
         for name, tensor in self.model.state_dict().items():
-            key = next((k for k in (name, name.removeprefix(prefix), prefix + name) if k in self.source.specs), None)
+            key = key_of.get(name)
             if name in tied and tied[name] != name:
                 continue  # stored once, under the name it is tied to
             if key is None:
@@ -150,7 +154,8 @@ class Decoder:
         stored = self.source.read([self.key_of[name] for name in names])
         tensors = {name: stored[self.key_of[name]] for name in names}
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            # the extremes carry NaN and Inf on; isfinite() would take 40 times as long, and a copy
+            if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
                 raise CheckpointError(
                     f"{name} in {self.source.folder} holds NaN or Inf: the source checkpoint is damaged, nothing "
                     "can be calibrated through it"
@@ -168,7 +173,9 @@ class Decoder:
         """Block i on the device, with its tensors as stored; back on meta afterwards."""
         block = self.blocks[i]
         tensors = self.read(self.names_of_block(i))
-        computed = dict(block.named_buffers())  # not in the files: made when the model was built
+        prefix = f"{self.block_name(i)}."
+        # not in the files: made when the model was built
+        computed = {name: b for name, b in block.named_buffers() if prefix + name not in tensors}
         self.fill(tensors)
         _set_buffers(block, {name: buffer.to(self.device) for name, buffer in computed.items()})
         try:
@@ -214,7 +221,11 @@ class Decoder:
         """
         outside = [n for n in self.names_outside_blocks() if n != _head_name(self.model)]
         self.fill(self.read(outside))
-        computed = {n: b for n, b in self.model.named_buffers() if not n.startswith(f"{self.blocks_name}.")}
+        computed = {
+            name: buffer
+            for name, buffer in self.model.named_buffers()
+            if not name.startswith(f"{self.blocks_name}.") and name not in self.key_of
+        }
         _set_buffers(self.model, {name: buffer.to(self.device) for name, buffer in computed.items()})
         with self.filled_block(0) as (first, _):
             spy = _Spy(first, self.blocks)
@@ -231,6 +242,11 @@ class Decoder:
                 f"{self.config.model_type} runs its {len(self.blocks)} blocks {len(calls)} times in one forward pass: "
                 "decoders that skip or repeat blocks cannot be streamed"
             )
+        if not spy.alike:
+            raise InputError(
+                f"{self.config.model_type} passes its blocks more that depends on the text than the hidden states, "
+                "such as per-layer embeddings: such decoders cannot be streamed yet"
+            )
         for name in outside:
             set_module_tensor_to_device(self.model, name, "meta")
         return calls
@@ -242,32 +258,45 @@ class _Reached(Exception):
 
 class _Spy:
     """Stands in for the forward of every block. In the first pass it notes how each is called, runs block 0 and lets
-    the hidden states pass the others as if they had run; later passes end at block 0."""
+    the hidden states pass the others as if they had run; in the second, on other text, it looks whether they are
+    called alike; later passes end at block 0."""
 
     def __init__(self, first: nn.Module, blocks: nn.ModuleList) -> None:
         self.calls: list[BlockCall] = []
         self.hidden: Tensor | None = None  # what entered block 0 last
+        self.alike = True
         self._blocks, self._run_first = blocks, first.forward
+        self._passes = self._seen = 0
         for block in blocks:
             # the instance's attribute shadows the method, so that the model still finds all else on its block
             block.forward = self._pass
         first.forward = self._enter
 
     def _enter(self, *args: Any, **kwargs: Any) -> Any:
-        if self.calls:
-            self.hidden, _ = _split_call(args, kwargs)
-            raise _Reached
+        self._passes += 1
         self.hidden, call = _split_call(args, kwargs)
-        self.calls.append(call)
-        output = self._run_first(*args, **kwargs)
-        # blocks return hidden states bare, or first in a tuple
-        self._like = (lambda hidden: hidden) if isinstance(output, Tensor) else lambda hidden: (hidden, *output[1:])
-        return output
+        if self._passes > 2:
+            raise _Reached
+        self._note(call)
+        if self._passes == 1:
+            output = self._run_first(*args, **kwargs)
+            # blocks return hidden states bare, or first in a tuple
+            bare = isinstance(output, Tensor)
+            self._like = (lambda hidden: hidden) if bare else lambda hidden: (hidden, *output[1:])
+            return output
+        return self._like(self.hidden)
 
     def _pass(self, *args: Any, **kwargs: Any) -> Any:
         hidden, call = _split_call(args, kwargs)
-        self.calls.append(call)
+        self._note(call)
         return self._like(hidden)
+
+    def _note(self, call: BlockCall) -> None:
+        if self._passes == 1:
+            self.calls.append(call)
+        else:
+            self.alike &= _alike(call, self.calls[self._seen % len(self.calls)])
+        self._seen += 1
 
     def leave(self) -> None:
         for block in self._blocks:
@@ -279,6 +308,20 @@ def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
         return args[0], BlockCall(args[1:], kwargs)
     rest = dict(kwargs)
     return rest.pop("hidden_states"), BlockCall((), rest)
+
+
+def _alike(a: BlockCall, b: BlockCall) -> bool:
+    """Whether two calls pass the same tensors beside the hidden states."""
+    mine, theirs = list(_tensors([a.args, a.kwargs])), list(_tensors([b.args, b.kwargs]))
+    return len(mine) == len(theirs) and all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
 
 
 def _set_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:

@@ -11,11 +11,13 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +96,6 @@ def open_decoder(folder: Path, device: torch.device, trust_remote_code: bool = F
     decoder = Decoder(folder, torch.float32, device, trust_remote_code)
     if device.type != "cpu":
         decoder = Decoder(folder, decoder.config.dtype or torch.float32, device, trust_remote_code)
-    decoder.refuse_unquantizable()
     return decoder
 
 
@@ -105,7 +106,8 @@ def window_length(recipe: Recipe, decoder: Decoder) -> int:
 
 
 def packed_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format, tuple[int, int]]]:
-    """Format and (out, in) of every Linear that the recipe packs, known before any data is seen."""
+    """Format and (out, in) of every Linear that the recipe packs, as expected before any data is seen: where the choice
+    of weights depends on data, the packed result may need more room."""
     found = {}
     for i in range(len(decoder.blocks)):
         for name, module in decoder.linears(i, recipe.skip).items():
@@ -161,7 +163,7 @@ def compress(
         return Compressed(target, json.loads((target / MANIFEST).read_text()))
     try:
         _Run(job, decoder, recipe, data, progress).blocks()
-        manifest = _finish(job, model, folder, decoder, recipe, formats, data)
+        manifest = _finish(job, model, folder, decoder, recipe, data)
         job.publish()
     finally:
         job.close()
@@ -256,22 +258,12 @@ class _Run:
         decoder, state = self.decoder, self.job.state
         with decoder.filled_block(i) as (block, stored), torch.no_grad():
             linears = decoder.linears(i, self.recipe.skip)
-            stats: dict[str, InputStats] = {}
-            inputs = None
-            if calls is not None:
-                inputs = self._activations(i, create=False).tensor
-                wanted = {
-                    name: module
-                    for name, module in linears.items()
-                    if self.recipe.method_for(name).needs is Need.HESSIAN
-                }
-                stats = collect(block, wanted, calls[i], inputs, decoder.device, self._outliers())
             tensors = {name: tensor for name, tensor in stored.items() if name.removesuffix(".weight") not in linears}
-            for name, module in linears.items():
-                packed, result = quantize_linear(name, module, self.recipe.method_for(name), stats.get(name))
-                tensors |= {f"{name.removesuffix('.weight')}.{part}": t.cpu() for part, t in packed.tensors.items()}
+            inputs = None if calls is None else self._activations(i, create=False).tensor
+            for name, stats in self._statistics(block, linears, calls and calls[i], inputs):
+                packed, result = quantize_linear(linears[name], self.recipe.method_for(name), stats)
+                tensors |= {f"{name}.{part}": t.cpu() for part, t in packed.tensors.items()}
                 state["layers"][name] = result
-                _set_weight(module, packed)
                 if result["fallback"]:
                     self.progress.say(f"WARNING {name}: rounded to nearest, because {result['fallback']}")
             write_tensors(self.job.shards / self.job.shard_name(i, len(decoder.blocks) + 1), tensors)
@@ -281,6 +273,20 @@ class _Run:
                     outputs.tensor[k] = run_block(block, batch.to(decoder.device), calls[i]).cpu()
                 outputs.sync()
             self.progress.say(_block_line(decoder.block_name(i), {n: state["layers"][n] for n in linears}))
+
+    def _statistics(
+        self, block: nn.Module, linears: dict[str, nn.Module], call: BlockCall | None, inputs: Tensor | None
+    ) -> Iterator[tuple[str, InputStats | None]]:
+        """The Linears in the order of their use, each with what enters it: the caller has packed the ones before."""
+        groups = [] if inputs is None else input_groups(block, linears, call, inputs[0].to(self.decoder.device))
+        for group in groups:
+            stats = None
+            if any(self.recipe.method_for(name).needs is Need.HESSIAN for name in group.names):
+                stats = collect(block, linears[group.names[0]], group.calls, call, inputs, self._outliers())
+            for name in group.names:
+                yield name, stats
+        reached = {name for group in groups for name in group.names}
+        yield from ((name, None) for name in linears if name not in reached)
 
     def _outliers(self) -> int:
         clip = self.recipe.calibration.clip_tokens
@@ -295,81 +301,99 @@ def _batched(tokens: Tensor) -> Tensor:
     return tokens.view(-1, batch, length)
 
 
+class InputGroup(NamedTuple):
+    """Linears that are given the same tensor, and how often a forward pass calls the first of them."""
+
+    names: list[str]
+    calls: int
+
+
+def input_groups(block: nn.Module, linears: dict[str, nn.Module], call: BlockCall, hidden: Tensor) -> list[InputGroup]:
+    """Which Linears of a block share an input, in the order of use, seen by running it on hidden [batch, length, d]."""
+    seen: list[tuple[Tensor, list[str]]] = []  # holding the tensors keeps their identities apart
+    calls: Counter[str] = Counter()
+
+    def note(name: str, x: Tensor) -> None:
+        calls[name] += 1
+        if calls[name] == 1:
+            names = next((names for tensor, names in seen if tensor is x), None)
+            if names is None:
+                seen.append((x, [name]))
+            else:
+                names.append(name)
+
+    with ExitStack() as hooks:
+        for name, module in linears.items():
+            handle = module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+            hooks.callback(handle.remove)
+        run_block(block, hidden, call)
+    return [InputGroup(names, calls[names[0]]) for _, names in seen]
+
+
+class _Enough(Exception):
+    """The Linear has seen its input: the rest of the forward pass is not needed."""
+
+
 def collect(
-    block: nn.Module,
-    linears: dict[str, nn.Module],
-    call: BlockCall,
-    inputs: Tensor,
-    device: torch.device,
-    outliers: int = 0,
-) -> dict[str, InputStats]:
-    """Run a block on inputs [batches, batch, length, hidden] and gather what enters its Linears.
+    block: nn.Module, linear: nn.Module, calls: int, call: BlockCall, inputs: Tensor, outliers: int = 0
+) -> InputStats:
+    """What enters a Linear of a block that is run on inputs [batches, batch, length, d], up to that Linear.
 
-    Linears that are given the same tensor share one `InputStats`; one that is never called has none.
+    It is gathered when the Linears before it are packed, as `true_sequential` does in GPTQ's code: since each pass ends
+    at the Linear, all of a block's groups together cost little more than one whole forward pass.
     """
-    stats: dict[str, InputStats] = {}
-    leaders: set[str] = set()
-    seen: list[tuple[Tensor, InputStats]] = []  # of the first batch; holding the tensors keeps their identity apart
+    device = linear.weight.device
+    stats = InputStats(linear_shape(linear)[1], outliers, device)
+    left = 0
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            if name not in stats:
-                shared = next((s for tensor, s in seen if tensor is x), None)
-                if shared is not None:
-                    stats[name] = shared
-                    return
-                stats[name] = InputStats(x.shape[-1], outliers, device)
-                leaders.add(name)
-                seen.append((x, stats[name]))
-            if name in leaders:
-                stats[name].add(x)
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal left
+        stats.add(args[0])
+        left -= 1
+        if left == 0:
+            raise _Enough
 
-        return before
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
+    handle = linear.register_forward_pre_hook(before)
     try:
         for batch in inputs:
-            run_block(block, batch.to(device), call)
-            seen.clear()
+            left = calls
+            with suppress(_Enough):
+                run_block(block, batch.to(device), call)
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     return stats
 
 
-def quantize_linear(
-    name: str, module: nn.Module, method: Method, stats: InputStats | None
-) -> tuple[PackedWeight, dict[str, Any]]:
-    """Pack one Linear; a Hessian that cannot be used, or none where one is needed, falls back to round-to-nearest, and
-    says so in the result's `fallback`."""
+def quantize_linear(module: nn.Module, method: Method, stats: InputStats | None) -> tuple[PackedWeight, dict[str, Any]]:
+    """Pack one Linear and give it the weight that the packed bytes mean.
+
+    A Hessian that cannot be used, or none where one is needed, falls back to round-to-nearest, and says so in the
+    result's `fallback`.
+    """
     started = time.perf_counter()
     weight = module.weight.detach().float()
     weight = weight.T.contiguous() if isinstance(module, Conv1D) else weight
     fallback = None
     if method.needs is Need.HESSIAN and (stats is None or stats.count == 0):
         fallback, stats = "no calibration token reached it", None
-    notes_before = len(stats.notes) if stats else 0
     try:
         packed = method.quantize(weight, stats)
     except SingularHessian as e:
         fallback = str(e)
         packed = method.quantize(weight, None)
-    error = relative_error(weight, packed.dequantize(), stats.hessian) if stats and not fallback else None
+    dense = packed.dequantize()
+    error = relative_error(weight, dense, stats.hessian) if stats and not fallback else None
+    module.weight.copy_(dense.T if isinstance(module, Conv1D) else dense)
     return packed, {
         "shape": list(packed.shape),
         "format": packed.format.summary,
+        "layout": packed.format.to_dict(),
         "bits_per_weight": packed.bits_per_weight,
         "error": error,
         "fallback": fallback,
-        "notes": stats.notes[notes_before:] if stats else [],
+        "notes": list(stats.notes) if stats else [],
         "seconds": round(time.perf_counter() - started, 3),
     }
-
-
-def _set_weight(module: nn.Module, packed: PackedWeight) -> None:
-    weight = packed.dequantize(module.weight.dtype)
-    module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)
 
 
 def _block_line(name: str, layers: dict[str, dict[str, Any]]) -> str:
@@ -387,7 +411,6 @@ def _finish(
     folder: Path,
     decoder: Decoder,
     recipe: Recipe,
-    formats: dict[str, tuple[Format, tuple[int, int]]],
     data: Calibration | None,
 ) -> dict[str, Any]:
     """Everything but the blocks: the other tensors, index, config, tokenizer, recipe and manifest."""
@@ -404,7 +427,7 @@ def _finish(
     )
     config = decoder.config.to_dict()
     config["quantization_config"] = UltraLowBitConfig.of(
-        {name: format for name, (format, _) in formats.items()}, recipe.name
+        {name: Format.from_dict(layer["layout"]) for name, layer in job.state["layers"].items()}, recipe.name
     ).to_dict()
     config["architectures"] = config.get("architectures") or [type(decoder.model).__name__]
     write_json(job.shards / "config.json", config)

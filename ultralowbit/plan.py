@@ -1,7 +1,7 @@
 """What `compress` would write, need and take, before anything heavy: from headers, config.json and a second of timing.
 
-The size is exact, as formats are known before any data is seen. Memory and time are estimates for the pipeline as it
-is: `_memory` and `_seconds` follow pipeline.py, stats.py and methods/base.py.
+The size is exact where formats are known before any data is seen, else what the method expects. Memory and time are
+estimates for the pipeline as it is: `_memory` and `_seconds` follow pipeline.py, stats.py and methods/base.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ultralowbit.eval.size import Size
-from ultralowbit.format import Format
+from ultralowbit.format import Bitmap, Format
 from ultralowbit.hub import resolve_model
 from ultralowbit.linear import linear_shape
 from ultralowbit.methods import Method, Need
@@ -127,6 +127,8 @@ def plan(
     size = _size(decoder, formats)
     work = _Work(decoder, recipe, formats)
     notes = [] if work.exact_groups else ["which Linears share an input is not known: one Hessian a Linear is assumed"]
+    if any(isinstance(format.overlay, Bitmap) for format, _ in formats.values()):
+        notes.append("how many weights the fullest rows keep at 8 bits depends on data: the files may become larger")
     if work.tokens:
         notes.append(
             f"getting and tokenising the calibration text ({recipe.calibration.source}) is not in the estimates"
@@ -143,7 +145,7 @@ def plan(
         device_memory=device_memory,
         disk={"packed checkpoint": size.total_bytes, "activation files": 2 * work.activations},
         seconds=_seconds(work, size),
-        available_memory=_available_memory(),
+        available_memory=available_memory(),
         available_device_memory=torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else 0,
         available_disk=shutil.disk_usage(_existing(Path(out).expanduser())).free,
         notes=notes,
@@ -152,15 +154,15 @@ def plan(
 
 def _size(decoder: Decoder, formats: dict[str, tuple[Format, tuple[int, int]]]) -> Size:
     """What the packed checkpoint will hold: the packed tensors of each Linear, all else as it is stored now."""
-    tensors = {name: decoder.source.specs[key] for name, key in decoder.key_of.items() if _owner(name) not in formats}
+    tensors = {
+        name: decoder.source.specs[key]
+        for name, key in decoder.key_of.items()
+        if name.removesuffix(".weight") not in formats
+    }
     for name, (format, shape) in formats.items():
         tensors |= {f"{name}.{suffix}": spec for suffix, spec in format.tensors(*shape).items()}
     vocabulary = getattr(decoder.config.get_text_config(), "vocab_size", None)
     return Size.of(tensors, {name: format for name, (format, _) in formats.items()}, vocabulary)
-
-
-def _owner(name: str) -> str | None:
-    return name.removesuffix(".weight") if name.endswith(".weight") else None
 
 
 class _Work:
@@ -178,7 +180,7 @@ class _Work:
         self.outliers = 0 if clip is None else int(self.tokens * (1 - clip)) + 1  # tokens held back by each Hessian
         self.hidden = decoder.config.get_text_config().hidden_size
         self.activations = self.tokens * self.hidden * decoder.dtype.itemsize  # bytes of one activation file
-        leaders = input_groups(decoder) if calibrated else {}
+        leaders = shared_inputs(decoder) if calibrated else {}
         self.exact_groups = leaders is not None
         leader_of = {name: (leaders or {}).get(name, name) for name in calibrated}
         self.hessians = [  # of each block, `in` of each input group
@@ -191,7 +193,7 @@ class _Work:
         ]
 
 
-def input_groups(decoder: Decoder) -> dict[str, str] | None:
+def shared_inputs(decoder: Decoder) -> dict[str, str] | None:
     """Linear -> the first one that is given the same input tensor, found by a forward pass on meta; None for a model
     whose forward needs values."""
     leaders: dict[int, str] = {}
@@ -235,19 +237,18 @@ def _memory(work: _Work) -> tuple[dict[str, int], dict[str, int]]:
     stored, computed = max(blocks)
     outside, outside_computed = sizes(decoder.names_outside_blocks())
     widest = max((m for block in work.hessians for m in block), default=0)
-    # the fp32 sum and its factor stay until the block is done; so do the tokens held back
-    hessians = max(sum(8 * m * m + 4 * work.outliers * m for m in block) for block in work.hessians)
-    factorise = 3 * 8 * widest**2  # fp64: the matrix, its flipped copy or factor, LAPACK's workspace
+    hessians = 8 * widest**2 + 4 * work.outliers * widest  # one group at a time: fp32 sum, factor, tokens held back
+    factorise = 5 * 4 * widest**2  # beside the sum: the fp64 matrix, its flipped copy or factor, a product of halves
     solve = (12 if compute == 4 else 16) * max(n * m for n, m in work.shapes.values())  # fp32 copies of one weight
     forward = work.batch * compute * (8 * work.hidden + 3 * max(max(shape) for shape in work.shapes.values()))
-    held_back = 8 * (work.outliers + work.batch) * widest if work.outliers else 0
+    gather = 4 * widest**2 + 8 * (work.outliers + work.batch) * widest * (work.outliers > 0)  # last group's; clipping
     process = {"this process": psutil.Process().memory_info().rss}
     mapped = {ACTIVATIONS: 2 * work.activations} if work.tokens else {}
     blockwise = {"block as stored": stored}
     on_device = {
         "block": computed,
-        "Hessians and their factors": hessians,
-        "working memory": max(factorise, solve, forward + held_back),
+        "Hessian and its factor": hessians,
+        "working memory": max(factorise, solve, forward + gather),
     }
     entering = {"embeddings and block as stored": outside + stored}
     entering_on_device = {"embeddings and block": outside_computed + computed} if work.tokens else {}
@@ -341,7 +342,7 @@ def _column_seconds(method: Method, device: torch.device) -> tuple[float, float]
     return max(0.0, low - few * m * per_weight) / m, per_weight
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes that this process can still take: of the machine, or of the container where that has less."""
     free = psutil.virtual_memory().available
     with suppress(OSError, ValueError):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from rich import box
 from rich.table import Table
 
+from ultralowbit.bench import peak_memory
 from ultralowbit.checkpoint import MANIFEST, sha256_file, write_atomic, write_json
 from ultralowbit.console import Watch, clock, human
 from ultralowbit.eval.perplexity import Perplexity
@@ -52,7 +51,7 @@ class Texts:
 
 
 def default_source(recipe: Recipe) -> str:
-    """The calibration's own hub dataset, of which perplexity reads the test split, else the text that is always there."""
+    """The calibration's own dataset, if on the hub (perplexity reads its test split), else the text always there."""
     source = recipe.calibration.source
     methods = [recipe.solve, *(override.solve for override in recipe.overrides)]
     calibrated = any(method.needs is not Need.NOTHING for method in methods)
@@ -138,12 +137,6 @@ def run(
     return report
 
 
-def peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def collapsed(perplexity: float, vocabulary: int | None) -> bool:
     """Whether a model predicts worse than one that guesses among its tokens."""
     return not math.isfinite(perplexity) or (vocabulary is not None and perplexity > vocabulary)
@@ -173,13 +166,13 @@ def _earlier(out: Path, digest: str) -> dict[str, Any]:
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         if report["schema_version"] != SCHEMA_VERSION or report["manifest"]["sha256"] != digest:
             return {}
-        found = {row: [_perplexity(p) for p in report[row]["perplexity"]] for row in ("original", "packed")}
+        found = {row: [stored_perplexity(p) for p in report[row]["perplexity"]] for row in ("original", "packed")}
         return {**found, "peak": report["packed"]["peak_memory_bytes"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def _perplexity(stored: dict[str, Any]) -> Perplexity:
+def stored_perplexity(stored: dict[str, Any]) -> Perplexity:
     return Perplexity(**{**stored, "perplexity": float(stored["perplexity"]), "nll": float(stored["nll"])})
 
 
@@ -204,58 +197,65 @@ def render(template: str, values: dict[str, Any]) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"human": human, "clock": clock, "number": number, "percent": "{:.2%}".format}
-    environment.globals |= {"columns": columns, "cells": cells}
+    environment.globals["markdown"] = markdown
     text = (files("ultralowbit") / "templates" / template).read_text(encoding="utf-8")
     return environment.from_string(text).render(values)
 
 
-def number(value: float) -> str:
-    """A perplexity with as many digits as mean something."""
+def number(value: float | str) -> str:
+    """A perplexity with as many digits as mean something; takes the strings that `strict` makes of nan and inf."""
+    value = float(value)
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}" if value >= 100 else f"{value:.3f}"
 
 
-def columns(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Headers of the table of `rows`, which are reports' "original" and "packed"."""
+def grid(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Headers and cells of the table of `rows`, which are reports' "original" and "packed"; no column is empty."""
     sources = dict.fromkeys(p["source"] for row in rows for p in row["perplexity"])
     texts = [f"perplexity {Path(source).name}" for source in sources]
-    return ["", *texts, "linear bits", "claimed bits", "model bits", "file", "time", "peak memory"]
-
-
-def cells(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
-    """One line of the table of `rows`."""
-    size = row["size"]
-    measured = {p["source"]: number(p["perplexity"]) for p in row["perplexity"]}
-    sources = dict.fromkeys(p["source"] for other in rows for p in other["perplexity"])
-    linear, claimed = size["linear_bits_per_weight"], size["claimed_bits"]
-    return [
-        row["label"],
-        *(measured.get(source, "-") for source in sources),
-        # an unpacked checkpoint stores all its weights alike
-        f"{size['model_bits_per_weight'] if linear is None else linear:.3f}",
-        "-" if claimed is None else f"{claimed:.2f}",
-        f"{size['model_bits_per_weight']:.3f}",
-        human(size["file_bytes"]),
-        "-" if row["seconds"] is None else clock(row["seconds"]),
-        "-" if row["peak_memory_bytes"] is None else human(row["peak_memory_bytes"]),
-    ]
+    lines = [["", *texts, "linear bits", "claimed bits", "model bits", "file", "time", "peak memory"]]
+    for row in rows:
+        size = row["size"]
+        measured = {p["source"]: number(p["perplexity"]) for p in row["perplexity"]}
+        linear, claimed = size["linear_bits_per_weight"], size["claimed_bits"]
+        lines.append([
+            row["label"],
+            *(measured.get(source, "-") for source in sources),
+            # an unpacked checkpoint stores all its weights alike
+            f"{size['model_bits_per_weight'] if linear is None else linear:.3f}",
+            "-" if claimed is None else f"{claimed:.2f}",
+            f"{size['model_bits_per_weight']:.3f}",
+            human(size["file_bytes"]),
+            "-" if row["seconds"] is None else clock(row["seconds"]),
+            "-" if row["peak_memory_bytes"] is None else human(row["peak_memory_bytes"]),
+        ])  # fmt: skip
+    columns = zip(*lines, strict=True)
+    return [list(line) for line in zip(*(c for c in columns if set(c[1:]) != {"-"}), strict=True)]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The same for a terminal of 80 columns."""
+    """The grid for a terminal of 80 columns."""
+    headers, *lines = grid(rows)
     found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for i, header in enumerate(columns(rows)):
+    for i, header in enumerate(headers):
         found.add_column(header.replace(" ", "\n", 1), justify="right" if i else "left", overflow="fold", max_width=18)
-    for row in rows:
-        found.add_row(*cells(row, rows))
+    for line in lines:
+        found.add_row(*line)
     return found
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The grid as a markdown table."""
+    headers, *lines = grid(rows)
+    rule = ["---", *["---:"] * (len(headers) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [headers, rule, *lines])
 
 
 def protocol(measured: Iterable[dict[str, Any]]) -> list[str]:
     """How the perplexities were measured, one line a text: two numbers compare only where these lines agree."""
     return [
-        f"{p['source']}: {p['windows']} windows of {p['context']} tokens that do not overlap, {p['tokens']:,} predicted, "
-        f"{p['dtype']}, sha256 {p['sha256'][:12]}"
+        f"{p['source']}: {p['windows']} windows of {p['context']} tokens that do not overlap, "
+        f"{p['tokens']:,} predicted, {p['dtype']}, sha256 {p['sha256'][:12]}"
         for p in measured
     ]

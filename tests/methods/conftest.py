@@ -38,7 +38,7 @@ def random_layer(rows: int, columns: int, seed: int = 0, tokens: int | None = No
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
     weight *= torch.randn(rows, 1, generator=generator).exp()
-    mix = torch.randn(columns, columns, generator=generator) * torch.rand(columns, generator=generator)
+    mix = torch.randn(columns, columns, generator=generator) * (torch.rand(columns, generator=generator) + 0.2)
     x = torch.randn(tokens or 4 * columns, columns, generator=generator) @ mix / columns**0.5 * 4
     return Layer(weight, x.round().clamp(-60, 60))
 

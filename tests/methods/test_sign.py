@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -102,14 +102,9 @@ def test_every_weight_takes_the_nearest_level(layer, bases):
 def test_more_iterations_never_raise_the_error_of_a_row(layer, group):
     weight = layer(30, 128).weight
     for bases in (2, 3, 4):
-        errors = [
-            (solved(Sign(bases=bases, group=group, iterations=n), weight) - weight)
-            .square()
-            .view(30, -1, group or 128)
-            .sum(2)
-            for n in (0, 1, 2, 15)
-        ]
-        for before, after in zip(errors, errors[1:], strict=False):
+        found = [solved(Sign(bases=bases, group=group, iterations=n), weight) for n in (0, 1, 2, 15)]
+        errors = [(q - weight).square().view(30, -1, group or 128).sum(2) for q in found]
+        for before, after in pairwise(errors):
             assert (after <= before * (1 + 1e-6)).all()
         assert errors[-1].sum() < 0.99 * errors[0].sum()
 
@@ -120,7 +115,7 @@ def test_every_plane_lowers_the_error(layer, data):
     stats = problem.stats if data else None
     found = [solved(Sign(bases=k), problem.weight, stats) for k in (1, 2, 3, 4)]
     losses = [problem.loss(q) if data else (q - problem.weight).square().sum().item() for q in found]
-    assert all(after < 0.7 * before for before, after in zip(losses, losses[1:], strict=False))
+    assert all(after < 0.7 * before for before, after in pairwise(losses))
 
 
 @pytest.mark.parametrize("bases", [1, 2])

@@ -85,10 +85,11 @@ def next_token_loss(model: LlamaForCausalLM, windows: Tensor, bf16: bool) -> Ten
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, tokens: Tensor, length: int = 256, bf16: bool = False) -> float:
     """Return the mean loss over the whole windows of length tokens, each predicting length - 1, in tokens [count]."""
+    training = model.training
     model.eval()
     windows = tokens[: len(tokens) // length * length].view(-1, length)
     losses = [next_token_loss(model, part, bf16) * len(part) for part in windows.split(32)]
-    model.train()
+    model.train(training)
     return float(sum(losses)) / len(windows)
 
 
@@ -168,6 +169,7 @@ def main() -> None:
 
     train(model, stream, heldout, args)
     model.to(torch.bfloat16).save_pretrained(args.out)
+    (args.out / "model.safetensors").chmod(0o644)  # written for its owner alone, and packaged with that mode
     tokenizer.save_pretrained(args.out)
     model.float()  # the written weights' own losses, in float32 arithmetic
     for name, tokens in (("train", stream), ("heldout", heldout)):

@@ -2,9 +2,10 @@
 
 from ultralowbit.methods.base import Method, Need
 from ultralowbit.methods.gptq import GPTQ
+from ultralowbit.methods.pb_llm import PBLLM
 from ultralowbit.methods.rtn import RTN
 from ultralowbit.methods.sign import Sign
 
-METHODS: dict[str, type[Method]] = {"rtn": RTN, "gptq": GPTQ, "sign": Sign}
+METHODS: dict[str, type[Method]] = {"rtn": RTN, "gptq": GPTQ, "sign": Sign, "pb_llm": PBLLM}
 
 __all__ = ["METHODS", "Method", "Need"]

@@ -34,7 +34,7 @@ class Method(Protocol):
     needs: ClassVar[Need]
 
     def format(self, in_features: int) -> Format:
-        """How a weight with `in_features` columns will be stored; known before any data is seen."""
+        """How a weight with `in_features` columns will be stored; where that depends on data, a likely format."""
         ...
 
     def quantize(self, weight: Tensor, stats: InputStats | None) -> PackedWeight:
@@ -54,8 +54,9 @@ class Rounding(Protocol):
         """Choose the parameters of group g for weight [columns, out]; importance [columns] > 0 weighs the columns."""
         ...
 
-    def round(self, g: int, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """weight [..., out] -> (codes [..., out] uint8, the values they stand for [..., out])."""
+    def round(self, g: int, weight: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        """weight [columns, out], or [out] for one column, of group g -> (codes uint8, the values they stand for), both
+        in its shape. `first` is the place of the first column in the original weight."""
         ...
 
     def pack(self, codes: Tensor) -> PackedWeight:
@@ -102,7 +103,7 @@ class IntRounding:
         self.scale[g] = scale
         self.zero[g] = (self.top + 1) / 2 if self.symmetric else (-low / scale).round_().clamp_(0, self.top)
 
-    def round(self, g: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def round(self, g: int, weight: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         scale, zero = self.scale[g], self.zero[g]
         codes = (weight / scale).round_().add_(zero).clamp_(0, self.top)
         return codes.to(torch.uint8), (codes - zero).mul_(scale)
@@ -201,7 +202,7 @@ class SignRounding:
         values, codes = (self.signs @ scale).sort(dim=0)
         return _Levels(values, codes.to(torch.uint8), (values[1:] + values[:-1]) / 2)
 
-    def round(self, g: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def round(self, g: int, weight: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         return self._tables[g].nearest(weight)
 
     def pack(self, codes: Tensor) -> PackedWeight:
@@ -217,7 +218,7 @@ def round_to_nearest(weight: Tensor, rounding: Rounding) -> PackedWeight:
     for g, start in enumerate(range(0, len(columns), group)):
         part = columns[start : start + group]
         rounding.fit(g, part, None)
-        codes[start : start + group] = rounding.round(g, part)[0]
+        codes[start : start + group] = rounding.round(g, part, start)[0]
     return rounding.pack(codes.T.contiguous())
 
 
@@ -234,7 +235,8 @@ def compensate(weight: Tensor, rounding: Rounding, factor: Factor) -> PackedWeig
     paper's block size has no counterpart, the result does not depend on it.
     """
     U, order = factor.U, factor.order
-    columns = weight.T.contiguous() if order is None else weight.T[order]  # [in, out]; done rows hold their error
+    # [in, out]; done rows hold their error. A copy always: one row, one column or a transposed view is contiguous as is
+    columns = weight.T.clone(memory_format=torch.contiguous_format) if order is None else weight.T[order]
     total = len(columns)
     codes = torch.empty_like(columns, dtype=torch.uint8)
     group = rounding.group or total
@@ -244,9 +246,7 @@ def compensate(weight: Tensor, rounding: Rounding, factor: Factor) -> PackedWeig
         original = torch.empty_like(importance).scatter_(0, order, importance)
         for g, start in enumerate(range(0, total, group)):
             rounding.fit(g, weight[:, start : start + group].T, original[start : start + group])
-        group_of = (order // group).tolist()
-    else:
-        group_of = [j // group for j in range(total)]
+    places = list(range(total)) if order is None else order.tolist()  # in the original weight
 
     def solve(low: int, high: int) -> None:
         if high - low > _LEAF:
@@ -261,7 +261,7 @@ def compensate(weight: Tensor, rounding: Rounding, factor: Factor) -> PackedWeig
             if order is None and j % group == 0:
                 rounding.fit(j // group, columns[j : j + group], importance[j : j + group])
             column = columns[j]
-            codes[j], value = rounding.round(group_of[j], column)
+            codes[j], value = rounding.round(places[j] // group, column, places[j])
             column.sub_(value).div_(pivots[j])
             columns[j + 1 : high].addr_(U[j, j + 1 : high], column, alpha=-1)
 

@@ -1,0 +1,59 @@
+"""The pipeline benchmark runs and reports what it promises; no speed is asserted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ultralowbit.bench import Shape, packing_bench, peak_memory, pipeline_bench, unavoidable, write_model, write_text
+from ultralowbit.text import read_text
+
+TINY = Shape(hidden=64, inter=172, heads=4, kv_heads=2, vocab=96)
+
+
+def test_models_load_and_words_are_tokens(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "model", 2, TINY))
+    assert model.dtype == torch.bfloat16 and model.config.num_hidden_layers == 2
+    sizes = {name: tuple(w.shape) for name, w in model.model.layers[0].named_parameters() if w.ndim == 2}
+    assert sizes == {f"{name}.weight": size for name, size in TINY.linears.items()}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    text = read_text(str(write_text(tmp_path / "text.txt", 100, TINY.vocab)), "train").text
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert [f"w{i}" for i in ids] == text.split() and len(ids) == 100
+
+
+def test_pipeline_bench(tmp_path):
+    said = []
+    result = pipeline_bench((2, 1), 4, 16, json_file=tmp_path / "bench.json", shape=TINY, say=said.append)
+    assert [len(run["block_seconds"]) for run in result["runs"].values()] == [2, 1]
+    for depth, run in result["runs"].items():
+        assert run["unavoidable"].keys() == {"forward passes", "Hessians", "factors", "updates"}
+        assert run["unavoidable_seconds"] == pytest.approx(depth * sum(run["unavoidable"].values()))
+        assert run["ratio"] == pytest.approx(run["seconds"] / run["unavoidable_seconds"])
+        assert sum(run["block_seconds"]) <= run["seconds"] + 0.01 and run["peak_bytes"] > 1e8
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["runs"]["2"] == result["runs"][2] and found["packing"] == result["packing"]
+    assert sum("peak memory" in line for line in said) == 2
+    assert list(tmp_path.iterdir()) == [tmp_path / "bench.json"]
+
+
+def test_out_folder_is_kept_but_emptied_of_models(tmp_path):
+    result = pipeline_bench((1,), 4, 16, "rtn-4bit", out=tmp_path, shape=TINY, say=lambda line: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+    # rounding to nearest needs no data: nothing is unavoidable
+    assert (result["runs"][1]["unavoidable"], result["runs"][1]["ratio"]) == ({}, None)
+
+
+def test_packing_and_bare_products():
+    threads = torch.get_num_threads()
+    state = torch.random.get_rng_state()
+    rows = packing_bench(32, 200)
+    assert [row["what"] for row in rows[:3]] == ["copy", "200x1sign/row", "200x1sign/g128"] and len(rows) == 9
+    assert all(row["pack"] > 0 and row["unpack"] > 0 for row in rows)
+    assert all(seconds > 0 for seconds in unavoidable(TINY, 4, 16).values())
+    assert torch.get_num_threads() == threads
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert peak_memory() > 1e8

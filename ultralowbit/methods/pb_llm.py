@@ -1,0 +1,129 @@
+"""PB-LLM, its post-training form PB-GPTQ. Shang, Yuan, Wu, Dong: PB-LLM: Partially Binarized Large Language Models,
+ICLR 2024, arXiv 2310.00034.
+
+The salient share of the weights, by w_ij^2 / U_jj^2 or |w_ij|, is kept at 8 bits, asymmetric between the smallest and
+largest weight of its row; the others are binarised for each row (and group):
+
+    q = mu + alpha sign(w - mu),   mu = mean w,   alpha = mean |w - mu|,   means over the binarised weights.
+
+Which weights are salient is fixed on the original weights; columns are then compensated as in GPTQ, for the errors of
+both kinds.
+
+Differences from the published code: its means count the salient weights as zeros and divide by all columns, which
+shrinks mu and adds |mu| to alpha; the paper writes the salience with [H^-1]_jj^2, the code with U_jj^2, as here; scales
+are rounded to the stored fp16 before the signs are chosen. The code, which stores nothing, takes as salient what
+exceeds one order statistic of the whole matrix (or group of columns): that is `selection: threshold`, packed with a bit
+a weight for the mask and as many bytes in each row as the fullest one needs. `count` takes the same share of every row
+and 256 columns instead: a salient weight then costs 8 bits for its place and 8 for its value. The paper's 1.7 bits at
+10 % leave the places out.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ultralowbit.format import Bitmap, Format, Overlay, PackedWeight, Planes, group_count, to_scale
+from ultralowbit.methods.base import IntRounding, Need, compensate, fields, round_to_nearest
+from ultralowbit.stats import InputStats
+
+BLOCK = 256
+"""Columns in which `count` takes the same number of weights from every row: their places are bytes."""
+
+
+@fields
+class PBLLM:
+    """ratio: share of the weights kept at 8 bits; salience, selection: which those are; group: columns that share a
+    mean and scale, and with `threshold` an order statistic, null for the row; damp: as in GPTQ."""
+
+    needs: ClassVar[Need] = Need.HESSIAN
+    method: Literal["pb_llm"] = "pb_llm"
+    ratio: float = Field(0.1, ge=0, le=1)
+    salience: Literal["hessian", "magnitude"] = "hessian"
+    selection: Literal["count", "threshold"] = "count"
+    group: Literal[32, 64, 128] | None = None
+    damp: float = Field(0.01, gt=0, le=1)
+
+    def format(self, in_features: int) -> Format:
+        """With `threshold` the fullest row is not known before: its share of salient weights is taken to be `ratio`."""
+        if self.selection == "threshold":
+            return self._format(in_features, math.ceil(self.ratio * in_features))
+        return self._format(in_features, round(self.ratio * BLOCK))
+
+    def _format(self, columns: int, count: int) -> Format:
+        overlay = None
+        if count:
+            threshold = self.selection == "threshold"
+            overlay = Bitmap(columns, count, self.ratio) if threshold else Overlay(columns, count, BLOCK)
+        return Format((Planes(columns, 1, self.group, offset=True),), overlay)
+
+    def quantize(self, weight: Tensor, stats: InputStats | None) -> PackedWeight:
+        factor = None if stats is None else stats.factor(self.damp)
+        score = weight.abs()
+        if factor is not None and self.salience == "hessian":
+            score /= factor.U.diagonal()  # the root of w^2 / U_jj^2 orders the weights alike
+        salient = self._above_threshold(score) if self.selection == "threshold" else self._largest(score)
+        count = int(salient.sum(1).max()) if self.selection == "threshold" else round(self.ratio * BLOCK)
+        rounding = _PartlyBinary(weight, salient, self._format(weight.shape[1], count))
+        return round_to_nearest(weight, rounding) if factor is None else compensate(weight, rounding, factor)
+
+    def _largest(self, score: Tensor) -> Tensor:
+        """The `ratio` largest scores [out, in] of every row and block."""
+        salient = torch.zeros_like(score, dtype=torch.bool)
+        overlay = self.format(score.shape[1]).overlay
+        for start, size, entries in overlay.blocks if overlay else ():
+            order = score[:, start : start + size].argsort(dim=1, descending=True, stable=True)
+            salient[:, start : start + size].scatter_(1, order[:, :entries], True)
+        return salient
+
+    def _above_threshold(self, score: Tensor) -> Tensor:
+        """The scores [out, in] above the order statistic of their group of columns, taken over all rows."""
+        salient = torch.zeros_like(score, dtype=torch.bool)
+        group = self.group or score.shape[1]
+        for start in range(0, score.shape[1], group):
+            part = score[:, start : start + group]
+            rank = int(part.numel() * (1 - self.ratio))
+            if rank == 0:
+                salient[:, start : start + group] = True
+            elif rank < part.numel():
+                salient[:, start : start + group] = part > part.flatten().kthvalue(rank).values
+        return salient
+
+
+class _PartlyBinary:
+    """Salient weights at 8 bits between the ends of their row; the others of a group at their mean -+ a distance."""
+
+    def __init__(self, weight: Tensor, salient: Tensor, format: Format) -> None:
+        (out, columns), device = weight.shape, weight.device
+        self.format, self.group = format, format.segments[0].group
+        self.low = ~salient.T.contiguous()  # [in, out]
+        self.high = IntRounding(out, columns, 8, None, False, False, device)
+        self.high.fit(0, weight.T, None)
+        groups = group_count(columns, self.group)
+        self.mean = torch.zeros(groups, out, device=device)
+        self.scale = torch.zeros(groups, out, device=device)
+
+    def fit(self, g: int, weight: Tensor, importance: Tensor | None) -> None:
+        start = g * (self.group or 0)
+        low = self.low[start : start + len(weight)]  # [columns, out]
+        count = low.sum(0).clamp_min(1)
+        self.mean[g] = mean = to_scale((weight * low).sum(0) / count)
+        self.scale[g] = to_scale(((weight - mean).abs_() * low).sum(0) / count)
+
+    def round(self, g: int, weight: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        mean, scale = self.mean[g], self.scale[g]
+        low = self.low[first] if weight.dim() == 1 else self.low[first : first + len(weight)]
+        bits = weight >= mean
+        codes, values = self.high.round(0, weight)
+        return torch.where(low, bits, codes), torch.where(low, torch.where(bits, scale, -scale) + mean, values)
+
+    def pack(self, codes: Tensor) -> PackedWeight:
+        low = self.low.T
+        parts = [{"bits": ((codes > 0) & low)[None], "scale": self.scale.T[None], "offset": self.mean.T}]
+        if self.format.overlay is not None:
+            parts.append({"mask": ~low, "codes": codes, "scale": self.high.scale[0], "zero": self.high.zero[0]})
+        return PackedWeight.encode(self.format, *parts)
