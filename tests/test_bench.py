@@ -36,7 +36,7 @@ def test_pipeline_bench(tmp_path):
         assert sum(run["block_seconds"]) <= run["seconds"] + 0.01 and run["peak_bytes"] > 1e8
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["runs"]["2"] == result["runs"][2] and found["packing"] == result["packing"]
-    assert sum("peak memory" in line for line in said) == 2
+    assert sum("layers: peak memory" in line for line in said) == 2
     assert list(tmp_path.iterdir()) == [tmp_path / "bench.json"]
 
 

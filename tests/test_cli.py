@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from ultralowbit.eval.size import measure
 
 import ultralowbit
+from ultralowbit import report as reports
 from ultralowbit.checkpoint import DiskFull
 from ultralowbit.cli import app, explain
 from ultralowbit.demo import run as demo
@@ -100,6 +101,35 @@ def test_a_finished_folder_is_measured_only_where_it_was_not(run, model, text, t
     report = json.loads((tmp_path / "tiny-rtn-4bit/report.json").read_text())
     assert report["packed"]["perplexity"] == []
     assert "Not measured." in (tmp_path / "tiny-rtn-4bit/report.md").read_text()
+
+
+def test_an_original_that_does_not_fit_is_left_out(run, model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("ultralowbit.measure.available_memory", lambda: 1000)
+    result = run("compress", model, "--recipe", "rtn-4bit", *options(text))
+    assert result.exit_code == 0, result.output
+    assert "not measured: it needs" in result.stdout and "WARNING" in result.stderr
+    report = json.loads((tmp_path / "tiny-rtn-4bit/report.json").read_text())
+    assert report["original"]["perplexity"] == [] and report["packed"]["perplexity"]
+    assert "not measured: it needs" in (tmp_path / "tiny-rtn-4bit/report.md").read_text()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    run("compress", model, "--recipe", "rtn-4bit", *options(text))  # there is room now
+    again = json.loads((tmp_path / "tiny-rtn-4bit/report.json").read_text())
+    assert again["original"]["perplexity"] and again["packed"] == report["packed"]
+
+
+def test_a_killed_report_is_made_up_for(run, model, text, tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reports, "measure", stop)
+    result = run("compress", model, "--recipe", "rtn-4bit", *options(text))
+    assert result.exit_code == 130 and "to go on, run:" in result.stderr
+    assert verify(tmp_path / "tiny-rtn-4bit") == []
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert run("compress", model, "--recipe", "rtn-4bit", *options(text)).exit_code == 0
+    assert (tmp_path / "tiny-rtn-4bit/report.md").exists()
 
 
 def test_mistakes_are_one_sentence_and_exit_2(run, model, text, tmp_path):

@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ultralowbit.format import Format, Ints, PackedWeight, Planes, Segment, group_count
-from ultralowbit.pipeline import _batched
+from ultralowbit.pipeline import _batched, compress
+from ultralowbit.recipe import Recipe
 from ultralowbit.stats import _invert_upper
 
 
@@ -137,6 +138,12 @@ def pipeline_bench(
                     f"           unavoidable {run['unavoidable_seconds']:.1f} s: {parts} a block; "
                     f"the run takes {run['ratio']:.2f} times that"
                 )
+    peaks = [run["peak_bytes"] for run in result["runs"].values()]
+    medians = [statistics.median(run["block_seconds"]) for run in result["runs"].values()]
+    say(
+        f"between depths, peak memory differs by {(max(peaks) - min(peaks)) / 1e6:.0f} MB, the seconds of a block by "
+        f"{max(medians) / min(medians) - 1:.0%}"
+    )
     result["packing"] = packing_bench()
     say("one thread, GB of fp32 weights a second:")
     for row in result["packing"]:
@@ -164,19 +171,15 @@ def _fresh_run(folder: Path, depth: int, samples: int, length: int, recipe: str,
 
 def _run(task: dict[str, Any]) -> dict[str, Any]:
     """What the fresh process does: compress, note the peak, then time the bare products in the same process."""
-    from ultralowbit.pipeline import compress
-    from ultralowbit.recipe import Recipe
-
     recipe = Recipe.load(task["recipe"], task["settings"])
     started = time.perf_counter()
     manifest = compress(task["model"], recipe, task["out"], device="cpu").manifest
     seconds = time.perf_counter() - started
     peak = peak_memory()
     blocks = list(manifest["block_seconds"].values())
-    calibrated = manifest["calibration"] is not None
-    bare = (
-        unavoidable(Shape(**task["shape"]), recipe.calibration.samples, recipe.calibration.length) if calibrated else {}
-    )
+    bare = {}
+    if manifest["calibration"] is not None:
+        bare = unavoidable(Shape(**task["shape"]), recipe.calibration.samples, recipe.calibration.length)
     total = len(blocks) * sum(bare.values())
     return {
         "peak_bytes": peak,

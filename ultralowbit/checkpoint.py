@@ -55,9 +55,12 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise_disk_full(e, path)
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 def raise_disk_full(error: OSError, path: Path) -> None:
     """Raise `DiskFull` in place of an ENOSPC or quota error, else the error itself."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         message = f"no space left to write {path}: free some, then run the same command to go on"
         raise DiskFull(error.errno, message) from error
     raise error
@@ -95,7 +98,10 @@ class Activations:
     def sync(self) -> None:
         """Wait until the file's bytes are on disk."""
         with self.path.open("rb") as f:
-            os.fsync(f.fileno())
+            try:
+                os.fsync(f.fileno())
+            except OSError as e:  # file systems that cannot reserve blocks notice only now
+                raise_disk_full(e, self.path)
 
 
 class Job:
@@ -132,31 +138,44 @@ class Job:
                     f"{out} holds a checkpoint made with a different {_difference(done, fingerprint)}: choose another "
                     "--out, or --restart to replace it"
                 )
-        out.parent.mkdir(parents=True, exist_ok=True)
         try:
+            out.parent.mkdir(parents=True, exist_ok=True)
             job._lock.acquire(timeout=0)
         except Timeout:
             raise InputError(f"another process is writing {out}: wait for it, or choose another --out") from None
-        if restart:
-            shutil.rmtree(job.work, ignore_errors=True)
-        state_file = job.work / "job.json"
-        if state_file.exists():
+        except OSError as e:
+            if e.errno in _FULL:
+                raise_disk_full(e, out)
+            raise InputError(f"{out} cannot be written ({e.strerror} at {e.filename}): choose another --out") from e
+        try:
+            job._resume_or_start(restart)
+        except BaseException:
+            job.close()
+            raise
+        return job
+
+    def _resume_or_start(self, restart: bool) -> None:
+        state_file = self.work / "job.json"
+        if state_file.exists() and not restart:
             state = json.loads(state_file.read_text())
+            fingerprint = self.state["fingerprint"]
             if state["fingerprint"] != fingerprint:
-                job.close()
                 raise InputError(
-                    f"{job.work} holds unfinished work with a different "
+                    f"{self.work} holds unfinished work with a different "
                     f"{_difference(state['fingerprint'], fingerprint)}: run the command it was started with, or "
                     "--restart to discard it"
                 )
-            job.state = state
-        else:
-            shutil.rmtree(job.work, ignore_errors=True)
-            try:
-                job.shards.mkdir(parents=True)
-            except OSError as e:
-                raise_disk_full(e, job.work)
-        return job
+            self.state = state
+            for half_written in self.shards.glob("*.tmp"):  # or the manifest would list it
+                half_written.unlink()
+            return
+        if self.work.exists() and not all(_is_work(path) for path in self.work.iterdir()):
+            raise InputError(f"{self.work} holds files that are not ours: choose another --out, or remove them")
+        shutil.rmtree(self.work, ignore_errors=True)
+        try:
+            self.shards.mkdir(parents=True)
+        except OSError as e:
+            raise_disk_full(e, self.work)
 
     def commit(self) -> None:
         """Make `state` what a resumed job starts from."""
@@ -179,6 +198,10 @@ class Job:
     def close(self) -> None:
         self._lock.release()
         Path(self._lock.lock_file).unlink(missing_ok=True)
+
+
+def _is_work(path: Path) -> bool:
+    return path.name in ("checkpoint", "job.json", "job.json.tmp") or path.name.startswith("activations-")
 
 
 def _sync_folder(path: Path) -> None:

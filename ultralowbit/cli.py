@@ -90,7 +90,7 @@ def command_line(args: list[str]) -> str:
 
 def _interrupted(args: list[str]) -> None:
     err.print("[bold yellow]interrupted[/]")
-    if args[:1] in (["compress"], ["demo"]):
+    if {"compress", "demo"} & {*args[:2]}:  # --debug may come first
         again = command_line([arg for arg in args if arg != "--restart"])  # which would discard what is done
         err.print("finished blocks are kept; to go on, run:")
         err.print(f"  {again}", markup=False, soft_wrap=True)
@@ -116,7 +116,7 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only warnings and results")]
 ContextOption = Annotated[
-    int | None, typer.Option(help="tokens in a window of perplexity, by default 2048 or what the model takes")
+    int | None, typer.Option(min=2, help="tokens in a window of perplexity, by default 2048 or what the model takes")
 ]
 
 
@@ -170,7 +170,7 @@ def compress(
         ),
     ] = ["auto"],  # noqa: B006
     context: ContextOption = None,
-    max_tokens: Annotated[int | None, typer.Option(help="of each text that perplexity is measured on")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="of each text that perplexity is measured on")] = None,
     device: DeviceOption = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="bits, memory, disk and time to expect; nothing is run")
@@ -338,7 +338,7 @@ def evaluate(
         typer.Option("--ppl", metavar="SOURCE", help="a text file, wikitext2, c4, ptb, org/name, python-docs"),
     ],
     context: ContextOption = None,
-    max_tokens: Annotated[int | None, typer.Option(help="of each text, by default all")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="of each text, by default all")] = None,
     dtype: Annotated[str, typer.Option(help="auto is float32 on a CPU, elsewhere the checkpoint's")] = "auto",
     bos: Annotated[str, typer.Option(help="text: with the tokenizer's own start token; none: without")] = "text",
     device: DeviceOption = "auto",

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ultralowbit.console import human
 from ultralowbit.eval.perplexity import Bos, Perplexity, perplexity, token_stream
-from ultralowbit.eval.size import Size, read_config_json
+from ultralowbit.eval.size import read_config_json
 from ultralowbit.hf import QUANT_METHOD, CheckpointError, load
 from ultralowbit.plan import available_memory
 from ultralowbit.text import InputError, read_text, reason, token_sha256
@@ -107,14 +108,24 @@ def open_model(
     return model.to(device).eval()
 
 
-def too_large(size: Size, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the unpacked model should not be loaded, in words; None if there is room for it."""
-    need = size.total_weights * dtype.itemsize * 1.1
+def too_large(weights: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an unpacked model of so many weights should not be loaded, in words; None if there is room for it."""
+    need = weights * dtype.itemsize * 1.1
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if need <= free:
         return None
     name = str(dtype).removeprefix("torch.")
-    return f"not measured: it needs {need / 1e9:.1f} GB in {name}, {free / 1e9:.1f} GB are free"
+    return f"not measured: it needs {human(need)} in {name}, {human(free)} are free"
+
+
+def unknown(texts: Sequence[EvalText], dtype: torch.dtype, known: Iterable[Perplexity]) -> list[EvalText]:
+    """The texts that `known` has no perplexity on: of the same tokens and in the same dtype."""
+    there = {_key(p, p.dtype) for p in known}
+    return [text for text in texts if _key(text, str(dtype).removeprefix("torch.")) not in there]
+
+
+def _key(measured: EvalText | Perplexity, dtype: str) -> tuple[str, ...]:
+    return measured.source, measured.sha256, measured.bos, dtype
 
 
 def measure(
@@ -123,7 +134,7 @@ def measure(
     device: torch.device,
     *,
     dtype: torch.dtype | None = None,
-    known: Iterable[Perplexity] = (),
+    known: Sequence[Perplexity] = (),
     trust_remote_code: bool = False,
     progress: Callable[[str], Callable[[int, int], object]] | None = None,
 ) -> list[Perplexity]:
@@ -132,18 +143,18 @@ def measure(
     `progress(what)` gives the callback for one text, called with the windows done and in all.
     """
     dtype = dtype or pick_dtype(folder, device)
-    done = {(p.source, p.sha256, p.dtype, p.bos): p for p in known}
-    keys = {text: (text.source, text.sha256, str(dtype).removeprefix("torch."), text.bos) for text in texts}
-    missing = [text for text, key in keys.items() if key not in done]
+    found = {_key(p, p.dtype): p for p in known}
+    missing = unknown(texts, dtype, known)
     if missing:
         model = open_model(folder, device, dtype, trust_remote_code)
         for text in missing:
             watch = progress(f"perplexity on {text.source}") if progress else None
-            done[keys[text]] = perplexity(
+            result = perplexity(
                 model, text.tokens, context=text.context, source=text.source, bos=text.bos, progress=watch
             )
+            found[_key(result, result.dtype)] = result
         del model
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return [done[keys[text]] for text in texts]
+    return [found[_key(text, str(dtype).removeprefix("torch."))] for text in texts]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import sys
 import time
 from collections import Counter
@@ -26,8 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ultralowbit.calibration import Calibration, calibrate
 from ultralowbit.checkpoint import MANIFEST, Activations, Job, sha256_file, write_atomic, write_json, write_tensors
-from ultralowbit.format import VERSION, Format, PackedWeight
-from ultralowbit.hf import UltraLowBitConfig, read_headers
+from ultralowbit.format import VERSION, Format, FormatError, PackedWeight
+from ultralowbit.hf import CheckpointError, UltraLowBitConfig, read_headers
 from ultralowbit.hub import resolve_model
 from ultralowbit.linear import linear_shape
 from ultralowbit.methods import Method, Need
@@ -261,7 +260,10 @@ class _Run:
             tensors = {name: tensor for name, tensor in stored.items() if name.removesuffix(".weight") not in linears}
             inputs = None if calls is None else self._activations(i, create=False).tensor
             for name, stats in self._statistics(block, linears, calls and calls[i], inputs):
-                packed, result = quantize_linear(linears[name], self.recipe.method_for(name), stats)
+                try:
+                    packed, result = quantize_linear(linears[name], self.recipe.method_for(name), stats)
+                except FormatError as e:
+                    raise CheckpointError(f"{name} in {decoder.source.folder} cannot be packed: {e}") from e
                 tensors |= {f"{name}.{part}": t.cpu() for part, t in packed.tensors.items()}
                 state["layers"][name] = result
                 if result["fallback"]:
@@ -397,6 +399,8 @@ def quantize_linear(module: nn.Module, method: Method, stats: InputStats | None)
 
 
 def _block_line(name: str, layers: dict[str, dict[str, Any]]) -> str:
+    if not layers:
+        return f"{name}: all its Linears are skipped"
     errors = [layer["error"] for layer in layers.values() if layer["error"] is not None]
     bits = sum(v["bits_per_weight"] * v["shape"][0] * v["shape"][1] for v in layers.values())
     weights = sum(v["shape"][0] * v["shape"][1] for v in layers.values())
@@ -433,7 +437,7 @@ def _finish(
     write_json(job.shards / "config.json", config)
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name not in _NOT_CARRIED and not path.name.endswith(_WEIGHTS):
-            shutil.copyfile(path, job.shards / path.name)
+            write_atomic(job.shards / path.name, path.read_bytes())
     command = f"# ultralowbit compress {model} --recipe recipe.yaml --out {job.out}\n"
     write_atomic(job.shards / "recipe.yaml", (command + recipe.to_yaml()).encode())
     manifest = {

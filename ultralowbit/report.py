@@ -22,7 +22,7 @@ from ultralowbit.eval.perplexity import Perplexity
 from ultralowbit.eval.size import measure as measure_size
 from ultralowbit.eval.size import read_config_json
 from ultralowbit.hub import resolve_model
-from ultralowbit.measure import EvalText, measure, pick_dtype, read_texts, too_large
+from ultralowbit.measure import EvalText, measure, pick_dtype, read_texts, too_large, unknown
 from ultralowbit.methods import Need
 from ultralowbit.pipeline import compress, pick_device
 from ultralowbit.recipe import Recipe
@@ -77,9 +77,12 @@ def run(
     Texts are read first, so that a mistake in them costs nothing. What an earlier report of the same checkpoint has
     measured stands; `known` are perplexities of the original to be taken over. Returns the report.
     """
+    out = out.expanduser()
     where = pick_device(device)
     folder = resolve_model(model)
+    watch.start("reading texts", 1)
     wanted = texts.read(folder, recipe, trust_remote_code)
+    watch.step()
     there = (out / MANIFEST).exists() and not restart
     compressed = compress(
         model, recipe, out, device=device, restart=restart, trust_remote_code=trust_remote_code, progress=watch
@@ -91,16 +94,16 @@ def run(
     def counter(label: str) -> Callable[[str], Callable[[int, int], None]]:
         return lambda what: watch.counter(f"{label}: {what}")
 
-    size, packed_size = measure_size(folder), measure_size(out)
+    size, packed_size = measure_size(folder).to_dict(), measure_size(out).to_dict()
     dtype = pick_dtype(folder, where)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     known = [*known, *old.get("original", ())]
-    no_room = too_large(size, where, dtype) if wanted else None
+    no_room = too_large(size["total_weights"], where, dtype) if unknown(wanted, dtype, known) else None
     if no_room:
         watch.say(f"WARNING the original is {no_room}")
     before = [] if no_room else measure(folder, wanted, where, known=known, progress=counter("original"), **options)
     after = measure(out, wanted, where, known=old.get("packed", ()), progress=counter(recipe.name), **options)
-    vocabulary = _vocabulary(folder)
+    manifest, vocabulary = compressed.manifest, _vocabulary(folder)
     report = {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -110,31 +113,40 @@ def run(
         "recipe": recipe.model_dump(mode="json"),
         "manifest": {"path": MANIFEST, "sha256": digest},
         "vocabulary": vocabulary,
-        "calibration": compressed.manifest["calibration"],
-        "original": {
-            "label": "original",
-            "size": _totals(size.to_dict()),
-            "perplexity": [p.to_dict() for p in before],
-            "not_measured": no_room,
-            "seconds": None,
-            "peak_memory_bytes": None,
-        },
-        "packed": {
-            "label": recipe.name,
-            "size": _totals(packed_size.to_dict()),
-            "perplexity": [p.to_dict() for p in after],
-            "not_measured": None,
-            "seconds": round(sum(compressed.manifest["block_seconds"].values()), 3),
-            "peak_memory_bytes": peak or old.get("peak"),
-        },
+        "calibration": manifest["calibration"],
+        "original": _row("original", size, before, not_measured=no_room),
+        "packed": _row(
+            recipe.name, packed_size, after,
+            seconds=round(sum(manifest["block_seconds"].values()), 3), peak=peak or old.get("peak"),
+        ),
         "collapsed": [p.source for p in after if collapsed(p.perplexity, vocabulary)],
         "fallbacks": compressed.fallbacks,
-        "notes": {name: layer["notes"] for name, layer in compressed.manifest["layers"].items() if layer["notes"]},
-        "layers": _layers(packed_size.to_dict()["layers"], compressed.manifest["layers"]),
-        "environment": compressed.manifest["environment"],
-    }
+        "notes": {name: layer["notes"] for name, layer in manifest["layers"].items() if layer["notes"]},
+        "layers": _layers(packed_size["layers"], manifest["layers"]),
+        "environment": manifest["environment"],
+    }  # fmt: skip
     write(out, report)
     return report
+
+
+def _row(
+    label: str,
+    size: dict[str, Any],
+    measured: list[Perplexity],
+    *,
+    not_measured: str | None = None,
+    seconds: float | None = None,
+    peak: int | None = None,
+) -> dict[str, Any]:
+    """One line of the table, and all that it is drawn from."""
+    return {
+        "label": label,
+        "size": {key: value for key, value in size.items() if key != "layers"},
+        "perplexity": [p.to_dict() for p in measured],
+        "not_measured": not_measured,
+        "seconds": seconds,
+        "peak_memory_bytes": peak,
+    }
 
 
 def collapsed(perplexity: float, vocabulary: int | None) -> bool:
@@ -145,10 +157,6 @@ def collapsed(perplexity: float, vocabulary: int | None) -> bool:
 def _vocabulary(folder: Path) -> int | None:
     config = read_config_json(folder)
     return (config.get("text_config") or config).get("vocab_size")
-
-
-def _totals(size: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in size.items() if key != "layers"}
 
 
 def _layers(sizes: list[dict[str, Any]], results: dict[str, Any]) -> list[dict[str, Any]]:

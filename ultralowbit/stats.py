@@ -109,6 +109,7 @@ class InputStats:
         order = diag.argsort(descending=True, stable=True) if act_order else None
         if order is not None:
             H = H[order][:, order]
+        del diag  # a view: it would keep the unflipped H
         H = H.flip(0, 1)
         step = damp * H.diagonal().mean()
         total = damp

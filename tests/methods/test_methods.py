@@ -7,6 +7,8 @@ import torch
 from pydantic import ValidationError
 
 from ultralowbit.methods import METHODS, Need
+from ultralowbit.methods.arb_rc import ARBRC
+from ultralowbit.methods.billm import BiLLM
 from ultralowbit.methods.gptq import GPTQ
 from ultralowbit.methods.pb_llm import PBLLM
 from ultralowbit.methods.rtn import RTN
@@ -27,6 +29,10 @@ ALL = {
     "sign-4": Sign(bases=4),
     "pb-llm": PBLLM(),
     "pb-llm-magnitude-g32": PBLLM(ratio=0.2, salience="magnitude", group=32),
+    "billm": BiLLM(),
+    "billm-b32-exact": BiLLM(block=32, compensation="exact"),
+    "arb-rc": ARBRC(),
+    "arb-rc-b64-no-cgb": ARBRC(block=64, cgb=False),
 }
 
 
@@ -181,6 +187,8 @@ def test_a_hessian_that_cannot_be_used_is_refused(method, layer):
         (PBLLM, {"ratio": 1.1}),
         (PBLLM, {"ratio": -0.1}),
         (PBLLM, {"salience": "gradient"}),
+        (BiLLM, {"block": 100}),
+        (ARBRC, {"iterations": -1}),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value.__name__,
 )

@@ -22,8 +22,8 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 RECIPES = ("gptq-4bit", "gptq-3bit", "gptq-2bit", "sign-2-g128", "sign-2", "sign-1")
 SETTINGS = ("calibration.source=python-docs", "calibration.samples=48", "calibration.length=256")
 TEXTS = reports.Texts()
-PROMPT = "The import statement"
-WORDS = 32
+PROMPT = "Return a string"
+TOKENS = 24
 
 
 def run(
@@ -98,7 +98,7 @@ def _row(report: dict[str, Any], which: str, sample: str) -> dict[str, Any]:
 
 def _sample(folder: Path, device: torch.device) -> str:
     model = open_model(folder, device, pick_dtype(folder, device))
-    return generate(model, open_tokenizer(folder), PROMPT, max_new_tokens=WORDS)
+    return generate(model, open_tokenizer(folder), PROMPT, max_new_tokens=TOKENS)
 
 
 def _finished(out: Path, key: dict[str, Any]) -> dict[str, Any] | None:

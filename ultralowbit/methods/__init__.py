@@ -1,11 +1,20 @@
 """Quantization methods, one paper a file; `METHODS` is the closed table that recipes choose from."""
 
+from ultralowbit.methods.arb_rc import ARBRC
 from ultralowbit.methods.base import Method, Need
+from ultralowbit.methods.billm import BiLLM
 from ultralowbit.methods.gptq import GPTQ
 from ultralowbit.methods.pb_llm import PBLLM
 from ultralowbit.methods.rtn import RTN
 from ultralowbit.methods.sign import Sign
 
-METHODS: dict[str, type[Method]] = {"rtn": RTN, "gptq": GPTQ, "sign": Sign, "pb_llm": PBLLM}
+METHODS: dict[str, type[Method]] = {
+    "rtn": RTN,
+    "gptq": GPTQ,
+    "sign": Sign,
+    "pb_llm": PBLLM,
+    "billm": BiLLM,
+    "arb_rc": ARBRC,
+}
 
 __all__ = ["METHODS", "Method", "Need"]

@@ -1,0 +1,247 @@
+"""Recipes: what ships parses, and every mistake of a recipe is told at once, with what was probably meant."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+import pytest
+import yaml
+
+from ultralowbit.methods import METHODS
+from ultralowbit.methods.gptq import GPTQ
+from ultralowbit.methods.rtn import RTN
+from ultralowbit.methods.sign import Sign
+from ultralowbit.recipe import CalibrationSpec, Recipe, shipped
+from ultralowbit.text import InputError
+
+BASE = "name: mine\nsolve: {method: gptq, bits: 2}\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def refused(name: str, *words: str, settings: tuple[str, ...] = ()) -> str:
+    with pytest.raises(InputError) as error:
+        Recipe.load(name, settings)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    return message
+
+
+# --- shipped ----------------------------------------------------------------------------------------------------------
+
+
+def test_recipes_are_shipped():
+    assert {"gptq-2bit", "sign-1"} <= set(shipped())
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_recipe_parses_and_says_what_it_is(name):
+    recipe = Recipe.load(name)
+    assert recipe.name == name
+    assert recipe.summary
+    assert type(recipe.solve) in METHODS.values()
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_the_first_line_is_the_command_that_runs_it(name):
+    first = (files("ultralowbit.recipes") / f"{name}.yaml").read_text().splitlines()[0]
+    assert first == f"# ultralowbit compress MODEL --recipe {name} --out DIR"
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_recipe_survives_being_written(name, tmp_path):
+    recipe = Recipe.load(name)
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert Recipe.load(tmp_path / "again.yaml") == recipe
+
+
+def test_every_method_has_a_recipe():
+    assert {Recipe.load(name).solve.method for name in shipped()} == set(METHODS)
+
+
+# --- where recipes come from -----------------------------------------------------------------------------------------
+
+
+def test_a_file_is_a_recipe_named_after_it(write):
+    recipe = Recipe.load(write("solve: {method: sign}"))
+    assert recipe.name == "mine"
+    assert recipe.solve == Sign()
+    assert recipe.calibration == CalibrationSpec()
+
+
+def test_an_unknown_name_suggests_the_nearest():
+    refused("gptq-2bits", "no recipe 'gptq-2bits'", "did you mean 'gptq-2bit'?")
+    assert "did you mean" not in refused("qwertyuiop", "no recipe 'qwertyuiop'")
+
+
+@pytest.mark.parametrize("name", ["./none.yaml", "none.yaml", "none.yml", "a/b", "/"])
+def test_a_file_that_is_not_there_is_named(name):
+    refused(name, repr(name), "cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("", "NoneType"),
+        ("just text", "str"),
+        ("[1, 2]", "list"),
+        ("a: [1", "not YAML"),
+        ("a: b: c", "not YAML"),
+        ("\ta: 1", "not YAML"),
+        ("a: !!python/object:os.system x", "not YAML"),
+    ],
+)
+def test_a_file_that_holds_no_recipe_is_refused(write, text, word):
+    refused(write(text), "mine.yaml", word)
+
+
+def test_a_binary_file_is_refused(tmp_path):
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    refused(str(tmp_path / "x.yaml"), "cannot be read")
+
+
+# --- keys and values ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (BASE + "calibratoin: {}", ["unknown key calibratoin", "did you mean calibration?"]),
+        (BASE + "calibration: {sampels: 3}", ["unknown key calibration.sampels", "did you mean samples?"]),
+        ("solve: {method: gptq, bist: 2}", ["unknown key solve.bist", "did you mean bits?"]),
+        ("solve: {method: sign, bits: 2}", ["unknown key solve.bits"]),
+        ("solve: {method: rtn, zzz: 2}", ["unknown key solve.zzz", "known: method, bits, group"]),
+        (BASE + "overrides: [{match: '*', solve: {method: rtn, bitts: 3}}]", ["solve.bitts", "did you mean bits?"]),
+        (BASE + "overrides: [{mach: '*', solve: {method: rtn}}]", ["overrides.0.mach", "did you mean match?"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_an_unknown_key_is_told_with_the_nearest(write, text, words):
+    refused(write(text), *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: x", ["solve", "required"]),
+        ("solve: {}", ["solve", "method"]),
+        ("solve: {method: gtpq}", ["solve.method is gtpq", "rtn, gptq, sign"]),
+        ("solve: gptq", ["solve"]),
+        ("solve: {method: gptq, bits: 5}", ["solve.bits", "found 5"]),
+        ("solve: {method: gptq, bits: two}", ["solve.bits", "found 'two'"]),
+        ("solve: {method: gptq, group: 100}", ["solve.group", "found 100"]),
+        ("solve: {method: gptq, damp: 0}", ["solve.damp", "found 0"]),
+        ("solve: {method: gptq, damp: -1}", ["solve.damp", "found -1"]),
+        ("solve: {method: sign, bases: 9}", ["solve.bases", "found 9"]),
+        ("solve: {method: sign, iterations: -1}", ["solve.iterations", "found -1"]),
+        (BASE + "calibration: {samples: 0}", ["calibration.samples", "found 0"]),
+        (BASE + "calibration: {length: 1}", ["calibration.length", "found 1"]),
+        (BASE + "calibration: {seed: -1}", ["calibration.seed", "found -1"]),
+        (BASE + "calibration: {clip_tokens: 1.5}", ["calibration.clip_tokens", "found 1.5"]),
+        (BASE + "calibration: c4", ["calibration", "found 'c4'"]),
+        (BASE + "skip: lm_head", ["skip", "found 'lm_head'"]),
+        (BASE + "overrides: [{solve: {method: rtn}}]", ["overrides.0.match", "required"]),
+        (BASE + "overrides: [{match: '*'}]", ["overrides.0.solve", "required"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_value_is_told_with_its_place(write, text, words):
+    refused(write(text), "mine.yaml", *words)
+
+
+def test_all_mistakes_are_told_at_once(write):
+    text = "solve: {method: gptq, bits: 7, bist: 2}\ncalibration: {samples: 0, lenght: 4}\nsumary: x"
+    found = refused(write(text), "solve.bits", "solve.bist", "calibration.samples", "calibration.lenght", "sumary")
+    assert found.count(";") == 4
+
+
+def test_null_is_the_whole_row(write):
+    assert Recipe.load(write("solve: {method: gptq, bits: 2, group: null}")).solve == GPTQ(bits=2, group=None)
+
+
+# --- --set ------------------------------------------------------------------------------------------------------------
+
+
+def test_settings_replace_values_before_they_are_checked(write):
+    settings = (
+        "solve.bits=3",
+        "solve.group=null",
+        "solve.symmetric=true",
+        "calibration.source=./text.txt",
+        "calibration.clip_tokens=0.999",
+        "skip=['*down_proj', \"x.*\"]",
+        "name=other",
+    )
+    recipe = Recipe.load(write(BASE), settings)
+    assert recipe.solve == GPTQ(bits=3, group=None, symmetric=True)
+    assert recipe.calibration == CalibrationSpec(source="./text.txt", clip_tokens=0.999)
+    assert recipe.skip == ("*down_proj", "x.*")
+    assert recipe.name == "other"
+
+
+def test_a_later_setting_wins_and_may_hold_an_equals_sign(write):
+    recipe = Recipe.load(write(BASE), ["solve.bits=3", "solve.bits=4", "summary=a=b"])
+    assert recipe.solve.bits == 4
+    assert recipe.summary == "a=b"
+
+
+@pytest.mark.parametrize("setting", ["solve.bits", "=3", "solve..bits=3", ".=1", "", "solve.=3"])
+def test_a_setting_without_key_or_value_is_refused(write, setting):
+    refused(write(BASE), f"--set {setting!r} is not KEY.PATH=VALUE", settings=(setting,))
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("solve.bits=[1", ["not YAML"]),
+        ("name.first=x", ["name is not a group of keys"]),
+        ("solve.method.x=3", ["method is not a group of keys"]),
+        ("solve.bist=3", ["unknown key solve.bist", "did you mean bits?"]),
+        ("solve.bits=5", ["solve.bits", "found 5"]),
+        ("calibration.samples=many", ["calibration.samples", "found 'many'"]),
+        ("overrides.0.solve.bits=3", ["overrides"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_setting_that_does_not_fit_is_refused(write, setting, words):
+    refused(write(BASE + "overrides: [{match: '*', solve: {method: rtn}}]"), *words, settings=(setting,))
+
+
+def test_a_setting_can_change_the_method(write):
+    recipe = Recipe.load(write("solve: {method: gptq}"), ["solve.method=rtn", "solve.bits=8"])
+    assert recipe.solve == RTN(bits=8)
+
+
+# --- which method -----------------------------------------------------------------------------------------------------
+
+
+def test_the_last_matching_override_decides(write):
+    overrides = [
+        {"match": "*.mlp.*", "solve": {"method": "sign"}},
+        {"match": "*down_proj", "solve": {"method": "rtn", "bits": 3}},
+        {"match": "model.layers.[01].*", "solve": {"method": "rtn", "bits": 8}},
+    ]
+    recipe = Recipe.load(write(BASE + yaml.safe_dump({"overrides": overrides})))
+    assert recipe.method_for("model.layers.5.self_attn.q_proj") == GPTQ(bits=2)
+    assert recipe.method_for("model.layers.5.mlp.up_proj") == Sign()
+    assert recipe.method_for("model.layers.5.mlp.down_proj") == RTN(bits=3)
+    assert recipe.method_for("model.layers.1.mlp.down_proj") == RTN(bits=8)
+    assert recipe.method_for("model.layers.11.self_attn.q_proj") == GPTQ(bits=2)
+
+
+def test_recipes_do_not_change():
+    recipe = Recipe.load("gptq-2bit")
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.name = "x"
+    with pytest.raises((ValueError, AttributeError)):
+        recipe.solve.bits = 4

@@ -1,0 +1,127 @@
+"""ARB-LLM_RC with its column-group bitmap. Li, Yan, Zhang, Qin, Xie, Tian, Shi, Kong, Zhang, Yang: ARB-LLM: Alternating
+Refined Binarizations for Large Language Models, ICLR 2025, arXiv 2410.03129.
+
+Blocks, salient columns, the break |w| < p and the compensation are BiLLM's (see `billm`); here the salient columns have
+a break of their own (`cgb`), which makes four zones. In each, with one scale a row and one a column and no mean,
+
+    other columns     W ~ r_i u_j s_ij                         s = sign W
+    salient columns   W ~ r_i u_j s_ij + q_i v_j t_ij          t = sign(W - r u s)
+
+start   r_i = mean_j |w_ij|,  u_j = mean_i |w_ij / r_i|,  means over the zone; q and v alike for what r u s leaves
+repeat  r_i = sum_j y_ij u_j s_ij / sum_j u_j^2,  u_j = sum_i y_ij r_i s_ij / sum_i r_i^2,  y = W, or W - q v t;
+        then t anew, and q and v alike for y = W - r u s.
+
+The code was never released, so this follows the paper alone; it leaves open the order of the steps of the second term
+(each follows the first here, in every iteration) and whether zones share their column scales (here each has its own).
+Scales are rounded to the stored fp16: first those of the columns, then those of the rows, fitted to them once more.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ultralowbit.format import Format, PackedWeight, Zones, to_scale
+from ultralowbit.methods.base import Need, fields
+from ultralowbit.methods.billm import Parts, beyond_break, quantize_blocks, salient_columns
+from ultralowbit.stats import InputStats
+
+
+@fields
+class ARBRC:
+    """iterations: of the alternation; cgb: a break for the salient columns too; the others: as in BiLLM."""
+
+    needs: ClassVar[Need] = Need.HESSIAN
+    method: Literal["arb_rc"] = "arb_rc"
+    iterations: int = Field(15, ge=0)
+    cgb: bool = True
+    block: Literal[32, 64, 128, 256] = 128
+    compensation: Literal["diagonal", "exact"] = "diagonal"
+    damp: float = Field(0.01, gt=0, le=1)
+
+    def format(self, in_features: int) -> Format:
+        """How many columns are salient depends on data, and with `cgb` the size on how many: 8 % are expected."""
+        salient = max(1, round(0.08 * in_features))
+        return Format((Zones(in_features, salient, self.block, third=self.cgb, column_scale=True),))
+
+    def quantize(self, weight: Tensor, stats: InputStats | None) -> PackedWeight:
+        factor = None if stats is None else stats.factor(self.damp)
+        return quantize_blocks(weight, factor, self.block, self.compensation == "exact", self._fit)
+
+    def _fit(self, weight: Tensor, pivots: Tensor) -> Parts:
+        salient = salient_columns(weight, pivots)  # [columns]
+        others, kept = weight[:, ~salient], weight[:, salient]
+        sparse = torch.zeros_like(weight, dtype=torch.bool)
+        sparse[:, ~salient] = beyond_break(others)
+        if self.cgb:
+            sparse[:, salient] = beyond_break(kept)
+        groups = (~sparse, sparse)
+        single = [_Term(others, zone[:, ~salient]) for zone in groups]
+        for _ in range(self.iterations):
+            for term in single:
+                term.refine(others)
+        for term in single:
+            term.store(others)
+
+        zones = [zone[:, salient] for zone in (groups if self.cgb else groups[:1])]
+        first = [_Term(kept, zone) for zone in zones]
+        second = [_Term(kept - term.value, zone) for term, zone in zip(first, zones, strict=True)]
+        for a, b in zip(first, second, strict=True):
+            for _ in range(self.iterations):
+                a.refine(kept - b.value)
+                b.sign = _sign(kept - a.value)
+                b.refine(kept - a.value)
+            a.store(kept - b.value)
+            b.sign = _sign(kept - a.value)
+            b.store(kept - a.value)
+
+        column = torch.empty(2, len(salient), device=weight.device)
+        column[:, ~salient] = torch.stack([term.column for term in single])
+        column[:, salient] = torch.stack([term.column for term in (first if self.cgb else first + second)])
+        t = sum(term.sign * zone for term, zone in zip(second, zones, strict=True)) > 0
+        parts = {
+            "bits": torch.stack([weight >= 0, sparse]),
+            "salient": salient,
+            "scale": torch.stack([term.row for term in single + first + second])[..., None],
+            "column": column,
+        }
+        if self.cgb:
+            return parts | {"third": t, "third_column": torch.stack([term.column for term in second])}
+        parts["bits"][1, :, salient] = t
+        return parts
+
+
+class _Term:
+    """row_i column_j sign_ij on the zone of a weight [out, columns]."""
+
+    def __init__(self, weight: Tensor, zone: Tensor) -> None:
+        self.zone, self.sign = zone.float(), _sign(weight)
+        size = weight.abs() * self.zone
+        self.row = _ratio(size.sum(1), self.zone.sum(1))  # [out]
+        self.column = _ratio(_ratio(size, self.row[:, None]).sum(0), self.zone.sum(0))  # [columns]
+
+    @property
+    def value(self) -> Tensor:
+        return self.row[:, None] * self.column * self.sign * self.zone
+
+    def refine(self, target: Tensor) -> None:
+        size = target * self.sign * self.zone
+        self.row = _ratio(size @ self.column, self.zone @ self.column.square())
+        self.column = _ratio(self.row @ size, self.row.square() @ self.zone)
+
+    def store(self, target: Tensor) -> None:
+        """Round the scales to those that are stored."""
+        self.column = to_scale(self.column)
+        self.row = to_scale(_ratio((target * self.sign * self.zone) @ self.column, self.zone @ self.column.square()))
+
+
+def _sign(weight: Tensor) -> Tensor:
+    return torch.where(weight >= 0, 1.0, -1.0)
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is 0: rows, columns and zones may be empty."""
+    return torch.where(b > 0, a / b, 0.0)
