@@ -16,13 +16,13 @@ import pytest
 import torch
 from transformers import LlamaConfig
 from typer.testing import CliRunner
-from ultralowbit.eval.size import measure
 
 import ultralowbit
 from ultralowbit import report as reports
 from ultralowbit.checkpoint import DiskFull
 from ultralowbit.cli import app, explain
 from ultralowbit.demo import run as demo
+from ultralowbit.eval.size import measure
 from ultralowbit.stats import InputStats, SingularHessian
 from ultralowbit.verify import verify
 

@@ -18,11 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
-from ultralowbit.kernels.packed_matmul import packed_matmul
 
 import ultralowbit
 from ultralowbit.format import FormatError, Ints, PackedWeight, Planes
 from ultralowbit.hf import CheckpointError, UltraLowBitConfig, pack_model
+from ultralowbit.kernels.packed_matmul import packed_matmul
 from ultralowbit.linear import PackedLinear
 from ultralowbit.methods.gptq import GPTQ
 from ultralowbit.methods.rtn import RTN

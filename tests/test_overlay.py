@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from ultralowbit.kernels.packed_matmul import kernel_for, packed_matmul_ref
 
 from ultralowbit.format import Bitmap, Format, FormatError, Ints, Overlay, PackedWeight, Planes, word_count
+from ultralowbit.kernels.packed_matmul import kernel_for, packed_matmul_ref
 from ultralowbit.linear import PackedLinear
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PhiConfig
-from ultralowbit.eval.size import measure
 
 from ultralowbit.bench import Shape, write_model, write_text
+from ultralowbit.eval.size import measure
 from ultralowbit.pipeline import compress, open_decoder
 from ultralowbit.plan import plan, shared_inputs
 from ultralowbit.recipe import Recipe

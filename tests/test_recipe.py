@@ -37,7 +37,7 @@ def refused(name: str, *words: str, settings: tuple[str, ...] = ()) -> str:
     return message
 
 
-# --- shipped ----------------------------------------------------------------------------------------------------------
+# --- shipped ---------------------------------------------------------------------------------------------------------
 
 
 def test_recipes_are_shipped():
@@ -110,7 +110,7 @@ def test_a_binary_file_is_refused(tmp_path):
     refused(str(tmp_path / "x.yaml"), "cannot be read")
 
 
-# --- keys and values ---------------------------------------------------------------------------------------------------
+# --- keys and values -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_an_unknown_key_is_told_with_the_nearest(write, text, words):
     [
         ("name: x", ["solve", "required"]),
         ("solve: {}", ["solve", "method"]),
-        ("solve: {method: gtpq}", ["solve.method is gtpq", "rtn, gptq, sign"]),
+        ("solve: {method: gtpq}", ["solve.method is gtpq", "expected one of rtn, gptq, sign"]),
         ("solve: gptq", ["solve"]),
         ("solve: {method: gptq, bits: 5}", ["solve.bits", "found 5"]),
         ("solve: {method: gptq, bits: two}", ["solve.bits", "found 'two'"]),
@@ -169,7 +169,7 @@ def test_null_is_the_whole_row(write):
     assert Recipe.load(write("solve: {method: gptq, bits: 2, group: null}")).solve == GPTQ(bits=2, group=None)
 
 
-# --- --set ------------------------------------------------------------------------------------------------------------
+# --- --set -----------------------------------------------------------------------------------------------------------
 
 
 def test_settings_replace_values_before_they_are_checked(write):
@@ -222,7 +222,7 @@ def test_a_setting_can_change_the_method(write):
     assert recipe.solve == RTN(bits=8)
 
 
-# --- which method -----------------------------------------------------------------------------------------------------
+# --- which method ----------------------------------------------------------------------------------------------------
 
 
 def test_the_last_matching_override_decides(write):

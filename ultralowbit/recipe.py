@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from importlib.resources import files
@@ -138,6 +139,6 @@ def _explain(error: Any) -> str:
 def _known_keys(loc: tuple[Any, ...]) -> list[str]:
     tag = next((part for part in reversed(loc) if part in METHODS), None)
     if tag is not None:
-        return list(METHODS[tag].__dataclass_fields__)
+        return [field.name for field in fields(METHODS[tag])]
     owner = {"calibration": CalibrationSpec, "overrides": Override}.get(str(loc[0]) if loc else "", Recipe)
     return list(owner.model_fields)

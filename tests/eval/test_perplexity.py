@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from ultralowbit.eval.perplexity import Perplexity, perplexity, token_stream
 
+from ultralowbit.eval.perplexity import Perplexity, perplexity, token_stream
 from ultralowbit.text import InputError, token_sha256
 
 VOCAB = 64

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
-from ultralowbit.eval.size import KINDS, measure
 
 from ultralowbit.bench import Shape, write_model, write_text
+from ultralowbit.eval.size import KINDS, measure
 from ultralowbit.hf import CheckpointError
 from ultralowbit.pipeline import compress
 from ultralowbit.recipe import Recipe
@@ -20,6 +20,10 @@ SOLVES = {
     "gptq2": {"method": "gptq", "bits": 2, "group": 128},
     "rtn3": {"method": "rtn", "bits": 3, "group": 32, "symmetric": True},
     "sign2": {"method": "sign", "bases": 2},
+    "pb-count": {"method": "pb_llm"},
+    "pb-threshold": {"method": "pb_llm", "selection": "threshold"},
+    "billm": {"method": "billm"},
+    "arb-rc": {"method": "arb_rc"},
 }
 
 

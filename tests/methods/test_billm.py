@@ -168,6 +168,7 @@ def test_bits_of_the_recipe(layer):
     """Two planes and 7 fp16 a row and block; a bit a column, padded to whole words."""
     packed = BiLLM().quantize(layer(16, 512).weight, None)
     segment = packed.format.segments[0]
+    assert packed.format.tensors(16, 512) == BiLLM().format(512).tensors(16, 512)
     assert packed.bits_per_weight == 2 + 7 * 16 / 128 + 1 / 16
     assert packed.format.claimed_bits == 1 + segment.salient / 512
     assert isinstance(segment, Zones) and segment.salient <= 4 * billm.MOST_SALIENT

@@ -63,7 +63,7 @@ def quantize_blocks(
     weight: Tensor, factor: Factor | None, block: int, exact: bool, fit: Callable[[Tensor, Tensor], Parts]
 ) -> PackedWeight:
     """fit(weight [out, columns], pivots U_jj [columns]) chooses a block at once; the columns after make up for it."""
-    weight, columns = weight.clone(), weight.shape[1]
+    weight, columns = weight.clone(memory_format=torch.contiguous_format), weight.shape[1]
     found: list[Parts] = []
     for start in range(0, columns, block):
         stop = min(start + block, columns)

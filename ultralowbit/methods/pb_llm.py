@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ultralowbit.format import Bitmap, Format, Overlay, PackedWeight, Planes, group_count, to_scale
 from ultralowbit.methods.base import IntRounding, Need, compensate, fields, round_to_nearest
-from ultralowbit.stats import InputStats
+from ultralowbit.stats import Factor, InputStats
 
 BLOCK = 256
 """Columns in which `count` takes the same number of weights from every row: their places are bytes."""
@@ -63,13 +63,17 @@ class PBLLM:
 
     def quantize(self, weight: Tensor, stats: InputStats | None) -> PackedWeight:
         factor = None if stats is None else stats.factor(self.damp)
-        score = weight.abs()
-        if factor is not None and self.salience == "hessian":
-            score /= factor.U.diagonal()  # the root of w^2 / U_jj^2 orders the weights alike
-        salient = self._above_threshold(score) if self.selection == "threshold" else self._largest(score)
+        salient = self._salient(weight, factor)
         count = int(salient.sum(1).max()) if self.selection == "threshold" else round(self.ratio * BLOCK)
         rounding = _PartlyBinary(weight, salient, self._format(weight.shape[1], count))
         return round_to_nearest(weight, rounding) if factor is None else compensate(weight, rounding, factor)
+
+    def _salient(self, weight: Tensor, factor: Factor | None) -> Tensor:
+        """Which weights [out, in] keep 8 bits."""
+        score = weight.abs()
+        if factor is not None and self.salience == "hessian":
+            score /= factor.U.diagonal()  # the root of w^2 / U_jj^2 orders the weights alike
+        return self._above_threshold(score) if self.selection == "threshold" else self._largest(score)
 
     def _largest(self, score: Tensor) -> Tensor:
         """The `ratio` largest scores [out, in] of every row and block."""
