@@ -59,11 +59,10 @@ def random_model(config: Any, seed: int = 0, **kwargs: Any) -> Any:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, **kwargs).eval()
         with torch.no_grad():
-            for name, p in model.named_parameters():
-                noise = torch.randn(p.shape).to(p.dtype)
-                p.copy_(
-                    noise * 0.15 if p.ndim > 1 else (1 if "norm" in name.lower() or "ln_" in name else 0) + 0.2 * noise
-                )
+            for name, p in model.state_dict().items():
+                if p.is_floating_point() and name not in model.all_tied_weights_keys:
+                    gain = p.ndim == 1 and not name.endswith("bias")
+                    p.copy_(gain + (0.15 if p.ndim > 1 else 0.2) * torch.randn(p.shape))
     return model
 
 
