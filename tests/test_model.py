@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -287,6 +287,21 @@ def test_a_checkpoint_of_the_bare_decoder_is_read_too(llama, tmp_path):
     assert torch.equal(walk(decoder, batches)[0], block_outputs(model.eval(), "transformer.h.1", batches)[0])
 
 
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "different"])
+def test_a_stored_head_that_config_ties_is_kept_where_it_differs(tmp_path, save_model, equal):
+    """As transformers does, which ties only what is equal."""
+    folder = save_model(AutoConfig.for_model("llama", **GQA, tie_word_embeddings=True), tmp_path / "source")
+    tensors = read_shards(folder)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (0 if equal else 1)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    recipe = Recipe.model_validate({"name": "x", "solve": {"method": "rtn", "bits": 8, "group": 32}})
+    out = ultralowbit.compress(str(folder), recipe, tmp_path / "out").folder
+    assert ("lm_head.weight" in read_shards(out)) is not equal
+    head = ultralowbit.load(out).lm_head.weight
+    assert torch.equal(head, AutoModelForCausalLM.from_pretrained(folder).lm_head.weight)
+    assert torch.equal(head, tensors["lm_head.weight"])
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 MOE = {
@@ -340,8 +355,6 @@ def test_a_quantized_source_is_refused(llama, tmp_path):
 
 def copied(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
     """The checkpoint with its tensors changed."""
-    from safetensors.torch import save_file
-
     tensors = read_shards(folder)
     change(tensors)
     save_file(tensors, target / "model.safetensors")

@@ -117,5 +117,4 @@ def test_kernels_is_not_ours(tmp_path):
 def test_extras_name_what_is_imported_late():
     extras = PROJECT["project"]["optional-dependencies"]
     assert any(d.startswith("datasets") for d in extras["data"])
-    assert any(d.startswith("lm-eval") for d in extras["eval"])
     assert not any(d.startswith(("triton", "lm-eval", "datasets")) for d in PROJECT["project"]["dependencies"])

@@ -113,7 +113,7 @@ class Decoder:
         found, missing = {}, []
         for name, tensor in self.model.state_dict().items():
             key = key_of.get(name)
-            if name in tied and tied[name] != name:
+            if name in tied and tied[name] != name and self._stored_alike(key, key_of.get(tied[name])):
                 continue  # stored once, under the name it is tied to
             if key is None:
                 missing.append(name)
@@ -131,6 +131,10 @@ class Decoder:
                 + f"; load it with transformers {_transformers_version()} and `save_pretrained` it to rewrite its names"
             )
         return found
+
+    def _stored_alike(self, tied: str | None, key: str | None) -> bool:
+        """Whether a tied tensor needs no place of its own; where the two differ, transformers does not tie them."""
+        return tied is None or key is None or torch.equal(*self.source.read([tied, key]).values())
 
     @property
     def unused_keys(self) -> list[str]:
