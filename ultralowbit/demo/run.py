@@ -21,7 +21,7 @@ from ultralowbit.text import InputError
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 RECIPES = ("gptq-4bit", "gptq-3bit", "gptq-2bit", "sign-2-g128", "sign-2", "sign-1")
 SETTINGS = ("calibration.source=python-docs", "calibration.samples=48", "calibration.length=256")
-TEXTS = reports.Texts()
+TEXTS = reports.Texts(("python-docs",), max_tokens=16_384)
 PROMPT = "Return a string"
 TOKENS = 24
 
