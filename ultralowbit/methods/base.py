@@ -266,6 +266,7 @@ def compensate(weight: Tensor, rounding: Rounding, factor: Factor) -> PackedWeig
             columns[j + 1 : high].addr_(U[j, j + 1 : high], column, alpha=-1)
 
     solve(0, total)
+    del solve  # it refers to itself: the cycle would keep columns and U in memory until the next garbage collection
     if order is not None:
         codes = torch.empty_like(codes).index_copy_(0, order, codes)
     return rounding.pack(codes.T.contiguous())
