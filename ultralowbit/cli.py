@@ -418,6 +418,8 @@ def demo(
 
     [bold]ultralowbit demo[/]
     """
+    # products so small gain little from a second thread, and on a busy machine the two wait for one another for minutes
+    torch.set_num_threads(1)
     with Watch(quiet) as watch:
         result = demos.run(out_folder, watch, device=device, restart=restart, command=command_line(ctx.obj))
     out.print(reports.table(result["rows"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import Enum
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -248,15 +249,10 @@ def compensate(weight: Tensor, rounding: Rounding, factor: Factor) -> PackedWeig
             rounding.fit(g, weight[:, start : start + group].T, original[start : start + group])
     places = list(range(total)) if order is None else order.tolist()  # in the original weight
 
-    def solve(low: int, high: int) -> None:
-        if high - low > _LEAF:
-            # a cut inside a group would fit it before all earlier columns have reached it
-            unit = group if high - low > group else _LEAF
-            middle = low + max(1, (high - low) // (2 * unit)) * unit
-            solve(low, middle)
+    for low, middle, high in _steps(0, total, group):
+        if middle < high:
             columns[middle:high].addmm_(U[low:middle, middle:high].T, columns[low:middle], alpha=-1)
-            solve(middle, high)
-            return
+            continue
         for j in range(low, high):
             if order is None and j % group == 0:
                 rounding.fit(j // group, columns[j : j + group], importance[j : j + group])
@@ -264,9 +260,21 @@ def compensate(weight: Tensor, rounding: Rounding, factor: Factor) -> PackedWeig
             codes[j], value = rounding.round(places[j] // group, column, places[j])
             column.sub_(value).div_(pivots[j])
             columns[j + 1 : high].addr_(U[j, j + 1 : high], column, alpha=-1)
-
-    solve(0, total)
-    del solve  # it refers to itself: the cycle would keep columns and U in memory until the next garbage collection
     if order is not None:
         codes = torch.empty_like(codes).index_copy_(0, order, codes)
     return rounding.pack(codes.T.contiguous())
+
+
+def _steps(low: int, high: int, group: int) -> Iterator[tuple[int, int, int]]:
+    """What to do with the columns low:high, in order: (low, high, high) rounds them one by one, (low, middle, high)
+    lets middle:high make up for low:middle."""
+    # no closure in `compensate`: one that calls itself would keep columns and U until the next garbage collection
+    if high - low <= _LEAF:
+        yield low, high, high
+        return
+    # a cut inside a group would fit it before all earlier columns have reached it
+    unit = group if high - low > group else _LEAF
+    middle = low + max(1, (high - low) // (2 * unit)) * unit
+    yield from _steps(low, middle, group)
+    yield low, middle, high
+    yield from _steps(middle, high, group)
