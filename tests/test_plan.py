@@ -53,6 +53,24 @@ def test_sizes_are_exact(model, name, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("solve", "exact"),
+    [
+        ({"method": "gptq"}, True),
+        ({"method": "billm"}, True),  # which columns are salient depends on data, their bits do not
+        ({"method": "pb_llm"}, True),
+        ({"method": "pb_llm", "selection": "threshold"}, False),
+        ({"method": "arb_rc"}, False),
+    ],
+)
+def test_sizes_that_depend_on_data_are_said_to(model, tmp_path, solve, exact):
+    chosen = recipe(model).model_copy(update={"solve": Recipe.model_validate({"name": "x", "solve": solve}).solve})
+    planned = plan(str(model), chosen, device="cpu")
+    assert any("depends on data" in note for note in planned.notes) is not exact
+    measured = measure(compress(str(model), chosen, tmp_path / "out", device="cpu").folder)
+    assert (planned.size.total_bytes == measured.total_bytes) is exact
+
+
+@pytest.mark.parametrize(
     "config",
     [
         GPT2Config(vocab_size=96, n_positions=32, n_embd=64, n_layer=2, n_head=4),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ultralowbit.eval.size import Size
-from ultralowbit.format import Bitmap, Format
+from ultralowbit.format import Format
 from ultralowbit.hub import resolve_model
 from ultralowbit.linear import linear_shape
 from ultralowbit.methods import Method, Need
@@ -127,8 +127,8 @@ def plan(
     size = _size(decoder, formats)
     work = _Work(decoder, recipe, formats)
     notes = [] if work.exact_groups else ["which Linears share an input is not known: one Hessian a Linear is assumed"]
-    if any(isinstance(format.overlay, Bitmap) for format, _ in formats.values()):
-        notes.append("how many weights the fullest rows keep at 8 bits depends on data: the files may become larger")
+    if any(_depends_on_data(method) for method in set(work.methods.values())):
+        notes.append("with this recipe the size depends on data: bits and bytes are expected ones, not exact")
     if work.tokens:
         notes.append(
             f"getting and tokenising the calibration text ({recipe.calibration.source}) is not in the estimates"
@@ -191,6 +191,15 @@ class _Work:
         self.forward = [
             math.prod(linear_shape(m)) for i in range(len(decoder.blocks)) for m in decoder.linears(i).values()
         ]
+
+
+def _depends_on_data(method: Method) -> bool:
+    """Whether packed weights need other room than the method announced, tried on a random one."""
+    n, m = 16, 256
+    stats = InputStats(m)
+    stats.add(_random(2 * m, m, torch.device("cpu")))
+    packed = method.quantize(_random(n, m, torch.device("cpu")), stats)
+    return packed.format.tensors(n, m) != method.format(m).tensors(n, m)
 
 
 def shared_inputs(decoder: Decoder) -> dict[str, str] | None:

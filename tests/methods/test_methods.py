@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -204,3 +207,18 @@ def test_a_hessian_that_cannot_be_used_is_refused(method, layer):
 def test_values_without_a_meaning_are_refused(cls, fields):
     with pytest.raises(ValidationError):
         cls(**fields)
+
+
+def test_nothing_waits_for_the_garbage_collector(method, layer):
+    """A cycle would keep the factor of a layer in memory while the next ones are solved."""
+    problem = layer(8, 64)
+    stats = problem.stats
+    gc.collect()
+    gc.disable()
+    try:
+        method.quantize(problem.weight, stats)
+        factors = [weakref.ref(factor.U) for factor in stats._factors.values()]
+        del stats
+        assert not any(factor() is not None for factor in factors)
+    finally:
+        gc.enable()
