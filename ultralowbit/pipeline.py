@@ -6,6 +6,8 @@ outputs are the next block's inputs.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import platform
 import sys
@@ -233,6 +235,7 @@ class _Run:
             state["blocks"] = i + 1
             state["seconds"][self.decoder.block_name(i)] = round(time.perf_counter() - started, 3)
             self.job.commit()
+            _return_free_memory()
             self.progress.step()
 
     def _activations(self, i: int, create: bool) -> Activations:
@@ -293,6 +296,14 @@ class _Run:
     def _outliers(self) -> int:
         clip = self.recipe.calibration.clip_tokens
         return 0 if clip is None else int(self.data.tokens.numel() * (1 - clip))
+
+
+def _return_free_memory() -> None:
+    """Give freed pages back to the system: glibc keeps those of blocks below 32 MB, and fragments would add up over the
+    layers."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _batched(tokens: Tensor) -> Tensor:
