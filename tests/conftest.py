@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import string
 from collections.abc import Callable
@@ -18,6 +19,16 @@ VOCAB = 96
 
 torch.set_num_threads(1)  # tiny products: more threads only wait for one another
 logging.disable_progress_bar()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: `compress` collects garbage after every block, and would look at all of it each time."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
 
 DEVICES = [
     "cpu",
