@@ -259,7 +259,7 @@ def test_interrupted_run_prints_what_resumes_it(model, text, tmp_path):
     arguments = ["compress", model, "--recipe", "sign-2", *options(text), "--set", "solve.iterations=100"]
     process = spawn(*arguments, "--out", "a", "--restart", cwd=tmp_path)
     job = tmp_path / "a.work" / "job.json"
-    while not job.exists():
+    while not job.exists() or not json.loads(job.read_text())["blocks"]:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
@@ -276,3 +276,20 @@ def test_interrupted_run_prints_what_resumes_it(model, text, tmp_path):
     assert "going on after block" in err and "perplexity" in out
     assert "\x1b" not in out + err  # plain lines where nobody watches
     assert verify(tmp_path / "a") == []
+
+
+def test_an_interrupt_that_a_finalizer_swallows_is_sent_again():
+    script = """
+import signal, sys, time
+from ultralowbit.cli import _keep_interrupts
+_keep_interrupts()
+class Finalized:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+try:
+    Finalized()
+    time.sleep(30)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 130

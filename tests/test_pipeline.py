@@ -439,7 +439,7 @@ def test_going_on_does_not_repeat_what_is_committed(source, undisturbed, tmp_pat
     assert_same(tmp_path / "out", expected)
 
 
-def interrupted(source: Path, recipe: Recipe, out: Path, after: int = 1) -> None:
+def interrupted(source: Path, recipe: Recipe, out: Path, after: int = 1, restart: bool = False) -> None:
     """Leave unfinished work: `after` blocks are committed."""
 
     class Stop(Lines):
@@ -448,7 +448,7 @@ def interrupted(source: Path, recipe: Recipe, out: Path, after: int = 1) -> None
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compress(str(source), recipe, out, progress=Stop())
+        compress(str(source), recipe, out, restart=restart, progress=Stop())
 
 
 # --- another command, another process --------------------------------------------------------------------------------
@@ -530,6 +530,24 @@ def test_a_restart_that_fails_keeps_the_old_folder(source, recipe, tmp_path, mon
     with pytest.raises(RuntimeError, match="stop"):
         compress(str(source), recipe(solve={"method": "sign"}), tmp_path / "out", restart=True)
     assert all(torch.equal(t, before[name]) for name, t in shards(tmp_path / "out").items())
+
+
+def test_a_restart_that_was_interrupted_is_gone_on_with(source, recipe, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    compress(str(source), recipe(solve={"method": "sign"}), "out")
+    interrupted(source, undisturbed[0], Path("out"), restart=True)
+    lines = Lines()
+    compress(str(source), undisturbed[0], "out", progress=lines)
+    assert lines.said[0].startswith("going on after block 0")
+    assert_same(tmp_path / "out", undisturbed[1])
+
+
+def test_another_text_makes_no_difference_to_a_method_that_reads_none(source, recipe, tmp_path):
+    rtn = {"method": "rtn", "bits": 4}
+    compress(str(source), recipe(solve=rtn), tmp_path / "out")
+    lines = Lines()
+    compress(str(source), recipe(solve=rtn, calibration={"source": "no such text"}), tmp_path / "out", progress=lines)
+    assert "already" in lines.said[-1]
 
 
 @pytest.mark.parametrize("restart", [False, True], ids=["go-on", "restart"])

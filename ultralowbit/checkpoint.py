@@ -133,7 +133,7 @@ class Job:
             if done == fingerprint and not restart:
                 shutil.rmtree(job.work, ignore_errors=True)  # a kill right after the rename leaves it
                 return None
-            if not restart:
+            if not restart and job._begun() != fingerprint:  # or a --restart that was interrupted is to go on
                 raise InputError(
                     f"{out} holds a checkpoint made with a different {_difference(done, fingerprint)}: choose another "
                     "--out, or --restart to replace it"
@@ -154,10 +154,17 @@ class Job:
             raise
         return job
 
+    @property
+    def _state_file(self) -> Path:
+        return self.work / "job.json"
+
+    def _begun(self) -> dict[str, Any] | None:
+        """The fingerprint of the unfinished work, if there is any."""
+        return json.loads(self._state_file.read_text())["fingerprint"] if self._state_file.exists() else None
+
     def _resume_or_start(self, restart: bool) -> None:
-        state_file = self.work / "job.json"
-        if state_file.exists() and not restart:
-            state = json.loads(state_file.read_text())
+        if self._state_file.exists() and not restart:
+            state = json.loads(self._state_file.read_text())
             fingerprint = self.state["fingerprint"]
             if state["fingerprint"] != fingerprint:
                 raise InputError(
@@ -176,10 +183,11 @@ class Job:
             self.shards.mkdir(parents=True)
         except OSError as e:
             raise_disk_full(e, self.work)
+        self.commit()
 
     def commit(self) -> None:
         """Make `state` what a resumed job starts from."""
-        write_json(self.work / "job.json", self.state)
+        write_json(self._state_file, self.state)
 
     def shard_name(self, i: int, total: int) -> str:
         return f"model-{i + 1:05d}-of-{total:05d}.safetensors"

@@ -3,11 +3,14 @@ back to round-to-nearest, 130 interrupted."""
 
 from __future__ import annotations
 
+import _thread
 import errno
 import json
 import os
 import shlex
 import signal
+import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,8 +36,8 @@ from ultralowbit.eval.size import measure as measure_size
 from ultralowbit.format import FormatError
 from ultralowbit.generation import generate as write_text
 from ultralowbit.hf import CheckpointError
-from ultralowbit.hub import resolve_model
-from ultralowbit.measure import measure, open_model, open_tokenizer, pick_dtype, read_texts
+from ultralowbit.hub import open_tokenizer, resolve_model
+from ultralowbit.measure import measure, open_model, pick_dtype, read_texts
 from ultralowbit.pipeline import pick_device
 from ultralowbit.plan import plan
 from ultralowbit.recipe import Recipe, shipped
@@ -484,8 +487,22 @@ def recipes_show(name: Annotated[str, typer.Argument(help="a shipped recipe or a
 def main() -> None:
     """Run the command of this process's arguments."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _keep_interrupts()
     _quiet_libraries()
     app()
+
+
+def _keep_interrupts() -> None:
+    """An interrupt that lands in a finalizer is swallowed there: send it again until it gets through."""
+    show = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if found.exc_type is KeyboardInterrupt:
+            threading.Timer(0.1, _thread.interrupt_main).start()
+        else:
+            show(found)
+
+    sys.unraisablehook = hook
 
 
 def _quiet_libraries() -> None:

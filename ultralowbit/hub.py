@@ -1,4 +1,4 @@
-"""From a model's name to a folder that holds its safetensors."""
+"""From a model's name to a folder that holds its safetensors, and the tokenizer in it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import json
 import os
 import shlex
 from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
 
 from ultralowbit.text import InputError, reason
 
@@ -106,3 +109,13 @@ def _conversion(name: str) -> str:
         f"T.from_pretrained({source}).save_pretrained({target})"
     )
     return f"python -c {shlex.quote(script)}"
+
+
+def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint folder; `InputError` where transformers finds none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(
+            f"{folder} has no tokenizer that transformers can load ({reason(e)}): put its tokenizer files there"
+        ) from e

@@ -6,16 +6,16 @@ import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ultralowbit.console import human
 from ultralowbit.eval.perplexity import Bos, Perplexity, perplexity, token_stream
 from ultralowbit.eval.size import read_config_json
 from ultralowbit.hf import QUANT_METHOD, CheckpointError, load
+from ultralowbit.hub import open_tokenizer
 from ultralowbit.plan import available_memory
 from ultralowbit.text import InputError, read_text, reason, token_sha256
 
@@ -34,15 +34,6 @@ class EvalText:
     @property
     def sha256(self) -> str:
         return token_sha256(self.tokens.view(-1, self.context))
-
-
-def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(
-            f"{folder} has no tokenizer that transformers can load ({reason(e)}): put its tokenizer files there"
-        ) from e
 
 
 def read_texts(

@@ -22,20 +22,19 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from ultralowbit.calibration import Calibration, calibrate
 from ultralowbit.checkpoint import MANIFEST, Activations, Job, sha256_file, write_atomic, write_json, write_tensors
 from ultralowbit.format import VERSION, Format, FormatError, PackedWeight
 from ultralowbit.hf import CheckpointError, UltraLowBitConfig, read_headers
-from ultralowbit.hub import resolve_model
+from ultralowbit.hub import open_tokenizer, resolve_model
 from ultralowbit.linear import linear_shape
 from ultralowbit.methods import Method, Need
 from ultralowbit.model import BlockCall, Decoder, run_block
 from ultralowbit.recipe import Recipe
 from ultralowbit.stats import InputStats, SingularHessian, relative_error
-from ultralowbit.text import InputError, reason
+from ultralowbit.text import InputError
 
 BATCH_TOKENS = 2048
 """Tokens that run through a block at a time: enough to keep the products busy, little enough to keep them in memory."""
@@ -145,14 +144,15 @@ def compress(
     folder = resolve_model(model)
     decoder = open_decoder(folder, where, trust_remote_code)
     formats = packed_formats(decoder, recipe)
+    needs_data = any(recipe.method_for(name).needs is not Need.NOTHING for name in formats)
+    labels = {"name", "summary"} if needs_data else {"name", "summary", "calibration"}
     fingerprint = {
         "model": _hash_model(decoder, progress),
-        "recipe": recipe.model_dump(mode="json", exclude={"name", "summary"}),
+        "recipe": recipe.model_dump(mode="json", exclude=labels),
         "calibration": {},
         "software": {"ultralowbit": version("ultralowbit"), "torch": torch.__version__, "format": VERSION},
         "compute": {"device": where.type, "dtype": str(decoder.dtype).removeprefix("torch.")},
     }
-    needs_data = any(recipe.method_for(name).needs is not Need.NOTHING for name in formats)
     data = _calibration(folder, decoder, recipe, trust_remote_code, progress) if needs_data else None
     if data is not None:
         fingerprint["calibration"] = {"sha256": data.sha256}
@@ -185,12 +185,8 @@ def _calibration(
     length = window_length(recipe, decoder)
     if length < spec.length:
         progress.say(f"calibration windows cut from {spec.length} to the model's {length} positions")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(
-            f"{folder} has no tokenizer that transformers can load ({reason(e)}): put its tokenizer files there"
-        ) from e
+    tokenizer = open_tokenizer(folder, trust_remote_code)
+    progress.start(f"reading {spec.source}", 1)
     done = 0
 
     def step(now: int, total: int) -> None:

@@ -13,7 +13,8 @@ from ultralowbit import report as reports
 from ultralowbit.checkpoint import MANIFEST, sha256_file, write_atomic, write_json
 from ultralowbit.console import Watch
 from ultralowbit.generation import generate
-from ultralowbit.measure import open_model, open_tokenizer, pick_dtype
+from ultralowbit.hub import open_tokenizer
+from ultralowbit.measure import open_model, pick_dtype
 from ultralowbit.pipeline import pick_device
 from ultralowbit.recipe import Recipe
 from ultralowbit.text import InputError
