@@ -2,8 +2,9 @@
 
 A weight is a row of *segments*, each a run of consecutive input columns: sign planes (`Planes`), integer codes
 (`Ints`), or sign planes with several scales (`Zones`). An *overlay* (`Overlay`, `Bitmap`) may replace single weights of
-the row by 8-bit values. All of them keep their bits in one word layout, fixed by what a GPU unpacks with one AND:
-fields of `w` bits lie in int16 words, `16 / w` fields a word, and in a super-block of `16 / w * 32` columns
+the row by 8-bit values, and an `InputTransform` may bring the inputs into the order and basis of the row's columns. All
+of them keep their bits in one word layout, fixed by what a GPU unpacks with one AND: fields of `w` bits lie in int16
+words, `16 / w` fields a word, and in a super-block of `16 / w * 32` columns
 
     word c, field f   <->   column f * 32 + c            (c = 0..31; a field's 32 columns are contiguous)
 
@@ -17,7 +18,7 @@ padded by fewer than `16 / w` columns. The padding is zero and is counted in `bi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -514,7 +515,112 @@ def _grid_values(parts: Mapping[str, Tensor]) -> Tensor:
 OVERLAYS: dict[str, type[Overlay] | type[Bitmap]] = {o.kind: o for o in (Overlay, Bitmap)}
 
 
-def _check_segment(segment: Segment | Overlay | Bitmap, **allowed: Sequence[Any]) -> None:
+@dataclass(frozen=True)
+class InputTransform:
+    """What is done to the inputs of a weight before its segments and overlay multiply them: y = stored @ T(x),
+
+        T(x) = scale * partition(hadamard(x))
+
+    each part optional. `hadamard` is a block size, a power of two: blocks of so many channels are multiplied by the
+    orthonormal Hadamard matrix (-1)^popcount(i & j) / sqrt(size); the channels after the last whole block are cut into
+    falling powers of two. `partition` puts the channels of the first segment, which a bit marks, before the others,
+    both in rising order. `column_scale` is a factor for each channel, in the order that the segments then have.
+
+    Stored: partition words int16 [words]; scale fp16 [columns]. All rows share them.
+    """
+
+    kind: ClassVar[str] = "input"
+    row_axis: ClassVar[Mapping[str, int | None]] = {"_partition": None, "_scale": None}
+    columns: int
+    partition: bool = False
+    column_scale: bool = False
+    hadamard: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_segment(self, partition=(True, False), column_scale=(True, False))
+        if self.hadamard not in (None, *(2**k for k in range(1, 17))):
+            raise FormatError(f"input.hadamard is {self.hadamard!r}, expected a power of two from 2 to 65536")
+        if not (self.partition or self.column_scale or self.hadamard):
+            raise FormatError("an input transform without partition, column_scale and hadamard is none: leave it out")
+
+    @property
+    def summary(self) -> str:
+        steps = (
+            f"hadamard{self.hadamard}" if self.hadamard else "",
+            "partition" if self.partition else "",
+            "scale" if self.column_scale else "",
+        )
+        return f"input({','.join(filter(None, steps))})"
+
+    def tensors(self, out_features: int) -> dict[str, TensorSpec]:
+        specs = {}
+        if self.partition:
+            specs["_partition"] = TensorSpec(torch.int16, (word_count(self.columns, 1),))
+        if self.column_scale:
+            specs["_scale"] = TensorSpec(torch.float16, (self.columns,))
+        return specs
+
+    def encode(self, partition: Tensor | None = None, scale: Tensor | None = None) -> dict[str, Tensor]:
+        """partition [columns] bool, set for the channels of the first segment; scale [columns] fp16-exact, in the order
+        of the segments."""
+        parts = {}
+        if self.partition:
+            parts["_partition"] = pack_fields(partition.to(torch.uint8), 1)
+        if self.column_scale:
+            parts["_scale"] = scale.half()
+        return parts
+
+    def order(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The channel [columns] int64 that is at each place after the partition."""
+        return unpack_fields(parts["_partition"], 1, self.columns).argsort(descending=True, stable=True)
+
+    def apply(self, parts: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """T(x) for x [..., columns]: computed in fp32, rounded once to x's dtype."""
+        found = x.float()
+        if self.hadamard:
+            found = block_hadamard(found, self.hadamard)
+        if self.partition:
+            found = found[..., self.order(parts)]
+        if self.column_scale:
+            found = found * parts["_scale"].float()
+        return found.to(x.dtype)
+
+    def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+        """Turn out [rows, columns] fp32, which multiplies T(x), into the weight that multiplies x."""
+        if self.column_scale:
+            out *= parts["_scale"].float()
+        if self.partition:
+            out[:, self.order(parts)] = out.clone()
+        if self.hadamard:
+            out.copy_(block_hadamard(out, self.hadamard))
+
+
+def block_hadamard(x: Tensor, block: int) -> Tensor:
+    """x [..., columns] times the orthonormal, symmetric block matrix that `InputTransform` describes."""
+    columns = x.shape[-1]
+    start = columns // block * block
+    found = [_walsh(x[..., :start], block)] if start else []
+    while start < columns:
+        size = 1 << (columns - start).bit_length() - 1
+        found.append(_walsh(x[..., start : start + size], size))
+        start += size
+    return torch.cat(found, dim=-1)
+
+
+def _walsh(x: Tensor, size: int) -> Tensor:
+    """The fast transform of each `size` columns of x [..., columns]: log2(size) rounds of sums and differences."""
+    half = 1
+    while half < size:
+        a, b = x.unflatten(-1, (-1, 2, half)).unbind(-2)  # [..., pairs, half]
+        x = torch.stack([a + b, a - b], dim=-2).flatten(-3)
+        half *= 2
+    return x * size**-0.5
+
+
+Part = Segment | Overlay | Bitmap | InputTransform
+
+
+def _check_segment(segment: Part, **allowed: Sequence[Any]) -> None:
     group = getattr(segment, "group", None)
     if segment.columns < 1 or (group is not None and group < 1):
         raise FormatError(f"columns and group must be positive, got {segment}")
@@ -527,15 +633,19 @@ def _check_segment(segment: Segment | Overlay | Bitmap, **allowed: Sequence[Any]
 @dataclass(frozen=True)
 class Format:
     """How one weight [out, in] is stored: the segments of its columns, left to right, what replaces single weights of
-    them, and the version of the layout."""
+    them, what its inputs go through first, and the version of the layout. Segments and overlay have the columns in the
+    order and basis that the transform leaves; `decode` returns them as the inputs come."""
 
     segments: tuple[Segment, ...]
     overlay: Overlay | Bitmap | None = None
+    transform: InputTransform | None = None
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        if self.overlay is not None and self.overlay.columns != self.in_features:
-            raise FormatError(f"the overlay has {self.overlay.columns} columns, the segments have {self.in_features}")
+        for name in ("overlay", "transform"):
+            part = getattr(self, name)
+            if part is not None and part.columns != self.in_features:
+                raise FormatError(f"the {name} has {part.columns} columns, the segments have {self.in_features}")
 
     @property
     def in_features(self) -> int:
@@ -572,7 +682,12 @@ class Format:
         }
 
     def encode(self, *parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The `encode` arguments of each segment, and last of the overlay if there is one -> the stored tensors."""
+        """The `encode` arguments of each segment, then of the overlay and of the transform if there are -> the stored
+        tensors."""
+        if self.transform is not None and self.transform.partition:
+            marked, columns = int(parts[-1]["partition"].sum()), self.segments[0].columns
+            if marked != columns:
+                raise FormatError(f"the partition marks {marked} channels, the first segment has {columns} columns")
         return {
             prefix + suffix: tensor
             for (prefix, _, part), values in zip(self._parts(), parts, strict=True)
@@ -596,6 +711,19 @@ class Format:
                 weight[rows] = tile
         return weight
 
+    def transformed(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """T(x) [..., in] for x [..., in], in x's dtype: what the weight that `untransformed` decodes multiplies."""
+        if self.transform is None:
+            return x
+        return self.transform.apply(
+            {suffix: tensors[f"weight_input{suffix}"] for suffix in self.transform.tensors(1)}, x
+        )
+
+    @property
+    def untransformed(self) -> Format:
+        """The segments and the overlay alone, which the same stored tensors hold."""
+        return replace(self, transform=None)
+
     def rows(self, tensors: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
         """The stored tensors of some rows, which are stored tensors again."""
         found = {}
@@ -607,18 +735,20 @@ class Format:
                 )
         return found
 
-    def _parts(self) -> list[tuple[str, int, Segment | Overlay | Bitmap]]:
-        """Name of the main tensor and first column of each segment, and last of the overlay."""
+    def _parts(self) -> list[tuple[str, int, Part]]:
+        """Name of the main tensor and first column of each part, in the order of decoding."""
         found, column = [], 0
         for i, segment in enumerate(self.segments):
             found.append(("weight" if i == 0 else f"weight_{i}", column, segment))
             column += segment.columns
-        return found if self.overlay is None else [*found, ("weight_overlay", 0, self.overlay)]
+        whole = (("weight_overlay", 0, self.overlay), ("weight_input", 0, self.transform))
+        return found + [entry for entry in whole if entry[2] is not None]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json; `from_dict` is the inverse."""
-        data = {"version": self.version, "segments": [{"kind": s.kind, **asdict(s)} for s in self.segments]}
-        return data if self.overlay is None else data | {"overlay": {"kind": self.overlay.kind, **asdict(self.overlay)}}
+        data = {"version": self.version, "segments": [_description(s) for s in self.segments]}
+        optional = {"overlay": self.overlay, "transform": self.transform}
+        return data | {name: _description(part) for name, part in optional.items() if part is not None}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Format:
@@ -631,11 +761,16 @@ class Format:
             )
         if unknown := unknown_fields(cls, data):
             raise FormatError(f"unknown {sorted(unknown)} in the packed format: a newer ultralowbit wrote it, upgrade")
-        overlay = data.get("overlay")
+        overlay, transform = data.get("overlay"), data.get("transform")
         return cls(
             tuple(_described(entry, SEGMENTS, "segment") for entry in data["segments"]),
             None if overlay is None else _described(overlay, OVERLAYS, "overlay"),
+            None if transform is None else _described(transform, {InputTransform.kind: InputTransform}, "transform"),
         )
+
+
+def _description(part: Part) -> dict[str, Any]:
+    return {"kind": part.kind, **asdict(part)}
 
 
 def _described(entry: Mapping[str, Any], kinds: Mapping[str, type], what: str) -> Any:
@@ -674,7 +809,7 @@ class PackedWeight:
 
     @classmethod
     def encode(cls, format: Format, *parts: Mapping[str, Tensor]) -> PackedWeight:
-        """Pack one mapping of parts for each segment, and last for the overlay (see their `encode`)."""
+        """Pack one mapping of parts for each segment, then for the overlay and the transform (see their `encode`)."""
         tensors = format.encode(*parts)
         return cls(format, (tensors["weight"].shape[-2], format.in_features), tensors)
 
