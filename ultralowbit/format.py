@@ -773,12 +773,12 @@ def _description(part: Part) -> dict[str, Any]:
     return {"kind": part.kind, **asdict(part)}
 
 
-def _described(entry: Mapping[str, Any], kinds: Mapping[str, type], what: str) -> Any:
-    entry = dict(entry)
-    found = kinds.get(entry.pop("kind", None))
-    if found is None or unknown_fields(found, entry):
+def _described(entry: Any, kinds: Mapping[str, type], what: str) -> Any:
+    values = dict(entry) if isinstance(entry, Mapping) else {}
+    found = kinds.get(values.pop("kind", None))
+    if found is None or unknown_fields(found, values):
         raise FormatError(f"unknown {what} in the packed format: {entry}; a newer ultralowbit wrote it, upgrade")
-    return found(**entry)
+    return found(**values)
 
 
 def unknown_fields(cls: type, entry: Mapping[str, Any]) -> set[str]:
