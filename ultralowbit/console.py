@@ -84,7 +84,7 @@ class _PaceColumn(ProgressColumn):
 
 
 class Watch:
-    """`pipeline.Progress` on stderr, to be used as a context. `quiet` leaves only the warnings."""
+    """`progress.Progress` on stderr, to be used as a context. `quiet` leaves only the warnings."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet

@@ -18,7 +18,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from ultralowbit.hub import open_tokenizer, resolve_model
 from ultralowbit.linear import linear_shape
 from ultralowbit.methods import Method, Need
 from ultralowbit.model import BlockCall, Decoder, run_block
+from ultralowbit.progress import Progress, Silent
 from ultralowbit.recipe import Recipe
 from ultralowbit.stats import InputStats, SingularHessian, relative_error
 from ultralowbit.text import InputError
@@ -41,29 +42,6 @@ BATCH_TOKENS = 2048
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 _NOT_CARRIED = {"config.json", "README.md", "model.safetensors.index.json", ".gitattributes"}
-
-
-class Progress(Protocol):
-    """What `compress` tells whoever watches."""
-
-    def start(self, what: str, total: int) -> None:
-        """A stage of `total` steps begins."""
-
-    def step(self, n: int = 1) -> None:
-        """n steps of the stage are done."""
-
-    def say(self, line: str) -> None:
-        """Something worth a line: a packed block, a warning."""
-
-
-class Silent:
-    """Watches nothing."""
-
-    def start(self, what: str, total: int) -> None: ...
-
-    def step(self, n: int = 1) -> None: ...
-
-    def say(self, line: str) -> None: ...
 
 
 @dataclass(frozen=True)
