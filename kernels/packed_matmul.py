@@ -1,7 +1,8 @@
 """The one product of the package: activations with a packed weight.
 
 `packed_matmul` is a single node for torch.compile and CUDA graphs, whatever runs inside. A fast path is a file
-beside this one and a line in `KERNELS`; where there is none the reference runs, which is the meaning of the operation.
+beside this one and a line in `KERNELS`; where none takes a case the reference runs, which is the meaning of the
+operation.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ from torch import Tensor
 from ultralowbit.format import Format
 
 Kernel = Callable[[Tensor, dict[str, Tensor], Format], Tensor]
+"""x [tokens, in] with any strides, the stored tensors by name, their format -> [tokens, out] in x's dtype."""
 
-KERNELS: dict[tuple[str, str], Kernel] = {}
-"""(`Format.kinds`, device type) -> fast path; absence means `packed_matmul_ref`."""
+Chooser = Callable[[Format, torch.device, torch.dtype, int], Kernel | None]
+"""The fast path for a format, a device, the dtype of x and a number of tokens, or None. Called for every product."""
+
+KERNELS: dict[str, Chooser] = {}
+"""Device type -> what chooses among its fast paths."""
 
 
 def packed_matmul_ref(x: Tensor, tensors: dict[str, Tensor], format: Format) -> Tensor:
@@ -27,9 +32,13 @@ def packed_matmul_ref(x: Tensor, tensors: dict[str, Tensor], format: Format) -> 
     return F.linear(x, format.decode(tensors, x.dtype))
 
 
-def kernel_for(format: Format, device: str) -> Kernel:
-    """The function that `packed_matmul` runs for this format on this device type."""
-    return KERNELS.get((format.kinds, device), packed_matmul_ref)
+def kernel_for(
+    format: Format, device: torch.device | str, dtype: torch.dtype = torch.float32, tokens: int = 1
+) -> Kernel:
+    """The function that `packed_matmul` runs for `tokens` rows of x in this format, device and dtype."""
+    device = torch.device(device)
+    choose = KERNELS.get(device.type)
+    return (choose and choose(format, device, dtype, tokens)) or packed_matmul_ref
 
 
 @lru_cache(maxsize=4096)
@@ -41,7 +50,11 @@ def _parse(layout: str) -> tuple[Format, tuple[str, ...]]:
 @torch.library.custom_op("ultralowbit::packed_matmul", mutates_args=())
 def _packed_matmul(x: Tensor, tensors: Sequence[Tensor], layout: str) -> Tensor:
     format, names = _parse(layout)
-    return kernel_for(format, x.device.type)(x, dict(zip(names, tensors, strict=True)), format)
+    rows = x.reshape(-1, format.in_features)
+    if not len(rows):
+        return x.new_empty((*x.shape[:-1], tensors[0].shape[-2]))
+    kernel = kernel_for(format, x.device, x.dtype, len(rows))
+    return kernel(rows, dict(zip(names, tensors, strict=True)), format).reshape(*x.shape[:-1], -1)
 
 
 @_packed_matmul.register_fake
