@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from ultralowbit.text import InputError, token_sha256
 Bos = Literal["none", "text"]
 
 _BATCH_TOKENS = 2048
-_CHUNK = 1 << 24  # logits upcast at a time: 64 MB in fp32
+CHUNK = 1 << 24  # logits upcast at a time: 64 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,6 @@ def token_stream(tokenizer: Any, text: str, *, bos: Bos = "text") -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-@torch.no_grad()
 def perplexity(
     model: nn.Module,
     tokens: Tensor,
@@ -89,10 +88,26 @@ def perplexity(
     collapsed model gives nan or inf. Raises `InputError` for a stream shorter than a window, or windows longer than the
     model's positions.
     """
+    windows = cut(tokens, context, max_tokens)
+    losses: list[float] = []
+    for batch, logits in forward(model, windows, batch_size):
+        losses += window_losses(logits, batch)
+        if progress:
+            progress(len(losses), len(windows))
+    return from_losses(losses, windows, dtype_of(model, logits), source, bos)
+
+
+def cut(tokens: Tensor, context: int, max_tokens: int | None = None) -> Tensor:
+    """The stream [n], or its first `max_tokens`, in windows that do not overlap: int64 [windows, context].
+
+    Raises `InputError` for what is no stream or too short for one window.
+    """
     if tokens.ndim != 1:
         raise InputError(f"tokens have the shape {tuple(tokens.shape)}, expected one stream [n]: flatten them first")
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    _check(context, max_tokens, batch_size, positions)
+    if context < 2:
+        raise InputError(f"context is {context}, expected at least 2: a window predicts all but its first token")
+    if max_tokens is not None and max_tokens < 1:
+        raise InputError(f"max_tokens is {max_tokens}, expected at least 1, or None for the default")
     stream = tokens[:max_tokens].long()
     windows = stream[: len(stream) // context * context].view(-1, context)
     if not len(windows):
@@ -100,29 +115,48 @@ def perplexity(
             f"the text has {len(stream)} tokens, expected at least {context} for one window: "
             "choose a smaller context or a longer text"
         )
-    device = next(chain(model.parameters(), model.buffers()), tokens).device
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    losses: list[float] = []
+    return windows
+
+
+@torch.no_grad()
+def forward(model: nn.Module, windows: Tensor, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of the windows [windows, context], each with the model's logits [batch, context, vocab] on its device.
+
+    `batch_size` is in windows (default: some 2048 tokens). The model is in evaluation mode while it is asked. Raises
+    `InputError` for windows longer than its positions.
+    """
+    context = windows.shape[1]
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if positions is not None and context > positions:
+        raise InputError(f"context is {context}, but the model has {positions} positions: choose a context up to those")
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}, expected at least 1, or None for the default")
+    device = next(chain(model.parameters(), model.buffers()), windows).device
     training = model.training
     model.eval()
     try:
         for batch in windows.split(batch_size or max(1, _BATCH_TOKENS // context)):
             batch = batch.to(device)
-            logits = model(batch, use_cache=False).logits  # [batch, context, vocab]
-            dtype = dtype or logits.dtype
-            losses += [_loss(*pair) for pair in zip(logits, batch, strict=True)]
-            if progress:
-                progress(len(losses), len(windows))
+            yield batch, model(batch, use_cache=False).logits
     finally:
         model.train(training)
-    count = len(windows) * (context - 1)
+
+
+def window_losses(logits: Tensor, ids: Tensor) -> list[float]:
+    """Summed loss, in nats, of each window: logits [batch, context, vocab], ids [batch, context]."""
+    return [_loss(*pair) for pair in zip(logits, ids, strict=True)]
+
+
+def from_losses(losses: list[float], windows: Tensor, dtype: torch.dtype, source: str, bos: Bos) -> Perplexity:
+    """The perplexity that the losses of all windows [windows, context] make."""
+    count = windows.shape[0] * (windows.shape[1] - 1)
     nll = math.fsum(losses) / count
     return Perplexity(
         source=source,
         perplexity=_exp(nll),
         nll=nll,
-        windows=len(windows),
-        context=context,
+        windows=windows.shape[0],
+        context=windows.shape[1],
         tokens=count,
         dtype=str(dtype).removeprefix("torch."),
         bos=bos,
@@ -130,19 +164,14 @@ def perplexity(
     )
 
 
-def _check(context: int, max_tokens: int | None, batch_size: int | None, positions: int | None) -> None:
-    if context < 2:
-        raise InputError(f"context is {context}, expected at least 2: a window predicts all but its first token")
-    if positions is not None and context > positions:
-        raise InputError(f"context is {context}, but the model has {positions} positions: choose a context up to those")
-    for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} is {value}, expected at least 1, or None for the default")
+def dtype_of(model: nn.Module, logits: Tensor) -> torch.dtype:
+    """Of the model's parameters, or of its logits where it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), logits.dtype)
 
 
 def _loss(logits: Tensor, ids: Tensor) -> float:
     """Summed loss, in nats, of one window: logits [context, vocab], ids [context]."""
-    rows = max(1, _CHUNK // logits.shape[-1])
+    rows = max(1, CHUNK // logits.shape[-1])
     pairs = zip(logits[:-1].split(rows), ids[1:].split(rows), strict=True)
     return sum(F.cross_entropy(part.float(), target, reduction="none").double().sum().item() for part, target in pairs)
 
