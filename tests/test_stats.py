@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ultralowbit.stats import InputStats, SingularHessian, relative_error
+from ultralowbit.stats import InputStats, Need, SingularHessian, relative_error
 
 
 def tokens(count: int, features: int, seed: int = 0, spread: float = 1.0) -> torch.Tensor:
@@ -80,6 +80,49 @@ def test_zero_tokens_do_not_spoil_clipping():
 def test_reading_the_hessian_does_not_change_it():
     stats = gathered(tokens(30, 5, spread=2.0), [10], 4)
     assert torch.equal(stats.hessian.clone(), stats.hessian)
+
+
+# --- magnitudes ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 60), st.integers(0, 60), st.integers(0, 9), st.integers(0, 999))
+def test_magnitudes_are_those_of_all_tokens_however_cut_or_merged(count, cut, outliers, seed):
+    x, cut = tokens(count, 7, seed, spread=2.0), min(cut, count)
+    parts = [InputStats(7, outliers, needs=Need.MAGNITUDES | Need.HESSIAN) for _ in range(2)]
+    parts[0].add(x[:cut].view(1, cut, 7))
+    parts[1].add(x[cut:])
+    merged = parts[0] + parts[1]
+    assert torch.equal(merged.absmax, x.abs().amax(0))
+    torch.testing.assert_close(merged.absmean.double(), x.double().abs().mean(0), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(merged.hessian.double(), clipped_hessian(x, outliers), rtol=1e-5, atol=1e-4)
+
+
+def test_magnitudes_alone_gather_no_hessian(device):
+    x = tokens(40, 6).to(device)
+    stats = InputStats(6, 3, device, Need.MAGNITUDES)
+    stats.add(x.half())
+    both = stats + stats
+    assert torch.equal(both.absmax, x.half().float().abs().amax(0))
+    assert both.count == 80
+    with pytest.raises(AttributeError):
+        _ = both.hessian
+
+
+def test_before_any_token_magnitudes_are_zero():
+    stats = InputStats(4, needs=Need.MAGNITUDES)
+    assert torch.equal(stats.absmax, torch.zeros(4))
+    assert torch.equal(stats.absmean, torch.zeros(4))
+
+
+def test_a_value_that_is_not_finite_stays_visible():
+    x = tokens(5, 3)
+    x[2, 1] = float("nan")
+    stats = InputStats(3, needs=Need.MAGNITUDES)
+    stats.add(x)
+    stats.add(tokens(5, 3))
+    for found in (stats.absmax, stats.absmean):
+        assert found.isnan().tolist() == [False, True, False]
 
 
 # --- factors ----------------------------------------------------------------------------------------------------

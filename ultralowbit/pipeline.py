@@ -16,7 +16,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import reduce
 from importlib.metadata import version
+from operator import or_
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -259,9 +261,9 @@ class _Run:
         """The Linears in the order of their use, each with what enters it: the caller has packed the ones before."""
         groups = [] if inputs is None else input_groups(block, linears, call, inputs[0].to(self.decoder.device))
         for group in groups:
-            stats = None
-            if any(self.recipe.method_for(name).needs is Need.HESSIAN for name in group.names):
-                stats = collect(block, linears[group.names[0]], group.calls, call, inputs, self._outliers())
+            stats, needs = None, reduce(or_, (self.recipe.method_for(name).needs for name in group.names))
+            if needs:
+                stats = collect(block, linears[group.names[0]], group.calls, call, inputs, needs, self._outliers())
             for name in group.names:
                 yield name, stats
         reached = {name for group in groups for name in group.names}
@@ -322,15 +324,22 @@ class _Enough(Exception):
 
 
 def collect(
-    block: nn.Module, linear: nn.Module, calls: int, call: BlockCall, inputs: Tensor, outliers: int = 0
+    block: nn.Module,
+    linear: nn.Module,
+    calls: int,
+    call: BlockCall,
+    inputs: Tensor,
+    needs: Need = Need.HESSIAN,
+    outliers: int = 0,
 ) -> InputStats:
-    """What enters a Linear of a block that is run on inputs [batches, batch, length, d], up to that Linear.
+    """What is needed to know of that which enters a Linear, of a block that is run on inputs [batches, batch, length,
+    d] up to that Linear.
 
     It is gathered when the Linears before it are packed, as `true_sequential` does in GPTQ's code: since each pass ends
     at the Linear, all of a block's groups together cost little more than one whole forward pass.
     """
     device = linear.weight.device
-    stats = InputStats(linear_shape(linear)[1], outliers, device)
+    stats = InputStats(linear_shape(linear)[1], outliers, device, needs)
     left = 0
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -354,14 +363,14 @@ def collect(
 def quantize_linear(module: nn.Module, method: Method, stats: InputStats | None) -> tuple[PackedWeight, dict[str, Any]]:
     """Pack one Linear and give it the weight that the packed bytes mean.
 
-    A Hessian that cannot be used, or none where one is needed, falls back to round-to-nearest, and says so in the
-    result's `fallback`.
+    Statistics that cannot be used, or none where some are needed, fall back to round-to-nearest, and that is said in
+    the result's `fallback`. `error` is known where there is a Hessian.
     """
     started = time.perf_counter()
     weight = module.weight.detach().float()
     weight = weight.T.contiguous() if isinstance(module, Conv1D) else weight
     fallback = None
-    if method.needs is Need.HESSIAN and (stats is None or stats.count == 0):
+    if method.needs and (stats is None or stats.count == 0):
         fallback, stats = "no calibration token reached it", None
     try:
         packed = method.quantize(weight, stats)
@@ -369,7 +378,8 @@ def quantize_linear(module: nn.Module, method: Method, stats: InputStats | None)
         fallback = str(e)
         packed = method.quantize(weight, None)
     dense = packed.dequantize()
-    error = relative_error(weight, dense, stats.hessian) if stats and not fallback else None
+    measured = stats and Need.HESSIAN in stats.needs and not fallback
+    error = relative_error(weight, dense, stats.hessian) if measured else None
     module.weight.copy_(dense.T if isinstance(module, Conv1D) else dense)
     return packed, {
         "shape": list(packed.shape),

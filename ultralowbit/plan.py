@@ -172,17 +172,18 @@ class _Work:
         self.decoder = decoder
         self.shapes = {name: shape for name, (_, shape) in formats.items()}
         self.methods = {name: recipe.method_for(name) for name in formats}
-        calibrated = [name for name in formats if self.methods[name].needs is Need.HESSIAN]
+        self.solved = [name for name in formats if Need.HESSIAN in self.methods[name].needs]
         self.length = window_length(recipe, decoder)
-        self.tokens = recipe.calibration.samples * self.length if calibrated else 0
+        measured = any(method.needs for method in self.methods.values())
+        self.tokens = recipe.calibration.samples * self.length if measured else 0
         self.batch = min(self.tokens, max(BATCH_TOKENS, self.length))  # tokens that run at a time, at most
         clip = recipe.calibration.clip_tokens
         self.outliers = 0 if clip is None else int(self.tokens * (1 - clip)) + 1  # tokens held back by each Hessian
         self.hidden = decoder.config.get_text_config().hidden_size
         self.activations = self.tokens * self.hidden * decoder.dtype.itemsize  # bytes of one activation file
-        leaders = shared_inputs(decoder) if calibrated else {}
+        leaders = shared_inputs(decoder) if self.solved else {}
         self.exact_groups = leaders is not None
-        leader_of = {name: (leaders or {}).get(name, name) for name in calibrated}
+        leader_of = {name: (leaders or {}).get(name, name) for name in self.solved}
         self.hessians = [  # of each block, `in` of each input group
             [self.shapes[name][1] for name in {leader_of[n]: n for n in linears if n in leader_of}.values()]
             for linears in (decoder.linears(i) for i in range(len(decoder.blocks)))
@@ -196,7 +197,7 @@ class _Work:
 def _depends_on_data(method: Method) -> bool:
     """Whether packed weights need other room than the method announced, tried on a random one."""
     n, m = 16, 256
-    stats = InputStats(m)
+    stats = InputStats(m, needs=method.needs)
     stats.add(_random(2 * m, m, torch.device("cpu")))
     packed = method.quantize(_random(n, m, torch.device("cpu")), stats)
     return packed.format.tensors(n, m) != method.format(m).tensors(n, m)
@@ -291,17 +292,18 @@ def _seconds(work: _Work, size: Size) -> dict[str, float]:
     }
     if not work.tokens:
         return parts
-    calibrated = [work.shapes[name] for name, method in work.methods.items() if method.needs is Need.HESSIAN]
     attention = len(work.decoder.blocks) * work.length * work.hidden
     single, own = _product_rate(torch.float32, device), _product_rate(work.decoder.dtype, device)
+    parts = {"forward passes": 2 * work.tokens * (2 * sum(work.forward) + 4 * attention) / own} | parts
+    if not work.solved:
+        return parts
     widths = [m for block in work.hessians for m in block]
-    return {
-        "forward passes": 2 * work.tokens * (2 * sum(work.forward) + 4 * attention) / own,
+    products = sum(n * m**2 for n, m in (work.shapes[name] for name in work.solved))
+    return parts | {
         "Hessians": 2 * work.tokens * sum(m**2 for m in widths) / single,
         "factors": sum(m**3 for m in widths) * _factor_seconds(device),
-        "updates": sum(n * m**2 for n, m in calibrated) / single,
-        "output errors": 4 * sum(n * m**2 for n, m in calibrated) / single,
-        **parts,
+        "updates": products / single,
+        "output errors": 4 * products / single,
     }
 
 
@@ -340,7 +342,7 @@ def _factor_seconds(device: torch.device) -> float:
 def _column_seconds(method: Method, device: torch.device) -> tuple[float, float]:
     """Seconds a column and seconds a weight that a method takes beside the large products, decoding included."""
     m, few, many = 128, 32, 2048
-    stats = InputStats(m, device=device)
+    stats = InputStats(m, device=device, needs=method.needs)
     stats.add(_random(2 * m, m, device))
 
     def run(n: int) -> float:

@@ -1,12 +1,14 @@
 """What the calibration text says about the inputs of a Linear: one `InputStats` for all Linears that share an input.
 
 E(Q) = tr((W - Q) H (W - Q)^T) with H = sum x x^T is the error that every method here works against. H is a plain sum
-over tokens, so statistics of parts of the text merge by addition.
+over tokens, so statistics of parts of the text merge by addition. A method may want less than H, such as how large the
+input channels are: only what it needs is gathered.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Flag, auto
 
 import torch
 from torch import Tensor
@@ -14,6 +16,15 @@ from torch import Tensor
 
 class SingularHessian(ArithmeticError):
     """No damping made the Hessian positive definite."""
+
+
+class Need(Flag):
+    """What a method wants to know of a Linear's inputs; `|` joins, and `in` asks."""
+
+    NOTHING = 0
+    MAGNITUDES = auto()
+    """The largest and the mean |x| of each channel."""
+    HESSIAN = auto()
 
 
 @dataclass(frozen=True)
@@ -33,37 +44,52 @@ class Factor:
 class InputStats:
     """Statistics of the inputs x [tokens, in] that one or more Linears share.
 
-    hessian: [in, in] fp32, the sum of x x^T. outliers: how many of the largest tokens (by norm) are scaled down to the
-    next largest before they count, 0 for none; with a share of the tokens that are to come, that is clipping at a
-    percentile of the token norms, exact however the text is cut into batches.
+    needs: what is gathered; asking for anything else is an error. hessian: [in, in] fp32, the sum of x x^T. outliers:
+    how many of the largest tokens (by norm) are scaled down to the next largest before they count for it, 0 for none;
+    with a share of the tokens that are to come, that is clipping at a percentile of the token norms, exact however the
+    text is cut into batches.
     """
 
     features: int
     outliers: int = 0
     device: torch.device | str = "cpu"
+    needs: Need = Need.HESSIAN
     count: int = 0
     notes: list[str] = field(default_factory=list)
     _factors: dict[tuple[float, bool], Factor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self._sum = torch.zeros(self.features, self.features, device=self.device)
+        if Need.MAGNITUDES in self.needs:
+            self._absmax = torch.zeros(self.features, device=self.device)
+            self._abssum = torch.zeros(self.features, device=self.device)
+        if Need.HESSIAN in self.needs:
+            self._sum = torch.zeros(self.features, self.features, device=self.device)
         self._largest = torch.zeros(0, self.features, device=self.device)
 
     def add(self, x: Tensor) -> None:
         """Count the tokens of x [..., in]."""
         x = x.reshape(-1, self.features).float()
         self.count += len(x)
-        if self.outliers:
-            x = self._hold_back(x)
-        self._sum.addmm_(x.T, x)
-        self._factors.clear()
+        if Need.MAGNITUDES in self.needs and len(x):
+            size = x.abs()
+            self._absmax = torch.maximum(self._absmax, size.amax(0))
+            self._abssum += size.sum(0)
+        if Need.HESSIAN in self.needs:
+            if self.outliers:
+                x = self._hold_back(x)
+            self._sum.addmm_(x.T, x)
+            self._factors.clear()
 
     def __add__(self, other: InputStats) -> InputStats:
-        merged = InputStats(self.features, self.outliers, self.device, self.count + other.count)
-        merged._sum = self._sum + other._sum
-        if self.outliers:
-            rest = merged._hold_back(torch.cat([self._largest, other._largest]))
-            merged._sum.addmm_(rest.T, rest)
+        merged = InputStats(self.features, self.outliers, self.device, self.needs, self.count + other.count)
+        if Need.MAGNITUDES in self.needs:
+            merged._absmax = torch.maximum(self._absmax, other._absmax)
+            merged._abssum = self._abssum + other._abssum
+        if Need.HESSIAN in self.needs:
+            merged._sum = self._sum + other._sum
+            if self.outliers:
+                rest = merged._hold_back(torch.cat([self._largest, other._largest]))
+                merged._sum.addmm_(rest.T, rest)
         return merged
 
     def _hold_back(self, x: Tensor) -> Tensor:
@@ -75,6 +101,16 @@ class InputStats:
         rest = torch.ones(len(x), dtype=torch.bool, device=x.device)
         rest[kept] = False
         return x[rest]
+
+    @property
+    def absmax(self) -> Tensor:
+        """max |x| [in] fp32 over all tokens, 0 before any; as they are, never scaled down."""
+        return self._absmax
+
+    @property
+    def absmean(self) -> Tensor:
+        """mean |x| [in] fp32 over all tokens, 0 before any; as they are, never scaled down."""
+        return self._abssum / max(1, self.count)
 
     @property
     def hessian(self) -> Tensor:

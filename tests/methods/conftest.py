@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ultralowbit.stats import InputStats
+from ultralowbit.stats import InputStats, Need
 
 
 class Layer(NamedTuple):
@@ -20,7 +20,7 @@ class Layer(NamedTuple):
 
     @property
     def stats(self) -> InputStats:
-        stats = InputStats(self.inputs.shape[1])
+        stats = InputStats(self.inputs.shape[1], needs=Need.MAGNITUDES | Need.HESSIAN)
         stats.add(self.inputs)
         return stats
 

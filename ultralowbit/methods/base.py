@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import Enum
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from pydantic import ConfigDict
@@ -12,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from ultralowbit.format import Format, Ints, PackedWeight, Planes, group_count, to_scale
-from ultralowbit.stats import Factor, InputStats
+from ultralowbit.stats import Factor, InputStats, Need
 
 MIN_SCALE = 2.0**-24
 """Smallest positive fp16: a scale that rounded to 0 could not be divided by."""
@@ -22,17 +21,13 @@ fields = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 """Makes a class a frozen dataclass whose fields are validated recipe keys."""
 
 
-class Need(Enum):
-    """What a method wants to know of a Linear's inputs."""
-
-    NOTHING = "nothing"
-    HESSIAN = "hessian"
-
-
 class Method(Protocol):
     """A quantization method: a frozen dataclass whose fields are the recipe's keys, with the paper's values."""
 
-    needs: ClassVar[Need]
+    @property
+    def needs(self) -> Need:
+        """What `quantize` reads of the statistics; a class attribute where no field decides it."""
+        ...
 
     def format(self, in_features: int) -> Format:
         """How a weight with `in_features` columns will be stored; where that depends on data, a likely format."""
