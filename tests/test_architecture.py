@@ -89,6 +89,14 @@ def test_methods_know_formats_and_statistics_only(name):
     assert foreign(name) <= {"torch", "pydantic"}
 
 
+@pytest.mark.parametrize("name", ["estimators", "objectives"])
+def test_the_engine_of_tuning_knows_no_model(name):
+    name = f"ultralowbit.tune.{name}"
+    allowed = {"format", "methods.base", "text", "progress", "checkpoint"}
+    assert {n for n in ours(name) if not n.startswith("tune")} <= allowed
+    assert foreign(name) <= {"torch", "pydantic", "safetensors"}
+
+
 def test_layers_know_formats_and_kernels_only():
     assert ours("ultralowbit.linear") == {"format", "kernels.packed_matmul"}
 
@@ -116,7 +124,7 @@ def test_nothing_imports_the_command_line():
 
 
 @pytest.mark.parametrize(
-    "name", ["format", "stats", "methods", "kernels", "linear", "hf", "model", "pipeline", "recipe"]
+    "name", ["format", "stats", "methods", "tune", "kernels", "linear", "hf", "model", "pipeline", "recipe"]
 )
 def test_the_lower_floors_do_not_look_up(name):
     upper = {"cli", "console", "report", "plan", "measure", "verify", "bench", "demo"}

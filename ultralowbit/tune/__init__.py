@@ -1,0 +1,1 @@
+"""What needs gradients: trainable views of packed weights, estimators of the sign, objectives, and the loop."""
