@@ -89,7 +89,7 @@ def test_methods_know_formats_and_statistics_only(name):
     assert foreign(name) <= {"torch", "pydantic"}
 
 
-@pytest.mark.parametrize("name", ["estimators", "objectives", "view"])
+@pytest.mark.parametrize("name", ["estimators", "objectives", "view", "loop"])
 def test_the_engine_of_tuning_knows_no_model(name):
     name = f"ultralowbit.tune.{name}"
     allowed = {"format", "methods.base", "text", "progress", "checkpoint"}

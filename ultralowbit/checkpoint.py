@@ -70,9 +70,10 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file, atomically."""
-    write_atomic(path, save({name: t.contiguous() for name, t in tensors.items()}, metadata={"format": "pt"}))
+    stored = {name: t.contiguous() for name, t in tensors.items()}
+    write_atomic(path, save(stored, metadata={"format": "pt", **(metadata or {})}))
 
 
 class Activations:
