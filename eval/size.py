@@ -16,6 +16,17 @@ from ultralowbit.hf import QUANT_METHOD, CheckpointError, UltraLowBitConfig, rea
 KINDS = ("embeddings", "head", "norms and other", "unquantized linears")
 """What is stored beside the packed weights; biases count as other."""
 
+PART_KINDS = {
+    "sign planes": ("planes", "third"),
+    "integer codes": ("codes",),
+    "salient values": ("value",),
+    "scales and offsets": ("scale", "offset", "zero", "column"),
+    "masks and indices": ("salient", "mask", "index"),
+    "input transform": ("input",),
+    "other parts": (),
+}
+"""What a packed weight stores, and the words in its parts' names that say so."""
+
 
 @dataclass(frozen=True)
 class LayerSize:
@@ -27,7 +38,7 @@ class LayerSize:
     format: str
     """`Format.summary`"""
     parts: dict[str, int]
-    """codes, scale, zero, offset, overlay_index, ... -> bytes"""
+    """planes, codes, scale, zero, offset, overlay_index, ... -> bytes"""
     claimed_bits: float
     """Bits per weight as papers count them: the codes alone."""
 
@@ -98,6 +109,16 @@ class Size:
         return self.total_bytes + self.header_bytes
 
     @property
+    def budget(self) -> dict[str, int]:
+        """What the bytes of the file are spent on: each of PART_KINDS, of KINDS, and the headers; they sum to
+        `file_bytes`."""
+        found = dict.fromkeys(PART_KINDS, 0)
+        for layer in self.layers:
+            for part, count in layer.parts.items():
+                found[_part_kind(part)] += count
+        return {**found, **self.other, "file headers": self.header_bytes}
+
+    @property
     def fp16_bytes(self) -> int:
         """The same weights at two bytes each."""
         return 2 * self.total_weights
@@ -116,6 +137,7 @@ class Size:
         return {
             "layers": [layer.to_dict() for layer in self.layers],
             "other": dict(self.other),
+            "budget": self.budget,
             **{name: getattr(self, name) for name in totals},
         }
 
@@ -230,9 +252,22 @@ def _layer(name: str, format: Format, rest: dict[str, TensorSpec]) -> LayerSize:
                 f"{name}.{suffix} is {is_}, expected {spec.dtype} {list(spec.shape)} of {format.summary}: "
                 "copy the checkpoint again, or compress again"
             )
-        part = suffix.removeprefix("weight").strip("_0123456789") or "codes"
+        part = suffix.removeprefix("weight").strip("_0123456789") or _codes(format, suffix)
         parts[part] = parts.get(part, 0) + _nbytes(spec)
     return LayerSize(name, (out, format.in_features), format.summary, parts, format.claimed_bits)
+
+
+def _codes(format: Format, suffix: str) -> str:
+    """What the main tensor of a segment holds: `weight` of the first, `weight_2` of the third."""
+    number = suffix.removeprefix("weight").strip("_")
+    return "planes" if format.segments[int(number or 0)].kind in ("planes", "zones") else "codes"
+
+
+def _part_kind(part: str) -> str:
+    """Which of PART_KINDS a part belongs to: the first word speaks for all of an input transform, else the last."""
+    words = part.split("_")
+    word = words[0] if words[0] == "input" else words[-1]
+    return next((kind for kind, known in PART_KINDS.items() if word in known), "other parts")
 
 
 def _kind(name: str, shape: tuple[int, ...], vocabulary: int | None) -> str:

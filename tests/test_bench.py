@@ -8,7 +8,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ultralowbit.bench import Shape, packing_bench, peak_memory, pipeline_bench, unavoidable, write_model, write_text
+from ultralowbit.bench import (
+    Shape,
+    forget_peak_memory,
+    packing_bench,
+    peak_memory,
+    pipeline_bench,
+    unavoidable,
+    write_model,
+    write_text,
+)
 from ultralowbit.text import read_text
 
 TINY = Shape(hidden=64, inter=172, heads=4, kv_heads=2, vocab=96)
@@ -54,6 +63,9 @@ def test_packing_and_bare_products():
     assert [row["what"] for row in rows[:3]] == ["copy", "200x1sign/row", "200x1sign/g128"] and len(rows) == 9
     assert all(row["pack"] > 0 and row["unpack"] > 0 for row in rows)
     assert all(seconds > 0 for seconds in unavoidable(TINY, 4, 16).values())
+    before = peak_memory()
+    if forget_peak_memory():
+        assert peak_memory() <= before
     assert torch.get_num_threads() == threads
     assert torch.equal(state, torch.random.get_rng_state())
     assert peak_memory() > 1e8

@@ -59,7 +59,7 @@ def spawn(*args: str, cwd: Path) -> subprocess.Popen:
 def test_help_and_version(run):
     assert run("--version").stdout.strip() == f"ultralowbit {ultralowbit.__version__}"
     listed = run().stdout
-    for command in ("compress", "inspect", "verify", "eval", "generate", "recipes", "demo", "bench"):
+    for command in ("compress", "inspect", "verify", "eval", "compare", "generate", "recipes", "demo", "bench"):
         assert command in listed
         examples = run(command, "--help").stdout
         assert f"ultralowbit {command}" in examples or "Commands" in examples

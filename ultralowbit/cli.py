@@ -26,6 +26,7 @@ from transformers.utils import logging
 from typer.core import TyperGroup
 
 import ultralowbit
+from ultralowbit import compare as comparisons
 from ultralowbit import report as reports
 from ultralowbit.bench import pipeline_bench
 from ultralowbit.checkpoint import DiskFull
@@ -380,6 +381,51 @@ def _dtype(name: str) -> torch.dtype:
     if name not in known:
         raise InputError(f"--dtype is {name!r}, expected auto, {', '.join(known)}")
     return known[name]
+
+
+@app.command()
+def compare(
+    ctx: typer.Context,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN", help="folders that compress wrote, folders of such, or measured original models"),
+    ],
+    out_folder: Annotated[Path, typer.Option("--out", help="folder to write")] = Path("comparison"),
+    references: Annotated[
+        list[Path],
+        typer.Option(
+            "--reference", metavar="DIR",
+            help="a run or original of another model to draw beside them, such as a smaller one at more bits",
+        ),
+    ] = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """Set finished runs side by side: one page that opens from disk, with tables and plots of quality against size.
+
+    Runs of different models, and perplexities on different windows, stand apart: those numbers do not compare. Runs
+    that differ only in their seed are one row, mean ± standard deviation.
+
+    [bold]ultralowbit compare model-sign-2 model-gptq-2bit model-gptq-3bit --out comparison[/]
+
+    [bold]ultralowbit compare big-sign-1 big-sign-2 --reference small-gptq-4bit[/]
+    """
+    comparison = comparisons.compare(runs, out_folder, references, command=command_line(ctx.obj))
+    show_comparison(comparison)
+    out.print(f"{out_folder / 'report.html'}  [dim]report.md, report.json, plots[/]", soft_wrap=True)
+
+
+def show_comparison(comparison: dict[str, Any]) -> None:
+    """The columns of a comparison that a terminal has room for, and why something stands apart."""
+    for section in comparison["sections"]:
+        if len(comparison["sections"]) > 1:
+            out.print(f"[bold]{escape(section['model']['name'])}[/]")
+        columns = [c for c in section["columns"] if c["drawn"] or c["key"] in ("linear_bits", "file_bytes", "seconds")]
+        table = _table("", *(f"{c['group']}\n{c['title']}" for c in columns), left=1)
+        for row in section["rows"]:
+            label = f"[bold]{escape(row['label'])}[/]" if row["on_front"] else escape(row["label"])
+            table.add_row(label, *(comparisons.cell(row, column) for column in columns))
+        out.print(table)
+        for line in [*section["notes"], *(column["protocol"] for column in columns if column["drawn"])]:
+            out.print(f"[dim]{escape(line)}[/]")
 
 
 @app.command()

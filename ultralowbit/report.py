@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from rich import box
 from rich.table import Table
 
-from ultralowbit.bench import peak_memory
+from ultralowbit.bench import forget_peak_memory, peak_memory
 from ultralowbit.checkpoint import MANIFEST, sha256_file, write_atomic, write_json
 from ultralowbit.console import Watch, clock, human
 from ultralowbit.eval.perplexity import Perplexity
@@ -84,6 +84,7 @@ def run(
     wanted = texts.read(folder, recipe, trust_remote_code)
     watch.step()
     there = (out / MANIFEST).exists() and not restart
+    forget_peak_memory()  # what this process did before is no cost of this run
     compressed = compress(
         model, recipe, out, device=device, restart=restart, trust_remote_code=trust_remote_code, progress=watch
     )
@@ -200,10 +201,11 @@ def strict(value: Any) -> Any:
 
 
 def render(template: str, values: dict[str, Any]) -> str:
-    """One of the package's markdown templates, filled."""
+    """One of the package's templates, filled; in a page of HTML every value is escaped."""
     environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+        autoescape=template.endswith(".html.j2"),
+    )  # fmt: skip
     environment.filters |= {"human": human, "clock": clock, "number": number, "percent": "{:.2%}".format}
     environment.globals["markdown"] = markdown
     text = (files("ultralowbit") / "templates" / template).read_text(encoding="utf-8")

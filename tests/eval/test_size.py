@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ultralowbit.bench import Shape, write_model, write_text
-from ultralowbit.eval.size import KINDS, measure
+from ultralowbit.eval.size import KINDS, PART_KINDS, Size, measure
+from ultralowbit.format import Bitmap, Format, InputTransform, Ints, Overlay, Planes, Zones
 from ultralowbit.hf import CheckpointError
 from ultralowbit.pipeline import compress
 from ultralowbit.recipe import Recipe
@@ -69,6 +70,46 @@ def test_layers_agree_with_the_manifest(packed):
     assert size.linear_bits_per_weight == pytest.approx(
         sum(layer.bits_per_weight * layer.weights for layer in size.layers) / weights, rel=1e-12
     )
+
+
+def test_the_budget_is_the_file(packed, model):
+    size = measure(packed)
+    assert size.budget.keys() == {*PART_KINDS, *KINDS, "file headers"}
+    assert sum(size.budget.values()) == size.file_bytes
+    assert size.budget["other parts"] == 0 and size.budget["scales and offsets"] > 0
+    assert (size.budget["sign planes"] > 0) != (size.budget["integer codes"] > 0)
+    plain = measure(model).budget
+    assert not any(plain[kind] for kind in PART_KINDS)
+
+
+@pytest.mark.parametrize(
+    ("format", "expected"),
+    [
+        (
+            Format((Ints(40, 4), Planes(60, 1, offset=True)), Bitmap(100, 7, 0.05)),
+            {
+                "integer codes": 10 * 20, "sign planes": 10 * 8, "salient values": 10 * 7,
+                "masks and indices": 10 * 14, "scales and offsets": 10 * (2 + 1 + 2 + 2 + 2 + 1),
+            },
+        ),
+        (
+            Format((Zones(100, 9, 32, third=True, column_scale=True),), Overlay(100, 2, 50)),
+            {
+                "sign planes": 10 * (2 * 14 + 2), "salient values": 10 * 4, "masks and indices": 14 + 10 * 4,
+                "scales and offsets": 10 * (6 * 4 * 2 + 2 + 1) + 2 * 2 * (100 + 9),
+            },
+        ),
+        (
+            Format((Planes(100, 1),), transform=InputTransform(100, partition=True, column_scale=True)),
+            {"sign planes": 10 * 14, "scales and offsets": 10 * 2, "input transform": 14 + 200},
+        ),
+    ],
+    ids=["ints, planes, bitmap", "zones, overlay", "transform"],
+)  # fmt: skip
+def test_every_part_has_its_kind(format, expected):
+    tensors = {f"x.{name}": spec for name, spec in format.tensors(10, 100).items()}
+    budget = Size.of(tensors, {"x": format}).budget
+    assert {kind: count for kind, count in budget.items() if count} == expected
 
 
 def test_a_layer_counted_by_hand(model, tmp_path):
