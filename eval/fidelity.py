@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ultralowbit.checkpoint import Activations
 from ultralowbit.eval.perplexity import CHUNK, Bos, Perplexity, cut, dtype_of, forward, from_losses, window_losses
-from ultralowbit.text import InputError, token_sha256
+from ultralowbit.text import InputError
 
 
 @dataclass(frozen=True)
@@ -92,48 +92,59 @@ def observe(
     vocabularies differ.
     """
     windows = cut(tokens, context, max_tokens)
-    everyone = (base, *models)
-    losses: list[list[float]] = [[] for _ in everyone]
-    dtypes: list[torch.dtype] = []
-    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in models]
-    for step in zip(*(forward(model, windows, batch_size) for model in everyone), strict=True):
-        for (batch, logits), mine in zip(step, losses, strict=True):
-            mine += window_losses(logits, batch)
-        p = step[0][1]
-        for (_, q), pairs in zip(step[1:], found, strict=True):
-            pairs += _divergences(p, q)
-        dtypes = dtypes or [dtype_of(model, logits) for model, (_, logits) in zip(everyone, step, strict=True)]
+    seen = [_Seen(model) for model in (base, *models)]
+    passes = [forward(one.model, windows, batch_size) for one in seen]
+    for batch, p in passes[0]:
+        seen[0].add(batch, p)
+        for one, others in zip(seen[1:], passes[1:], strict=True):  # two models' logits are in memory at a time
+            _, q = next(others)
+            one.add(batch, q)
+            one.compare(p, q)
         if progress:
-            progress(len(losses[0]), len(windows))
-    perplexities = [from_losses(mine, windows, dtype, source, bos) for mine, dtype in zip(losses, dtypes, strict=True)]
-    names = [p.dtype for p in perplexities]
-    digest = token_sha256(windows)
-    fidelities = []
-    for pairs, name in zip(found, names[1:], strict=True):
-        kl = torch.cat([kl for kl, _ in pairs]).double().numpy()
-        same = torch.cat([same for _, same in pairs])
-        median, p99 = (float(np.quantile(kl, share, method="inverted_cdf")) for share in (0.5, 0.99))
-        fidelities.append(
-            Fidelity(
-                source=source, kl_mean=float(kl.mean()), kl_median=median, kl_p99=p99,
-                top1=same.double().mean().item(), windows=windows.shape[0], context=windows.shape[1],
-                tokens=len(kl), dtype=name, base_dtype=names[0], bos=bos, sha256=digest,
+            progress(len(seen[0].losses), len(windows))
+    for one in passes:
+        one.close()
+    perplexities = [from_losses(one.losses, windows, one.dtype, source, bos) for one in seen]
+    return perplexities, [
+        one.fidelity(mine, perplexities[0].dtype) for one, mine in zip(seen[1:], perplexities[1:], strict=True)
+    ]
+
+
+class _Seen:
+    """What the batches so far have shown of one model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.dtype: torch.dtype | None = None
+        self.losses: list[float] = []
+        self.found: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, batch: Tensor, logits: Tensor) -> None:
+        self.dtype = self.dtype or dtype_of(self.model, logits)
+        self.losses += window_losses(logits, batch)
+
+    def compare(self, p: Tensor, q: Tensor) -> None:
+        """Take the original's logits and the model's, both [batch, context, vocab], where there is a next token."""
+        if p.shape[-1] != q.shape[-1]:
+            raise InputError(
+                f"the models' vocabularies differ ({p.shape[-1]} and {q.shape[-1]} tokens), so their predictions "
+                "cannot be compared: give the original that the model was made from"
             )
+        rows = max(1, CHUNK // p.shape[-1])
+        for a, b in zip(p, q, strict=True):
+            for pair in zip(a[:-1].split(rows), b[:-1].split(rows), strict=True):
+                kl, same = divergence(pair[0].to(b.device), pair[1])
+                self.found.append((kl.cpu(), same.cpu()))
+
+    def fidelity(self, mine: Perplexity, base_dtype: str) -> Fidelity:
+        kl = torch.cat([kl for kl, _ in self.found]).double().numpy()
+        median, p99 = (float(np.quantile(kl, share, method="inverted_cdf")) for share in (0.5, 0.99))
+        return Fidelity(
+            source=mine.source, kl_mean=float(kl.mean()), kl_median=median, kl_p99=p99,
+            top1=torch.cat([same for _, same in self.found]).double().mean().item(), windows=mine.windows,
+            context=mine.context, tokens=mine.tokens, dtype=mine.dtype, base_dtype=base_dtype, bos=mine.bos,
+            sha256=mine.sha256,
         )  # fmt: skip
-    return perplexities, fidelities
-
-
-def _divergences(p: Tensor, q: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """`divergence` at the positions of logits [batch, context, vocab] that have a next token, a chunk at a time."""
-    if p.shape[-1] != q.shape[-1]:
-        raise InputError(
-            f"the models' vocabularies differ ({p.shape[-1]} and {q.shape[-1]} tokens), so their predictions cannot be "
-            "compared: give the original that the model was made from"
-        )
-    rows = max(1, CHUNK // p.shape[-1])
-    for a, b in zip(p, q, strict=True):
-        for pair in zip(a[:-1].split(rows), b[:-1].split(rows), strict=True):
-            yield tuple(t.cpu() for t in divergence(pair[0].to(b.device), pair[1]))
 
 
 class _Recorded(nn.Module):
