@@ -185,6 +185,7 @@ def recorded(
             done += len(batch)
             if progress:
                 progress(done, len(windows))
+        del model, logits  # the caller's hands are to be the last that hold the model
         yield _Recorded(store.tensor, dtype)
 
 

@@ -18,7 +18,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -138,12 +138,17 @@ def read_tasks(names: Sequence[str], folder: Path | None = None, progress: Progr
     """
     require()
     with _contained(progress):
+        step = progress("finding tasks") if progress else None
+        if step:
+            step(0, 1)
         manager = _manager(names, folder)
         wanted = [match for name in names for match in _match(name, manager.all_tasks)]
         loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
         scored: list[str] = []
         step = progress("reading tasks") if progress else None
-        for done, name in enumerate(dict.fromkeys(wanted), 1):
+        for done, name in enumerate(dict.fromkeys(wanted)):
+            if step:
+                step(done, len(wanted))
             try:
                 found = manager.load([name])
             except Exception as error:  # datasets lets through whatever the network, the cache and the parsers raise
@@ -154,8 +159,6 @@ def read_tasks(names: Sequence[str], folder: Path | None = None, progress: Progr
             for key, part in loaded.items():
                 part |= found.get(key, {})
             scored += _scored(name, found)
-            if step:
-                step(done, len(wanted))
     return Tasks(list(dict.fromkeys(scored)), loaded, manager.task_index)
 
 
@@ -237,7 +240,7 @@ def evaluate(
                 log_samples=log_samples, bootstrap_iters=BOOTSTRAP, random_seed=seed, numpy_random_seed=seed,
                 torch_random_seed=seed, fewshot_random_seed=seed,
             )  # fmt: skip
-        except (ValueError, AssertionError, KeyError) as error:
+        except (ValueError, AssertionError, KeyError, OverflowError) as error:
             raise InputError(
                 f"lm-eval cannot run {', '.join(tasks.names)} ({reason(error)}): check the tasks' files and the "
                 "number of few-shot examples"
@@ -327,8 +330,10 @@ def _steps(report: Callable[[int, int], object], total: int) -> Callable[[int], 
 @contextmanager
 def _contained(progress: Progress | None) -> Iterator[None]:
     """lm-eval without its traces: bars become stages of ours, random states are put back, and nothing is printed."""
+    import datasets
     import lm_eval.api.model
     import lm_eval.api.task
+    import lm_eval.evaluator
     import lm_eval.models.huggingface
     import tqdm as bars
 
@@ -336,12 +341,7 @@ def _contained(progress: Progress | None) -> Iterator[None]:
 
     class Bar:
         def __init__(
-            self,
-            iterable: Any = None,
-            desc: str | None = None,
-            total: int | None = None,
-            disable: bool = False,
-            **_: Any,
+            self, iterable: Any = None, *, desc: str | None = None, total: int | None = None, disable: Any = 0, **_: Any
         ) -> None:
             self.iterable = iterable
             self.update = lambda n=1: None
@@ -356,26 +356,30 @@ def _contained(progress: Progress | None) -> Iterator[None]:
 
         def close(self) -> None: ...
 
-    places = (bars, lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface)
-    theirs = [place.tqdm for place in places]
-    log, pool = logging.getLogger("lm_eval"), os.environ.get("DISABLE_MULTIPROC")
-    level, states = log.level, (random.getstate(), np.random.get_state())
-    with torch.random.fork_rng(), redirect_stdout(io.StringIO()):
-        try:
-            for place in places:
-                place.tqdm = Bar
-            log.setLevel(logging.ERROR)
-            os.environ["DISABLE_MULTIPROC"] = "1"  # its bootstrap would fork a process that holds a model and threads
-            yield
-        finally:
-            for place, bar in zip(places, theirs, strict=True):
-                place.tqdm = bar
-            log.setLevel(level)
-            os.environ.pop("DISABLE_MULTIPROC")
-            if pool is not None:
-                os.environ["DISABLE_MULTIPROC"] = pool
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+    with ExitStack() as undo:
+
+        def put(owner: Any, name: str, value: Any) -> None:
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+
+        for place in (bars, lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
+            put(place, "tqdm", Bar)
+        # that of the working directory, where git complains if it is no repository
+        put(lm_eval.evaluator, "get_git_commit_hash", lambda: None)
+        log = logging.getLogger("lm_eval")
+        undo.callback(log.setLevel, log.level)
+        log.setLevel(logging.ERROR)
+        if not datasets.are_progress_bars_disabled():
+            undo.callback(datasets.enable_progress_bars)
+            datasets.disable_progress_bars()
+        if "DISABLE_MULTIPROC" not in os.environ:  # its bootstrap would fork a process that holds a model and threads
+            undo.callback(os.environ.pop, "DISABLE_MULTIPROC")
+            os.environ["DISABLE_MULTIPROC"] = "1"
+        undo.callback(random.setstate, random.getstate())
+        undo.callback(np.random.set_state, np.random.get_state())
+        undo.enter_context(torch.random.fork_rng())
+        undo.enter_context(redirect_stdout(io.StringIO()))
+        yield
 
 
 def _scores(name: str, tasks: Tasks, results: Mapping[str, Any]) -> list[Score]:

@@ -144,6 +144,10 @@ def test_mistakes_are_one_sentence_and_exit_2(run, model, text, tmp_path):
         (["compress", model, "--recipe", "sign-2", *options(text), "--context", "65"], ["the model takes 2 to 64"]),
         (["compress", model, "--recipe", "sign-2", "--device", "toaster"], ["try --device cpu"]),
         (["eval", model, "--ppl", text, "--dtype", "int3"], ["expected auto, float32"]),
+        (["eval", model], ["name a text with --ppl, or tasks with --tasks"]),
+        (["eval", model, "--tasks", "piqa", "--fidelity", model], ["name one with --ppl"]),
+        (["eval", model, "--tasks", "piqa", "--batch-size", "0"], ["expected auto or a number from 1"]),
+        (["eval", model, "--ppl", text, "--json", "none/x.json"], ["lies in no folder"]),
     ):
         result = run(*args)
         assert result.exit_code == 2, (args, result.output)
@@ -195,11 +199,12 @@ def test_inspect_verify_eval_generate(run, model, text, tmp_path):
 
     result = run("eval", model, "p", "--ppl", text, "--max-tokens", "640", "--json", "ppl.json", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    rows = json.loads((tmp_path / "ppl.json").read_text())
+    rows = json.loads((tmp_path / "ppl.json").read_text())["results"]
     assert [row["model"] for row in rows] == [model, "p"]
-    assert rows[0]["sha256"] == rows[1]["sha256"] and rows[1]["context"] == 64
+    original, packed = (row["perplexity"][0] for row in rows)
+    assert original["sha256"] == packed["sha256"] and packed["context"] == 64
     report = json.loads((tmp_path / "p/report.json").read_text())
-    assert rows[1]["perplexity"] == report["packed"]["perplexity"][0]["perplexity"]
+    assert packed == report["packed"]["perplexity"][0] and original == report["original"]["perplexity"][0]
 
     state = torch.random.get_rng_state()
     for folder in ("p", model):

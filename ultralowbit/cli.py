@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import logging as hub_logging
 from rich import box
 from rich.markup import escape
 from rich.panel import Panel
@@ -27,6 +28,7 @@ from typer.core import TyperGroup
 
 import ultralowbit
 from ultralowbit import compare as comparisons
+from ultralowbit import evaluation
 from ultralowbit import report as reports
 from ultralowbit.bench import pipeline_bench
 from ultralowbit.checkpoint import DiskFull
@@ -38,7 +40,7 @@ from ultralowbit.format import FormatError
 from ultralowbit.generation import generate as write_text
 from ultralowbit.hf import CheckpointError
 from ultralowbit.hub import open_tokenizer, resolve_model
-from ultralowbit.measure import measure, open_model, pick_dtype, read_texts
+from ultralowbit.measure import open_model, pick_dtype
 from ultralowbit.pipeline import pick_device
 from ultralowbit.plan import plan
 from ultralowbit.recipe import Recipe, shipped
@@ -336,11 +338,44 @@ def verify(folder: FolderArgument, quiet: QuietOption = False) -> None:
 
 @app.command("eval")
 def evaluate(
+    ctx: typer.Context,
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="packed or original: folders or hub names")],
     sources: Annotated[
         list[str],
-        typer.Option("--ppl", metavar="SOURCE", help="a text file, wikitext2, c4, ptb, org/name, python-docs"),
-    ],
+        typer.Option(
+            "--ppl",
+            metavar="SOURCE",
+            help="text to measure token perplexity on, repeatable: a text file, wikitext2, c4, ptb, org/name, "
+            "python-docs",
+        ),
+    ] = [],  # noqa: B006 (typer reads it, nobody writes it)
+    fidelity: Annotated[
+        str | None,
+        typer.Option(metavar="ORIGINAL", help="compare predictions with this model's, on the texts of --ppl"),
+    ] = None,
+    tasks: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAMES",
+            help="lm-eval's tasks, groups or patterns, with commas between them: piqa,arc_easy,hellaswag; wikitext is "
+            "its word perplexity",
+        ),
+    ] = [],  # noqa: B006
+    tasks_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="lm-eval task files of your own (.yaml, and the Python they name)"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="documents of each task, by default all")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="examples before each document, by default what the task says")
+    ] = None,
+    batch_size: Annotated[
+        str, typer.Option(metavar="N", help="requests of tasks at a time; auto: by their length in tokens")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="of the few-shot examples")] = 0,
+    log_samples: Annotated[
+        bool, typer.Option("--log-samples", help="keep each prompt and answer of the tasks in --json")
+    ] = False,
     context: ContextOption = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="of each text, by default all")] = None,
     dtype: Annotated[str, typer.Option(help="auto is float32 on a CPU, elsewhere the checkpoint's")] = "auto",
@@ -350,30 +385,61 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the results here too")] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure the perplexity of packed and original models, on the same windows.
+    """Measure packed and original models on the same texts and tasks.
 
-    [bold]ultralowbit eval model model-sign-2 --ppl wikitext2 --ppl c4[/]
+    --ppl: token perplexity as in published tables, one stream in windows that do not overlap.
+
+    --fidelity: how far predictions are from the original's, beside what rounding does to those.
+
+    --tasks: lm-eval's questions, with chance levels (pip install 'ultralowbit\\[eval]').
+
+    [bold]ultralowbit eval model-sign-2 --ppl wikitext2 --ppl c4 --fidelity model[/]
+
+    [bold]ultralowbit eval model model-sign-2 --tasks piqa,arc_easy,hellaswag --limit 200[/]
     """
-    where = pick_device(device)
-    results = []
+    if json_file and not json_file.absolute().parent.is_dir():
+        raise InputError(f"--json {str(json_file)!r} lies in no folder: make it first, nothing has been measured")
+    wanted = evaluation.Wanted(
+        sources=tuple(sources), fidelity=fidelity,
+        tasks=tuple(name.strip() for names in tasks for name in names.split(",") if name.strip()),
+        tasks_dir=tasks_dir, context=context, max_tokens=max_tokens, bos=bos,
+        dtype=None if dtype == "auto" else _dtype(dtype), limit=limit, num_fewshot=num_fewshot,
+        batch_size=None if batch_size == "auto" else _count(batch_size), seed=seed, log_samples=log_samples,
+    )  # fmt: skip
     with Watch(quiet) as watch:
-        for model in models:
-            folder = _download(model, quiet)
-            texts = read_texts(
-                folder, sources, context=context, max_tokens=max_tokens, bos=bos, trust_remote_code=trust_remote_code
-            )
-            chosen = pick_dtype(folder, where) if dtype == "auto" else _dtype(dtype)
-            progress = lambda what, model=model: watch.counter(f"{model}: {what}")  # noqa: E731
-            options = {"dtype": chosen, "trust_remote_code": trust_remote_code, "progress": progress}
-            results += [(model, p) for p in measure(folder, texts, where, **options)]
-    table = _table("model", "text", "perplexity", "windows", "context", "tokens", "dtype", left=2)
-    for model, p in results:
-        cells = (p.source, reports.number(p.perplexity), str(p.windows), str(p.context), f"{p.tokens:,}", p.dtype)
-        table.add_row(model, *cells)
-    out.print(table)
+        report = evaluation.run(
+            models, wanted, device=device, trust_remote_code=trust_remote_code, watch=watch,
+            fetch=lambda model: _download(model, quiet), command=command_line(ctx.obj),
+        )  # fmt: skip
     if json_file:
-        text = json.dumps([{"model": model, **reports.strict(p.to_dict())} for model, p in results], indent=1)
-        json_file.write_text(text + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps(evaluation.to_json(report), indent=1) + "\n", encoding="utf-8")
+    _show_evaluation(report)
+
+
+def _show_evaluation(report: dict[str, Any]) -> None:
+    rows = report["results"]
+    for row in rows:
+        if row["tasks"]:
+            out.print(f"{row['model']}, lm-eval {report['environment']['lm_eval']}:", markup=False, soft_wrap=True)
+            out.print(row["tasks"].table, markup=False, soft_wrap=True)
+    for grid, left in (
+        (evaluation.perplexity_grid(rows), 2),
+        (evaluation.fidelity_grid(rows), 2),
+        (evaluation.task_grid(rows), 2),
+    ):
+        if len(grid) > 1:
+            table = _table(*grid[0], left=left)
+            for line in grid[1:]:
+                table.add_row(*map(escape, line))
+            out.print(table)
+    for line in evaluation.average_notes(rows):
+        out.print(f"[dim]{escape(line)}[/]", soft_wrap=True)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise InputError(f"--batch-size is {text!r}, expected auto or a number from 1")
+    return int(text)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -557,4 +623,5 @@ def _quiet_libraries() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
+    hub_logging.set_verbosity_error()
     warnings.filterwarnings("ignore")

@@ -1,9 +1,10 @@
-"""Perplexity of checkpoints on texts by name, packed or not, one model in memory at a time."""
+"""Perplexity and fidelity of checkpoints, packed or not, on texts by name."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ultralowbit.console import human
-from ultralowbit.eval.perplexity import Bos, Perplexity, perplexity, token_stream
+from ultralowbit.eval.fidelity import Fidelity, observe, recorded
+from ultralowbit.eval.perplexity import Bos, Perplexity, cut, perplexity, token_stream
+from ultralowbit.eval.size import measure as measure_size
 from ultralowbit.eval.size import read_config_json
 from ultralowbit.hf import QUANT_METHOD, CheckpointError, load
 from ultralowbit.hub import open_tokenizer
@@ -99,14 +102,17 @@ def open_model(
     return model.to(device).eval()
 
 
-def too_large(weights: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why an unpacked model of so many weights should not be loaded, in words; None if there is room for it."""
-    need = weights * dtype.itemsize * 1.1
+def too_large(folders: Iterable[tuple[Path, torch.dtype]], device: torch.device) -> str | None:
+    """Why checkpoints should not be loaded together in these dtypes, in words; None if there is room for them."""
+    need = round(1.1 * sum(_in_memory(folder, dtype) for folder, dtype in folders))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    if need <= free:
-        return None
-    name = str(dtype).removeprefix("torch.")
-    return f"not measured: it needs {human(need)} in {name}, {human(free)} are free"
+    return None if need <= free else f"needs {human(need)} of memory, {human(free)} are free"
+
+
+def _in_memory(folder: Path, dtype: torch.dtype) -> int:
+    """Bytes of a checkpoint's weights: packed ones as they are stored, all others in `dtype`."""
+    size = measure_size(folder)
+    return size.linear_bytes + size.other_weights * dtype.itemsize
 
 
 def unknown(texts: Sequence[EvalText], dtype: torch.dtype, known: Iterable[Perplexity]) -> list[EvalText]:
@@ -145,7 +151,93 @@ def measure(
             )
             found[_key(result, result.dtype)] = result
         del model
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(device)
     return [found[_key(text, str(dtype).removeprefix("torch."))] for text in texts]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What one pass over each text showed: of the original, of itself in another precision, and of each model."""
+
+    base: list[Perplexity]
+    floor: list[Fidelity]
+    """Empty unless asked for."""
+    models: list[tuple[list[Perplexity], list[Fidelity]]]
+
+
+def compare(
+    base: Path,
+    models: Sequence[Path],
+    texts: Sequence[EvalText],
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    floor: bool = False,
+    trust_remote_code: bool = False,
+    progress: Callable[[str], Callable[[int, int], object]] | None = None,
+) -> Compared:
+    """Perplexity of an original and of models made from it, and their fidelity to it, each run once over each text.
+
+    All run side by side if they fit into memory together; otherwise one after another, the original's predictions
+    being kept in a temporary file. `floor` adds the original in bf16, or in fp32 where that is not what it is measured
+    in. `texts` are in the tokens of all of them, see `check_comparable`.
+    """
+    dtype = dtype or pick_dtype(base, device)
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    loads = [(base, other)] * floor + [(folder, dtype) for folder in models]
+
+    def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+        return open_model(folder, device, dtype, trust_remote_code)
+
+    def stage(what: str) -> Callable[[int, int], object] | None:
+        return progress(what) if progress else None
+
+    with ExitStack() as files:
+        original = load(base, dtype)
+        if too_large([(base, dtype), *loads], device) is None:
+            references, groups = [original] * len(texts), [loads]
+        else:
+            kept = (
+                recorded(original, cut(text.tokens, text.context), progress=stage(f"original on {text.source}"))
+                for text in texts
+            )
+            references, groups = [files.enter_context(each) for each in kept], [[each] for each in loads]
+        del original
+        found: list[tuple[list[Perplexity], list[Fidelity]]] = []
+        for group in groups:
+            release(device)
+            opened = [load(*each) for each in group]
+            rows = [
+                observe(
+                    reference, opened, text.tokens, context=text.context, source=text.source, bos=text.bos,
+                    progress=stage(f"perplexity and divergence on {text.source}"),
+                )
+                for reference, text in zip(references, texts, strict=True)
+            ]  # fmt: skip
+            found += [([p[i + 1] for p, _ in rows], [f[i] for _, f in rows]) for i in range(len(group))]
+            del opened
+        del references
+    release(device)
+    return Compared([p[0] for p, _ in rows], found[0][1] if floor else [], found[floor:])
+
+
+def release(device: torch.device) -> None:
+    """Give back the memory of models that are no longer in use."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def check_comparable(base: str, texts: Sequence[EvalText], model: str, others: Sequence[EvalText]) -> None:
+    """Raise `InputError` unless a model and the original it is compared with see the same texts in the same tokens."""
+    for text, other in zip(texts, others, strict=True):
+        if text.context != other.context:
+            raise InputError(
+                f"{model} reads windows of {other.context} tokens and {base} of {text.context}: give both the same "
+                "--context"
+            )
+        if text.sha256 != other.sha256:
+            raise InputError(
+                f"{model} cannot be compared with {base}, because their tokenizers cut {text.source!r} into different "
+                "tokens: give --fidelity the original that it was made from"
+            )

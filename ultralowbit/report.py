@@ -99,8 +99,9 @@ def run(
     dtype = pick_dtype(folder, where)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     known = [*known, *old.get("original", ())]
-    no_room = too_large(size["total_weights"], where, dtype) if unknown(wanted, dtype, known) else None
-    if no_room:
+    no_room = None
+    if unknown(wanted, dtype, known) and (why := too_large([(folder, dtype)], where)):
+        no_room = f"not measured: it {why}"
         watch.say(f"WARNING the original is {no_room}")
     before = [] if no_room else measure(folder, wanted, where, known=known, progress=counter("original"), **options)
     after = measure(out, wanted, where, known=old.get("packed", ()), progress=counter(recipe.name), **options)
