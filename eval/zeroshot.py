@@ -98,6 +98,11 @@ class ZeroShot:
         return {**found, "lm_eval": found.pop("results")}
 
     @property
+    def version(self) -> str:
+        """Of lm-eval."""
+        return self.results["lm_eval_version"]
+
+    @property
     def table(self) -> str:
         """lm-eval's own table, and below it that of the groups if there are any."""
         from lm_eval.utils import make_table

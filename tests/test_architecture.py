@@ -111,7 +111,7 @@ def test_the_pipeline_names_no_method():
     assert not texts & set(METHODS)
 
 
-@pytest.mark.parametrize("name", sorted(n for n in MODULES if n.startswith("ultralowbit.eval")))
+@pytest.mark.parametrize("name", sorted(n for n in MODULES if f"{n}.".startswith("ultralowbit.eval.")))
 def test_evaluation_looks_at_packed_models_from_outside(name):
     allowed = {"checkpoint", "format", "hf", "linear", "text", "hub", "kernels.packed_matmul"}
     assert {n for n in ours(name) if not n.startswith("eval")} <= allowed
@@ -127,7 +127,7 @@ def test_nothing_imports_the_command_line():
     "name", ["format", "stats", "methods", "tune", "kernels", "linear", "hf", "model", "pipeline", "recipe"]
 )
 def test_the_lower_floors_do_not_look_up(name):
-    upper = {"cli", "console", "report", "plan", "measure", "verify", "bench", "demo"}
+    upper = {"cli", "evaluation", "console", "report", "plan", "measure", "verify", "bench", "demo"}
     for module in MODULES:
         if module == f"ultralowbit.{name}" or module.startswith(f"ultralowbit.{name}."):
             assert not {n.partition(".")[0] for n in ours(module)} & upper, module
@@ -159,3 +159,7 @@ def test_optional_packages_are_imported_where_they_are_used(package):
 def test_only_the_model_file_builds_decoders():
     """What accelerate and transformers' Conv1D know of architectures stays in the files that are about them."""
     assert {n.removeprefix("ultralowbit.") for n in MODULES if "accelerate" in foreign(n)} <= {"model"}
+
+
+def test_only_evaluation_knows_lm_eval():
+    assert {n for n in MODULES if "lm_eval" in foreign(n)} == {"ultralowbit.eval.zeroshot"}

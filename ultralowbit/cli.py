@@ -420,7 +420,7 @@ def _show_evaluation(report: dict[str, Any]) -> None:
     rows = report["results"]
     for row in rows:
         if row["tasks"]:
-            out.print(f"{row['model']}, lm-eval {report['environment']['lm_eval']}:", markup=False, soft_wrap=True)
+            out.print(f"{row['model']}, lm-eval {row['tasks'].version}:", markup=False, soft_wrap=True)
             out.print(row["tasks"].table, markup=False, soft_wrap=True)
     for grid, left in (
         (evaluation.perplexity_grid(rows), 2),

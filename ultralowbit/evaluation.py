@@ -127,7 +127,7 @@ def run(
         rows[model]["tasks"] = answers
         del net
         release(where)
-    packages = ["ultralowbit", "torch", "transformers", *(["lm_eval"] if questions else [])]
+    packages = ("ultralowbit", "torch", "transformers")
     return {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
