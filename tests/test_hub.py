@@ -135,14 +135,13 @@ def test_only_what_is_read_is_downloaded(hub):
 
     resolve_model("org/model")
     kept = ["config.json", "model-1.safetensors", "model.safetensors.index.json", "tokenizer.model", "merges.txt"]
-    kept += ["vocab.txt", "chat_template.jinja"]
+    kept += ["vocab.txt", "chat_template.jinja", "README.md", "LICENSE", "LICENSE.txt", "NOTICE"]
     left = [
         "pytorch_model.bin",
         "model.gguf",
         "modeling.py",
         "consolidated.safetensors",
         "original/x.json",
-        "README.md",
     ]
     left += ["onnx/config.json", "tf_model.h5", "x.pth", "training_args.pkl"]
     patterns = {key: hub.asked[1][key] for key in ("allow_patterns", "ignore_patterns")}

@@ -39,7 +39,7 @@ from ultralowbit.eval.size import measure as measure_size
 from ultralowbit.format import FormatError
 from ultralowbit.generation import generate as write_text
 from ultralowbit.hf import CheckpointError
-from ultralowbit.hub import open_tokenizer, resolve_model
+from ultralowbit.hub import check_push, open_tokenizer, push, resolve_model
 from ultralowbit.measure import open_model, pick_dtype
 from ultralowbit.pipeline import pick_device
 from ultralowbit.plan import plan
@@ -178,6 +178,10 @@ def compress(
     context: ContextOption = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="of each text that perplexity is measured on")] = None,
     device: DeviceOption = "auto",
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="upload the folder to the hub once it is whole and verified")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="make the hub model private, if it is new")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="bits, memory, disk and time to expect; nothing is run")
     ] = False,
@@ -187,7 +191,8 @@ def compress(
 ) -> None:
     """Compress a model into a packed checkpoint and measure what it cost.
 
-    Killed at any moment, the same command goes on where it stopped. The folder ends up with report.md and report.json.
+    Killed at any moment, the same command goes on where it stopped. The folder ends up with report.md, report.json and
+    a model card, README.md.
 
     [bold]ultralowbit compress meta-llama/Llama-3.2-1B --recipe sign-2 --calib wikitext2[/]
 
@@ -201,15 +206,28 @@ def compress(
     if dry_run:
         out.print(str(plan(model, chosen, device, trust_remote_code, folder)), markup=False, soft_wrap=True)
         return
+    if private and not push_to_hub:
+        raise InputError("--private is of a model on the hub: give --push-to-hub ORG/NAME too")
+    if push_to_hub:
+        check_push(push_to_hub)
     _download(model, quiet)
     with Watch(quiet) as watch:
         report = reports.run(
             model, chosen, folder, texts, device=device, restart=restart, trust_remote_code=trust_remote_code,
-            watch=watch, command=command_line(ctx.obj),
+            watch=watch, command=command_line(ctx.obj), load_from=push_to_hub,
         )  # fmt: skip
     show(report)
+    if push_to_hub:
+        _push(folder, push_to_hub, private)
     if report["fallbacks"]:
         raise typer.Exit(FELL_BACK)
+
+
+def _push(folder: Path, repo: str, private: bool) -> None:
+    """Upload a folder whose files are all as they were written."""
+    if problems := find_problems(folder):
+        raise CheckpointError(f"{folder} is not pushed: {problems[0]}")
+    out.print(f"pushed to {push(folder, repo, private=private)}", soft_wrap=True)
 
 
 def _sources(named: list[str]) -> tuple[str, ...] | None:
@@ -258,7 +276,7 @@ def show(report: dict[str, Any]) -> None:
             f"{len(lines)} OF {len(report['layers'])} LINEARS FELL BACK TO ROUND-TO-NEAREST",
             "\n".join(lines[:5] + more),
         )
-    out.print(f"{report['folder']}  [dim]report.md, report.json[/]", soft_wrap=True)
+    out.print(f"{report['folder']}  [dim]README.md, report.md, report.json[/]", soft_wrap=True)
 
 
 def shout(title: str, text: str) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from ultralowbit.text import InputError, reason
 
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "merges*"]
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "merges*", "README.md", "LICENSE*", "NOTICE*"]
 _UNWANTED = ["original/*", "onnx/*", "consolidated*"]  # the same weights again, in other layouts
 
 
@@ -71,6 +71,46 @@ def _download(name: str) -> Path:
         message = f"the model {name!r} cannot be downloaded ({reason(error)}): try again, or give a local folder"
         raise InputError(message) from error
     return Path(found)
+
+
+def check_push(repo: str) -> None:
+    """Raise `InputError` unless `repo` may be pushed to, as far as can be told beforehand: its name, and a token."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+        if repo.count("/") != 1:
+            raise HFValidationError(repo)
+        HfApi().whoami()
+    except HFValidationError as error:
+        raise InputError(f"--push-to-hub is {repo!r}, expected a name on the hub like org/name") from error
+    except LocalTokenNotFoundError as error:
+        raise InputError("pushing to the hub needs a token: run `hf auth login` first") from error
+    except Exception as error:  # no connection, a token that has expired
+        raise InputError(
+            f"the hub does not know who you are ({reason(error)}): connect, and run `hf auth login` first"
+        ) from error
+
+
+def push(folder: Path, repo: str, *, private: bool = False) -> str:
+    """Upload every file of a packed folder to the hub model `org/name`, made if need be; returns its address.
+
+    Raises `InputError` where the hub refuses; what the folder holds stays as it is.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Packed checkpoint by ultralowbit")
+    except Exception as error:  # whatever the hub, the network and the token's rights say
+        raise InputError(
+            f"{folder} cannot be pushed to {repo!r} ({reason(error)}): check that your token may write there, then run "
+            "the same command, which only pushes again"
+        ) from error
+    return str(url)
 
 
 def _check(folder: Path, name: str) -> None:

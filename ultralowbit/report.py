@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from rich import box
 from rich.table import Table
 
+from ultralowbit import card as cards
 from ultralowbit.bench import forget_peak_memory, peak_memory
 from ultralowbit.checkpoint import MANIFEST, sha256_file, write_atomic, write_json
 from ultralowbit.console import Watch, clock, human
@@ -71,11 +73,14 @@ def run(
     watch: Watch,
     command: str | None = None,
     known: Sequence[Perplexity] = (),
+    load_from: str | None = None,
 ) -> dict[str, Any]:
-    """Compress `model` into the folder `out`, measure it before and after, and write report.json and report.md there.
+    """Compress `model` into the folder `out`, measure it before and after, and write report.json, report.md and a model
+    card, README.md, there.
 
     Texts are read first, so that a mistake in them costs nothing. What an earlier report of the same checkpoint has
-    measured stands; `known` are perplexities of the original to be taken over. Returns the report.
+    measured stands; `known` are perplexities of the original to be taken over. The card says to load from `load_from`,
+    the folder's name by default; one that someone has edited is left alone. Returns the report.
     """
     out = out.expanduser()
     where = pick_device(device)
@@ -127,7 +132,14 @@ def run(
         "layers": _layers(packed_size["layers"], manifest["layers"]),
         "environment": manifest["environment"],
     }  # fmt: skip
-    write(out, report)
+    name = (load_from or out.resolve().name).rpartition("/")[2]
+    card = render("card.md.j2", cards.values(report, folder, name, load_from or name))
+    if cards.edited(out):
+        watch.say(f"{out / cards.CARD} was edited since it was written: it is left as it is")
+        write(out, report)
+    else:
+        write(out, {**report, "card": {"path": cards.CARD, "sha256": sha256(card.encode()).hexdigest()}})
+        write_atomic(out / cards.CARD, card.encode())
     return report
 
 
@@ -208,7 +220,7 @@ def render(template: str, values: dict[str, Any]) -> str:
         autoescape=template.endswith(".html.j2"),
     )  # fmt: skip
     environment.filters |= {"human": human, "clock": clock, "number": number, "percent": "{:.2%}".format}
-    environment.globals["markdown"] = markdown
+    environment.globals |= {"markdown": markdown, "protocol": protocol}
     text = (files("ultralowbit") / "templates" / template).read_text(encoding="utf-8")
     return environment.from_string(text).render(values)
 
