@@ -7,7 +7,7 @@ Alternating Multi-bit Quantization, ICLR 2018, arXiv 1802.00150.
 w ~ sum_p a_p b_p, b_p in {-1, +1}, a_p for each row (and group): residual start a_p = sum h|r| / sum h, then alternate
     a = argmin sum_j h_j (w_j - sum_p a_p b_pj)^2  (K x K normal equations a row),   b = nearest of the 2^K levels,
 with h_j = 1 / U_jj^2 from the Hessian (without data h = 1), accepted where the weighted error falls. Columns are
-compensated as in GPTQ, whose U this is.
+compensated as in GPTQ, whose U this is; `refine` rounds of `refine.py` then lower the whole layer's error further.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from torch import Tensor
 
 from ultralowbit.format import Format, PackedWeight, Planes
 from ultralowbit.methods.base import Need, SignRounding, compensate, fields, round_to_nearest
+from ultralowbit.methods.refine import refine
 from ultralowbit.stats import InputStats
 
 
 @fields
 class Sign:
     """bases: K sign planes; group: columns that share K scales, null for the row; iterations: of the alternating
-    fit, at most; damp, act_order: as in GPTQ."""
+    fit, at most; refine: rounds of joint scales and codes after the compensation; damp, act_order: as in GPTQ."""
 
     needs: ClassVar[Need] = Need.HESSIAN
     method: Literal["sign"] = "sign"
     bases: Literal[1, 2, 3, 4] = 1
     group: Literal[32, 64, 128] | None = None
     iterations: int = Field(15, ge=0)
+    refine: int = Field(0, ge=0)
     damp: float = Field(0.01, gt=0, le=1)
     act_order: bool = False
 
@@ -42,4 +44,6 @@ class Sign:
         rounding = SignRounding(*weight.shape, self.bases, self.group, self.iterations, weight.device)
         if stats is None:
             return round_to_nearest(weight, rounding)
-        return compensate(weight, rounding, stats.factor(self.damp, self.act_order))
+        factor = stats.factor(self.damp, self.act_order)
+        packed = compensate(weight, rounding, factor)
+        return refine(packed, weight, stats.hessian, factor.damp, self.refine) if self.refine else packed
