@@ -112,7 +112,13 @@ class Job:
         self.out = out
         self.work = out.with_name(out.name + ".work")
         self.shards = self.work / "checkpoint"
-        self.state: dict[str, Any] = {"fingerprint": fingerprint, "blocks": 0, "layers": {}, "seconds": {}}
+        self.state: dict[str, Any] = {
+            "fingerprint": fingerprint,
+            "blocks": 0,
+            "layers": {},
+            "seconds": {},
+            "tuning": {},
+        }
         self._lock = FileLock(self.work.with_name(self.work.name + ".lock"))
 
     @classmethod
@@ -210,7 +216,10 @@ class Job:
 
 
 def _is_work(path: Path) -> bool:
-    return path.name in ("checkpoint", "job.json", "job.json.tmp") or path.name.startswith("activations-")
+    """Whether a path in the work folder is one that a job makes."""
+    folders, files = ("checkpoint", "prepare", "distilled"), ("job.json", "distill.safetensors")
+    streams = ("activations-", "original-", "targets-", "tuning-")
+    return path.name.startswith((*folders, *files, *streams))
 
 
 def _sync_folder(path: Path) -> None:

@@ -173,7 +173,7 @@ class _Work:
         self.shapes = {name: shape for name, (_, shape) in formats.items()}
         self.methods = {name: recipe.method_for(name) for name in formats}
         self.solved = [name for name in formats if Need.HESSIAN in self.methods[name].needs]
-        self.length = window_length(recipe, decoder)
+        self.length = window_length(recipe.calibration, decoder)
         measured = any(method.needs for method in self.methods.values())
         self.tokens = recipe.calibration.samples * self.length if measured else 0
         self.batch = min(self.tokens, max(BATCH_TOKENS, self.length))  # tokens that run at a time, at most

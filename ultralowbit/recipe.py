@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Literal, Union
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ultralowbit.methods import METHODS, Method
 from ultralowbit.text import InputError
+from ultralowbit.tune.estimators import ESTIMATORS, STE
+from ultralowbit.tune.loop import TrainSpec
+from ultralowbit.tune.objectives import BLOCK_OBJECTIVES, OBJECTIVES
 
-Solve = Annotated[Union[tuple(METHODS.values())], Field(discriminator="method")]  # noqa: UP007 (built at run time)
+
+def _one_of(table: dict[str, type], tag: str) -> Any:
+    return Annotated[Union[tuple(table.values())], Field(discriminator=tag)]  # noqa: UP007 (built at run time)
+
+
+Solve = _one_of(METHODS, "method")
 
 
 class _Model(BaseModel):
@@ -39,6 +47,64 @@ class CalibrationSpec(_Model):
     )
 
 
+class Trained(_Model):
+    """What the trained stages have in common."""
+
+    training: TrainSpec
+    held_out: float = Field(0.1, gt=0, lt=1, description="share of the windows that judges and is not trained on")
+
+    def split(self, windows: range) -> tuple[range, range]:
+        """The windows to train on and the last ones, at least one, that are held out; of one window, that one twice."""
+        cut = len(windows) - max(1, round(self.held_out * len(windows)))
+        return (windows[:cut], windows[cut:]) if cut else (windows, windows)
+
+
+class _Views(Trained):
+    """`training.lr` names what is trained: scale, offset, row, column, latent."""
+
+    estimator: _one_of(ESTIMATORS, "kind") = Field(STE(), description="how a gradient passes through a sign")
+    scales: Literal["free", "analytic"] = Field(
+        "free", description="free: trained on their own; analytic: mean |w| of the latent weights, at every step"
+    )
+
+
+class Tune(_Views):
+    """Block-wise tuning: the packed Linears of a block, fitted to what the original block puts out. Activations lie in
+    batches of `training.batch` windows, so that a batch of the loop is one of these."""
+
+    @property
+    def loop(self) -> TrainSpec:
+        return replace(self.training, batch=1)
+
+    def steps(self, batches: int) -> int:
+        """Optimizer steps of a block, on so many batches."""
+        return self.loop.total_steps(len(self.split(range(batches))[0]))
+
+    objective: _one_of(BLOCK_OBJECTIVES, "kind")
+
+
+class Distill(_Views):
+    """End-to-end training of the packed model, against the original or on the text alone."""
+
+    objective: _one_of(OBJECTIVES, "kind")
+    data: CalibrationSpec | None = Field(None, description="text to train on, null for that of the calibration")
+
+
+class Prepare(Trained):
+    """Quantization preprocessing: the model is quantized, restored by low-rank adapters, merged; then quantized."""
+
+    rank: int = Field(64, ge=1, description="r of the adapters")
+    alpha: float = Field(16, gt=0, description="the adapters count alpha / r")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    targets: tuple[str, ...] = Field(("*",), description="shell patterns of the Linears that get an adapter")
+    exclude: tuple[str, ...] = Field((), description="shell patterns of those that get none all the same")
+    data: CalibrationSpec | None = Field(None, description="text to train on, null for that of the calibration")
+
+    def adapts(self, name: str) -> bool:
+        """Whether the Linear with this full name gets an adapter."""
+        return any(fnmatch(name, p) for p in self.targets) and not any(fnmatch(name, p) for p in self.exclude)
+
+
 class Override(_Model):
     """Another method for the Linears whose full name matches."""
 
@@ -47,11 +113,15 @@ class Override(_Model):
 
 
 class Recipe(_Model):
-    """What is done to each Linear of the decoder blocks, and on which text."""
+    """What is done to each Linear of the decoder blocks, and on which text: the stages in the order of the fields, all
+    but `solve` optional."""
 
     name: str
     summary: str = ""
+    prepare: Prepare | None = None
     solve: Solve
+    tune: Tune | None = None
+    distill: Distill | None = None
     calibration: CalibrationSpec = CalibrationSpec()
     skip: tuple[str, ...] = Field((), description="shell patterns of Linears to leave as they are")
     overrides: tuple[Override, ...] = ()
