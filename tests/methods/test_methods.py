@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ultralowbit.methods import METHODS, Need
 from ultralowbit.methods.arb_rc import ARBRC
 from ultralowbit.methods.billm import BiLLM
+from ultralowbit.methods.db_llm import DBLLM
 from ultralowbit.methods.gptq import GPTQ
 from ultralowbit.methods.pb_llm import PBLLM
 from ultralowbit.methods.rtn import RTN
@@ -32,6 +33,11 @@ ALL = {
     "sign-4": Sign(bases=4),
     "pb-llm": PBLLM(),
     "pb-llm-magnitude-g32": PBLLM(ratio=0.2, salience="magnitude", group=32),
+    "pb-llm-from-scratch": PBLLM(salience="magnitude", compensation="none"),
+    "db-llm": DBLLM(),
+    "db-llm-row-free": DBLLM(group=None, iterations=10),
+    "db-llm-g32-gptq": DBLLM(group=32, iterations=10, compensation="gptq"),
+    "sign-2-refined": Sign(bases=2, group=64, refine=2),
     "billm": BiLLM(),
     "billm-b32-exact": BiLLM(block=32, compensation="exact"),
     "arb-rc": ARBRC(),

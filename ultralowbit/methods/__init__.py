@@ -3,6 +3,7 @@
 from ultralowbit.methods.arb_rc import ARBRC
 from ultralowbit.methods.base import Method, Need
 from ultralowbit.methods.billm import BiLLM
+from ultralowbit.methods.db_llm import DBLLM
 from ultralowbit.methods.gptq import GPTQ
 from ultralowbit.methods.pb_llm import PBLLM
 from ultralowbit.methods.rtn import RTN
@@ -15,6 +16,7 @@ METHODS: dict[str, type[Method]] = {
     "pb_llm": PBLLM,
     "billm": BiLLM,
     "arb_rc": ARBRC,
+    "db_llm": DBLLM,
 }
 
 __all__ = ["METHODS", "Method", "Need"]

@@ -144,8 +144,7 @@ class SignRounding:
         self.group, self.bases, self.iterations = group, bases, iterations
         self.scale = torch.zeros(groups, bases, out, device=device)
         codes = torch.arange(2**bases, device=device)
-        # bit p of a code is plane p's sign
-        self.signs = ((codes[:, None] >> torch.arange(bases, device=device)) & 1) * 2.0 - 1  # [2^K, K]
+        self.signs = torch.stack([self._plane(codes, p) for p in range(bases)], dim=1)  # [2^K, K]
         self._tables: dict[int, _Levels] = {}
 
     def fit(self, g: int, weight: Tensor, importance: Tensor | None) -> None:
@@ -157,7 +156,7 @@ class SignRounding:
         self._tables[g] = self._levels(self.scale[g])
 
     def _alternate(self, weight: Tensor, h: Tensor) -> Tensor:
-        scale = to_scale(self._residual(weight, h))  # [K, out]
+        scale = to_scale(self._start(weight, h))  # [K, out]
         if self.bases == 1:
             return scale
         codes, error = self._assess(scale, weight, h)
@@ -171,7 +170,12 @@ class SignRounding:
             codes, error = torch.where(better, tried_codes, codes), torch.where(better, tried_error, error)
         return scale
 
-    def _residual(self, weight: Tensor, h: Tensor) -> Tensor:
+    def _plane(self, codes: Tensor, p: int) -> Tensor:
+        """What bit p of the codes, of plane p, stands for."""
+        return ((codes >> p) & 1).float().mul_(2).sub_(1)
+
+    def _start(self, weight: Tensor, h: Tensor) -> Tensor:
+        """Scales [K, out] to alternate from."""
         rest, scales = weight.clone(), []
         for _ in range(self.bases):
             a = (h @ rest.abs()) / h.sum()  # [out]
@@ -180,14 +184,17 @@ class SignRounding:
         return torch.stack(scales)
 
     def _least_squares(self, codes: Tensor, weight: Tensor, h: Tensor) -> Tensor:
-        """Scales [K, out], falling, that minimise sum_j h_j (w_j - sum_p a_p b_pj)^2 for the signs b of the codes."""
-        planes = [((codes >> p) & 1).float().mul_(2).sub_(1) for p in range(self.bases)]  # K of [columns, out]
+        """Scales [K, out] that minimise sum_j h_j (w_j - sum_p a_p b_pj)^2 for the signs b of the codes."""
+        planes = [self._plane(codes, p) for p in range(self.bases)]  # K of [columns, out]
         A = torch.stack([torch.stack([h @ (x * y) for y in planes], dim=-1) for x in planes], dim=-1)  # [out, K, K]
         b = torch.stack([h @ (x * weight) for x in planes], dim=-1)  # [out, K]
         # equal planes make A singular: the ridge then splits their scale, and the error decides
         A.diagonal(dim1=1, dim2=2).add_(1e-6 * h.sum())
-        # a negative scale only flips its plane
-        return torch.linalg.solve(A, b).T.abs().sort(dim=0, descending=True).values
+        return self._ordered(torch.linalg.solve(A, b).T)
+
+    def _ordered(self, scale: Tensor) -> Tensor:
+        """The same levels with positive, falling scales: a negative one only flips its plane."""
+        return scale.abs().sort(dim=0, descending=True).values
 
     def _assess(self, scale: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest codes [columns, out] for scales [K, out], and the weighted squared error [out] they leave."""

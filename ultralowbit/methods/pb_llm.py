@@ -21,7 +21,7 @@ and 256 columns instead: a salient weight then costs 8 bits for its place and 8 
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -38,15 +38,20 @@ BLOCK = 256
 @fields
 class PBLLM:
     """ratio: share of the weights kept at 8 bits; salience, selection: which those are; group: columns that share a
-    mean and scale, and with `threshold` an order statistic, null for the row; damp: as in GPTQ."""
+    mean and scale, and with `threshold` an order statistic, null for the row; compensation: of GPTQ, or none, from
+    where the paper's training mode starts; damp: as in GPTQ."""
 
-    needs: ClassVar[Need] = Need.HESSIAN
     method: Literal["pb_llm"] = "pb_llm"
     ratio: float = Field(0.1, ge=0, le=1)
     salience: Literal["hessian", "magnitude"] = "hessian"
     selection: Literal["count", "threshold"] = "count"
     group: Literal[32, 64, 128] | None = None
+    compensation: Literal["gptq", "none"] = "gptq"
     damp: float = Field(0.01, gt=0, le=1)
+
+    @property
+    def needs(self) -> Need:
+        return Need.NOTHING if self.compensation == "none" and self.salience == "magnitude" else Need.HESSIAN
 
     def format(self, in_features: int) -> Format:
         """With `threshold` the fullest row is not known before: its share of salient weights is taken to be `ratio`."""
@@ -66,7 +71,9 @@ class PBLLM:
         salient = self._salient(weight, factor)
         count = int(salient.sum(1).max()) if self.selection == "threshold" else round(self.ratio * BLOCK)
         rounding = _PartlyBinary(weight, salient, self._format(weight.shape[1], count))
-        return round_to_nearest(weight, rounding) if factor is None else compensate(weight, rounding, factor)
+        if factor is None or self.compensation == "none":
+            return round_to_nearest(weight, rounding)
+        return compensate(weight, rounding, factor)
 
     def _salient(self, weight: Tensor, factor: Factor | None) -> Tensor:
         """Which weights [out, in] keep 8 bits."""

@@ -1,0 +1,81 @@
+"""DB-LLM: Chen et al.: DB-LLM: Accurate Dual-Binarization for Efficient LLMs, Findings of ACL 2024, arXiv 2402.11960.
+
+Flexible dual binarization: w ~ a_1 b_1 + a_2 b_2 with b in {0, 1} and two scales for each row and group,
+
+    b_1 = H(w - (a_1 + a_2) / 2),   b_2 = H(-(w - a_1 b_1 - a_2 / 2)),   H(x) = [x >= 0],
+
+which is the nearest of the four levels a_2 < 0 < a_1 + a_2 < a_1. It starts from a 2-bit grid of step s, a_1 = 2 s and
+a_2 = -s: the levels -s, 0, s, 2 s. The paper then trains the scales, end to end and with a frozen teacher, by its
+deviation-aware distillation (the recipe's `distill` stage, `tune/objectives.py`).
+
+Where the paper is silent or differs: the authors published no code; s is the one of 40 shares of max |w| / 2 that leaves the
+least sum h (w - q)^2 (h from the Hessian where there is compensation, else 1), not all of it, which is far too large;
+a group whose longer tail is the negative one takes the mirrored grid. `iterations` of alternating least squares free the
+scales before any training, and `compensation` makes up for the error of each column in the later ones as in GPTQ; both
+are ours and off by default.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ultralowbit.format import Format, PackedWeight, Planes, to_scale
+from ultralowbit.methods.base import MIN_SCALE, Need, SignRounding, compensate, fields, round_to_nearest
+from ultralowbit.stats import InputStats
+
+_STEPS = 40
+
+
+@fields
+class DBLLM:
+    """group: columns that share two scales, null for the row; iterations: of the alternating fit, at most;
+    compensation: none, or that of GPTQ; damp: as in GPTQ."""
+
+    method: Literal["db_llm"] = "db_llm"
+    group: Literal[32, 64, 128] | None = 64
+    iterations: int = Field(0, ge=0)
+    compensation: Literal["none", "gptq"] = "none"
+    damp: float = Field(0.01, gt=0, le=1)
+
+    @property
+    def needs(self) -> Need:
+        return Need.NOTHING if self.compensation == "none" else Need.HESSIAN
+
+    def format(self, in_features: int) -> Format:
+        return Format((Planes(in_features, 2, self.group, alphabet="01"),))
+
+    def quantize(self, weight: Tensor, stats: InputStats | None) -> PackedWeight:
+        rounding = DualRounding(*weight.shape, self.group, self.iterations, weight.device)
+        if stats is None or self.compensation == "none":
+            return round_to_nearest(weight, rounding)
+        return compensate(weight, rounding, stats.factor(self.damp))
+
+
+class DualRounding(SignRounding):
+    """Two 0/1 planes: the nearest of the levels 0, a_1, a_2, a_1 + a_2 of a group, started from the 2-bit grid."""
+
+    def __init__(self, out: int, columns: int, group: int | None, iterations: int, device: torch.device) -> None:
+        super().__init__(out, columns, 2, group, iterations, device)
+        self.segment = Planes(columns, 2, group, alphabet="01")
+
+    def _plane(self, codes: Tensor, p: int) -> Tensor:
+        return ((codes >> p) & 1).float()
+
+    def _start(self, weight: Tensor, h: Tensor) -> Tensor:
+        largest = weight.abs().amax(0)  # [out]
+        best = torch.full_like(largest, torch.inf)
+        found = weight.new_zeros(2, weight.shape[1])
+        for i in range(1, _STEPS + 1):
+            s = to_scale(largest * (i / (2 * _STEPS))).clamp_min_(MIN_SCALE)
+            for scale in (torch.stack([2 * s, -s]), torch.stack([-2 * s, s])):
+                error = self._assess(scale, weight, h)[1]
+                better = error < best
+                best, found = torch.where(better, error, best), torch.where(better, scale, found)
+        return found
+
+    def _ordered(self, scale: Tensor) -> Tensor:
+        return scale
