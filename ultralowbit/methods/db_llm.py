@@ -8,11 +8,11 @@ which is the nearest of the four levels a_2 < 0 < a_1 + a_2 < a_1. It starts fro
 a_2 = -s: the levels -s, 0, s, 2 s. The paper then trains the scales, end to end and with a frozen teacher, by its
 deviation-aware distillation (the recipe's `distill` stage, `tune/objectives.py`).
 
-Where the paper is silent or differs: the authors published no code; s is the one of 40 shares of max |w| / 2 that leaves the
-least sum h (w - q)^2 (h from the Hessian where there is compensation, else 1), not all of it, which is far too large;
-a group whose longer tail is the negative one takes the mirrored grid. `iterations` of alternating least squares free the
-scales before any training, and `compensation` makes up for the error of each column in the later ones as in GPTQ; both
-are ours and off by default.
+Where the paper is silent or differs: the authors published no code. s is the one of 40 shares of max |w| / 2 that
+leaves the least sum h (w - q)^2 (h from the Hessian where there is compensation, else 1), not all of it, which is far
+too large. A group whose longer tail is the negative one takes the mirrored grid. `iterations` of alternating least
+squares free the scales before any training, and `compensation` makes up for the error of each column in the later ones
+as in GPTQ; both are ours and off by default.
 """
 
 from __future__ import annotations
