@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,23 @@ Kernel = Callable[[Tensor, dict[str, Tensor], Format], Tensor]
 Chooser = Callable[[Format, torch.device, torch.dtype, int], Kernel | None]
 """The fast path for a format, a device, the dtype of x and a number of tokens, or None. Called for every product."""
 
-KERNELS: dict[str, Chooser] = {}
+
+@cache
+def _triton() -> Chooser | None:
+    """Its kernels' chooser, where Triton is installed."""
+    try:
+        from ultralowbit.kernels.triton_matmul import choose
+    except ImportError:
+        return None
+    return choose
+
+
+def _on_cuda(format: Format, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel | None:
+    choose = _triton()
+    return choose and choose(format, device, dtype, tokens)
+
+
+KERNELS: dict[str, Chooser] = {"cuda": _on_cuda}
 """Device type -> what chooses among its fast paths."""
 
 

@@ -199,22 +199,22 @@ class Ints:
         return f"{self.columns}xint{self.bits}/{scale}{'+sym' if self.symmetric else ''}"
 
     @property
-    def _widths(self) -> tuple[int, ...]:
+    def widths(self) -> tuple[int, ...]:
         return (2, 1) if self.bits == 3 else (self.bits,)
 
     @property
-    def _zero_width(self) -> int:
+    def zero_width(self) -> int:
         return 4 if self.bits == 3 else self.bits
 
     def tensors(self, out_features: int) -> dict[str, TensorSpec]:
         groups = group_count(self.columns, self.group)
-        words = sum(word_count(self.columns, w) for w in self._widths)
+        words = sum(word_count(self.columns, w) for w in self.widths)
         specs = {
             "": TensorSpec(torch.int16, (out_features, words)),
             "_scale": TensorSpec(torch.float16, (groups, out_features)),
         }
         if not self.symmetric:
-            specs["_zero"] = TensorSpec(torch.uint8, (-(-groups * self._zero_width // 8), out_features))
+            specs["_zero"] = TensorSpec(torch.uint8, (-(-groups * self.zero_width // 8), out_features))
         return specs
 
     def encode(self, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> dict[str, Tensor]:
@@ -229,7 +229,7 @@ class Ints:
         return parts
 
     def _pack_zero(self, zero: Tensor) -> Tensor:  # [groups, out] -> [bytes, out]
-        width = self._zero_width
+        width = self.zero_width
         per_byte = 8 // width
         packed = zero.new_zeros((-(-len(zero) // per_byte), zero.shape[1]))
         for f in range(per_byte):
@@ -238,7 +238,7 @@ class Ints:
         return packed
 
     def _unpack_zero(self, packed: Tensor) -> Tensor:  # [bytes, rows] -> [groups, rows]
-        width = self._zero_width
+        width = self.zero_width
         shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
         zero = (packed[:, None] >> shifts[:, None]) & ((1 << width) - 1)  # [bytes, per byte, rows]
         return zero.flatten(0, 1)[: group_count(self.columns, self.group)]

@@ -1,0 +1,78 @@
+"""The inputs of packed matrices, as their kernel takes them.
+
+`prologue` cuts the columns of a `Matrix` into its blocks. In each block of a token
+
+    unit e = the power of two with 128 <= max |x| / e < 256,   x16 = fp16(x / e * 2^(8 - width - position of the field))
+
+so that a bf16 x is exact, none overflows, and every masked field times its input is code * x / e * 2^(-16 - width).
+An fp32 x is given as two tokens, x = x16 + 2^-11 x16', which together keep 22 bits. The tail has one block for each
+group in it, zero outside the group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ultralowbit.format import LANES
+from ultralowbit.kernels.triton_fields import Matrix
+from ultralowbit.kernels.triton_launch import tl, triton
+
+
+@triton.jit
+def prologue(
+    x, x16, sums, units,
+    tokens, token_stride, column_stride, first, columns, blocks, full, lanes, group,
+    width: tl.constexpr, groups_in_block: tl.constexpr, digits: tl.constexpr,
+):  # fmt: skip
+    """x [tokens, in] -> x16 [lines, blocks, block] fp16, sums [lines, blocks, groups in a block] and units [lines,
+    blocks] fp32, where lines = digits * tokens. Grid (blocks, tokens)."""
+    fields: tl.constexpr = 16 // width
+    size: tl.constexpr = fields * 32
+    block, token = tl.program_id(0), tl.program_id(1)
+    i = tl.arange(0, size)
+    f, c = i // 32, i % 32
+    whole = block < full
+    column = tl.where(whole, block * size + i, full * size + f * lanes + c)
+    apart = tl.where(whole, 0, column // group - (full * size // group + block - full))  # from the block's group
+    there = (c < tl.where(whole, 32, lanes)) & (column < columns) & (apart == 0)
+    v = tl.load(x + token.to(tl.int64) * token_stride + (first + column) * column_stride, mask=there, other=0.0)
+    v = v.to(tl.float32)
+    exponent = tl.max(tl.abs(v)).to(tl.int32, bitcast=True) >> 23
+    exponent = tl.maximum(exponent, 8)  # of what is next to nothing
+    e = ((exponent - 7) << 23).to(tl.float32, bitcast=True)
+    v *= ((261 - exponent) << 23).to(tl.float32, bitcast=True)
+    position = f * width % 8
+    factor = ((135 - width - position) << 23).to(tl.float32, bitcast=True)
+    back = ((119 + width + position) << 23).to(tl.float32, bitcast=True)
+    for digit in tl.static_range(digits):
+        line = (digit * tokens + token) * blocks + block
+        stored = (v * factor).to(tl.float16)
+        tl.store(x16 + line.to(tl.int64) * size + i, stored)
+        kept = stored.to(tl.float32) * back
+        sum = tl.sum(tl.reshape(kept, [groups_in_block, size // groups_in_block]), axis=1)
+        sum = tl.where(whole, sum, tl.sum(kept))  # of the tail only the first is read
+        tl.store(sums + line * groups_in_block + tl.arange(0, groups_in_block), sum * e)
+        tl.store(units + line, e)
+        v = (v - kept) * 2048.0
+        e *= 1.0 / 2048.0
+
+
+def prologue_ref(x: Tensor, matrix: Matrix, digits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The x16, sums and units that `prologue` writes, of the tail's sums only the first."""
+    column, there = matrix.places(x.device)
+    v = torch.where(there, x.float()[:, matrix.column + column.clamp_max(matrix.columns - 1)], 0)
+    exponent = (v.abs().amax(-1, keepdim=True).view(torch.int32) >> 23).clamp_min(8)
+    e = (exponent - 7 << 23).view(torch.float32)
+    field = torch.arange(matrix.fields, device=x.device).repeat_interleave(LANES)
+    factor = 2.0 ** (8 - matrix.width - field * matrix.width % 8)
+    v, found = v / e, []
+    for _ in range(digits):
+        x16 = (v * factor).half()
+        kept = x16.float() / factor
+        sums = kept.unflatten(-1, (matrix.groups_in_block, -1)).sum(-1)
+        sums[:, matrix.full :, 0] = kept[:, matrix.full :].sum(-1)
+        found.append((x16, sums * e, e[..., 0]))
+        v, e = (v - kept) * 2048, e / 2048
+    x16, sums, units = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return x16, sums, units

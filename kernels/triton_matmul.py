@@ -1,0 +1,196 @@
+"""Which Triton kernels multiply by a format on a GPU, and with which tiles.
+
+Up to `gemv_tokens` and `gemm_tokens` tokens fields are multiplied as they are stored (`gemv`, `gemm`: the same kernels
+with tiles of 8 and of 16 tokens), where the format is a sum of `matrices`. More tokens, and what else there is, are
+left to the reference.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ultralowbit.format import Format, PackedWeight, Planes
+from ultralowbit.kernels.triton_fields import Matrix, matrices, multiply, reduce
+from ultralowbit.kernels.triton_inputs import prologue
+from ultralowbit.kernels.triton_launch import Launch, cdiv, run
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+REDUCE_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows of the weight in a program, its warps, and the depth of its pipeline of loads."""
+
+    rows: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """gemv_tokens, gemm_tokens: up to how many tokens fields are multiplied as they are stored; programs: how many for
+    each multiprocessor a product is split into; tiles: by the tokens in a tile."""
+
+    gemv_tokens: int
+    gemm_tokens: int
+    programs: int
+    tiles: Mapping[int, Tile]
+    processors: int = 132
+
+    def tile(self, tokens: int) -> tuple[int, Tile]:
+        """The smallest tile that holds the tokens, or the largest."""
+        size = min((size for size in self.tiles if size >= tokens), default=max(self.tiles))
+        return size, self.tiles[size]
+
+
+@lru_cache
+def tuning_of(device: torch.device) -> Tuning:
+    found = torch.cuda.get_device_properties(device)
+    return read_tuning(found.name, found.multi_processor_count)
+
+
+def read_tuning(name: str, processors: int) -> Tuning:
+    """Of a GPU by its name; what `tuning.json` does not list has the values of `default`."""
+    table = json.loads(Path(__file__).with_name("tuning.json").read_text())
+    found = table["default"] | table.get(name, {})
+    tiles = {int(size): Tile(**tile) for size, tile in found.pop("tiles").items()}
+    return Tuning(**found, tiles=tiles, processors=processors)
+
+
+def choose(format: Format, device: torch.device, dtype: torch.dtype, tokens: int) -> Callable[..., Tensor] | None:
+    """The `packed_matmul.Chooser` of CUDA devices."""
+    if dtype not in DTYPES or not has_tensor_cores(device):
+        return None
+    tuning = tuning_of(device)
+    if tokens > tuning.gemm_tokens or not is_product(format):
+        return None
+    return gemv if tokens <= tuning.gemv_tokens else gemm
+
+
+@lru_cache
+def has_tensor_cores(device: torch.device) -> bool:
+    """Of NVIDIA's, from Ampere on: the kernels are written in their assembly."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def is_product(format: Format) -> bool:
+    return format.overlay is None and format.transform is None and matrices(format) is not None
+
+
+def gemv(x: Tensor, tensors: Mapping[str, Tensor], format: Format) -> Tensor:
+    """For a tile of 8 tokens: bound by reading and unpacking the fields."""
+    return _run_product(x, tensors, format)
+
+
+def gemm(x: Tensor, tensors: Mapping[str, Tensor], format: Format) -> Tensor:
+    """For some tiles of 16 tokens, each of which unpacks the fields again: bound by the tensor cores."""
+    return _run_product(x, tensors, format)
+
+
+def _run_product(x: Tensor, tensors: Mapping[str, Tensor], format: Format) -> Tensor:
+    launches, y = product(x, tensors, format, tuning_of(x.device), subnormals_are_exact(x.device))
+    run(launches, x.device)
+    return y
+
+
+_EXACT: dict[torch.device, bool] = {}
+
+
+def subnormals_are_exact(device: torch.device) -> bool:
+    """Whether the tensor cores multiply fp16 subnormals exactly: asked with a small product at a device's first use.
+
+    While a CUDA graph is captured it cannot be asked, and what is documented is assumed: that they do.
+    """
+    if device not in _EXACT:
+        if torch.cuda.is_current_stream_capturing():
+            return True
+        _EXACT[device] = _small_product_is_exact(device)
+    return _EXACT[device]
+
+
+def _small_product_is_exact(device: torch.device) -> bool:
+    format = Format((Planes(512, 1),))
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(2, (1, 64, 512), generator=generator).bool()
+    packed = PackedWeight.encode(format, {"bits": bits, "scale": torch.ones(1, 64, 1)})
+    x = torch.randint(-8, 9, (8, 512), generator=generator).to(torch.float16)
+    tensors = {name: tensor.to(device) for name, tensor in packed.tensors.items()}
+    launches, y = product(x.to(device), tensors, format, tuning_of(device))
+    run(launches, device)
+    exact = torch.equal(y.float().cpu(), x.float() @ packed.dequantize().T)
+    if not exact:
+        warnings.warn(
+            f"the tensor cores of {device} round fp16 subnormals: its kernels take a slower way", stacklevel=2
+        )
+    return exact
+
+
+def product(
+    x: Tensor, tensors: Mapping[str, Tensor], format: Format, tuning: Tuning, subnormal: bool = True
+) -> tuple[list[Launch], Tensor]:
+    """The launches that multiply x [tokens, in] by the stored fields, and y [tokens, out] that they leave."""
+    out_rows, tokens = tensors["weight"].shape[-2], len(x)
+    digits = 2 if x.dtype == torch.float32 else 1
+    y = x.new_empty(tokens, out_rows)
+    found = matrices(format)
+    lines = digits * tokens
+    size, tile = tuning.tile(lines)
+    tiles = cdiv(lines, size), cdiv(out_rows, tile.rows)
+    wanted = tuning.programs * tuning.processors
+    splits = [max(1, min(m.blocks, cdiv(wanted, tiles[0] * tiles[1] * m.planes * len(found)))) for m in found]
+    parts = [m.planes * s for m, s in zip(found, splits, strict=True)]
+    partial = x.new_empty(sum(parts), lines, out_rows, dtype=torch.float32)
+    launches = []
+    for matrix, split, out in zip(found, splits, partial.split(parts), strict=True):
+        x16 = x.new_empty(lines, matrix.blocks * matrix.block, dtype=torch.float16)
+        sums = x.new_empty(lines, matrix.blocks * matrix.groups_in_block, dtype=torch.float32)
+        units = x.new_empty(lines, matrix.blocks, dtype=torch.float32)
+        launches += [
+            _prologue(x, x16, sums, units, matrix, digits),
+            _multiply(x16, sums, units, tensors, out, matrix, split, size, tile, subnormal),
+        ]
+    grid = cdiv(out_rows, REDUCE_ROWS), tokens
+    constants = {"digits": digits, "BN": REDUCE_ROWS}
+    return [*launches, Launch(reduce, grid, (partial, y, len(partial), tokens, out_rows), constants)], y
+
+
+def _prologue(x: Tensor, x16: Tensor, sums: Tensor, units: Tensor, matrix: Matrix, digits: int) -> Launch:
+    args = (
+        x, x16, sums, units, len(x), *x.stride(), matrix.column, matrix.columns, matrix.blocks, matrix.full,
+        matrix.lanes, matrix.group or matrix.columns,
+    )  # fmt: skip
+    constants = {"width": matrix.width, "groups_in_block": matrix.groups_in_block, "digits": digits}
+    return Launch(prologue, (matrix.blocks, len(x)), args, constants)
+
+
+def _multiply(
+    x16: Tensor, sums: Tensor, units: Tensor, tensors: Mapping[str, Tensor], partial: Tensor, matrix: Matrix,
+    splits: int, size: int, tile: Tile, subnormal: bool,
+) -> Launch:  # fmt: skip
+    words, scale = tensors[matrix.prefix], tensors[f"{matrix.prefix}_scale"]
+    zero = tensors[f"{matrix.prefix}_zero"] if matrix.zero_width else scale
+    offset = tensors[f"{matrix.prefix}_offset"] if matrix.offset else scale
+    lines, out_rows = len(x16), words.shape[-2]
+    aligned = matrix.stride % 8 == 0
+    args = (
+        x16, sums, units, words[..., matrix.start :], scale, zero, offset, partial, lines, out_rows, matrix.planes,
+        out_rows * matrix.stride, matrix.stride // 8 if aligned else matrix.stride, matrix.blocks, matrix.full,
+        matrix.lanes, matrix.groups, matrix.blocks_in_group, splits,
+    )  # fmt: skip
+    row_scale = matrix.groups == 1
+    constants = {
+        "width": matrix.width, "fields_in_group": matrix.fields // matrix.groups_in_block, "row_scale": row_scale,
+        "tail": matrix.tails > 0, "multiplier": matrix.multiplier, "z": matrix.zero, "zero_width": matrix.zero_width,
+        "has_offset": matrix.offset, "subnormal": subnormal, "aligned": aligned, "BM": size, "BN": tile.rows,
+    }  # fmt: skip
+    grid = cdiv(lines, size), cdiv(out_rows, tile.rows), len(partial)
+    return Launch(multiply, grid, args, constants, tile.warps, tile.stages)

@@ -1,0 +1,146 @@
+"""Products of packed fields against exact arithmetic on the same bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ultralowbit.format import Format, Ints, Planes, Zones
+from ultralowbit.kernels.triton_fields import matrices
+from ultralowbit.kernels.triton_inputs import prologue, prologue_ref
+from ultralowbit.kernels.triton_matmul import product, read_tuning
+
+TUNING = read_tuning("", processors=4)
+
+SEGMENTS = [
+    Planes(1024, 1),
+    Planes(512, 1, 128),
+    Planes(1024, 1, 512),
+    Planes(1100, 1, 1024),  # a group of two blocks, and one that ends in the tail
+    Planes(700, 1, 64, offset=True),  # 12 lanes in the tail, three groups in it
+    Planes(512 + 384, 2, 128),  # groups that end inside the fields of the tail
+    Planes(172, 3, None, "01"),
+    Planes(33, 4, 32, "01", offset=True),
+    Planes(544, 2, 32),
+    Ints(512, 2, 128),
+    Ints(600, 2, 128, True),
+    Ints(172, 2),
+    Ints(640, 3, 128),
+    Ints(129, 3, None, True),
+    Ints(300, 4, 64),
+    Ints(896, 4, 256, True),
+    Ints(1, 4),
+    Ints(200, 8, 128),
+    Ints(96, 8, 32, True),
+]
+
+
+CASES = [(segment, torch.float32) for segment in SEGMENTS] + [
+    (segment, dtype) for segment in SEGMENTS[4::5] for dtype in (torch.float16, torch.bfloat16)
+]
+each_case = pytest.mark.parametrize(("segment", "dtype"), CASES, ids=lambda v: getattr(v, "summary", str(v)))
+
+
+@each_case
+def test_product(gpu, assert_product, segment, dtype):
+    packed = gpu.packed(Format((segment,)), 37)
+    x = gpu.x(3, segment.columns, dtype)
+    launches, y = product(x, packed.tensors, packed.format, TUNING)
+    gpu.run(launches, x, *packed.tensors.values())
+    assert_product(y, x, packed.dequantize())
+
+
+@pytest.mark.parametrize("subnormal", [True, False])
+@pytest.mark.parametrize("segment", [Planes(1024, 1, 128), Ints(300, 3, 64), Ints(200, 8)], ids=lambda s: s.summary)
+def test_both_ways_to_read_a_field(gpu, assert_product, segment, subnormal):
+    packed = gpu.packed(Format((segment,)), 37)
+    x = gpu.x(2, segment.columns)
+    launches, y = product(x, packed.tensors, packed.format, TUNING, subnormal)
+    gpu.run(launches, x, *packed.tensors.values())
+    assert_product(y, x, packed.dequantize())
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 33])
+@pytest.mark.parametrize("out", [1, 130])
+def test_tiles_of_tokens_and_rows(gpu, assert_product, tokens, out):
+    packed = gpu.packed(Format((Ints(64, 4), Planes(600, 1, None, offset=True))), out)
+    x = gpu.x(tokens, 664, torch.bfloat16)
+    launches, y = product(x, packed.tensors, packed.format, TUNING)
+    gpu.run(launches, x, *packed.tensors.values())
+    assert y.shape == (tokens, out)
+    assert_product(y, x, packed.dequantize())
+
+
+@pytest.mark.parametrize("processors", [1, 3, 1000])
+def test_any_number_of_splits(gpu, assert_product, processors):
+    """From one program for all blocks to one for each, the tail's too."""
+    packed = gpu.packed(Format((Planes(2048 + 384, 2, 128),)), 37)
+    x = gpu.x(1, packed.shape[1])
+    launches, y = product(x, packed.tensors, packed.format, read_tuning("", processors))
+    gpu.run(launches, x, *packed.tensors.values())
+    assert_product(y, x, packed.dequantize())
+
+
+def test_twice_the_same_bits(gpu):
+    packed = gpu.packed(Format((Planes(1536, 2, 128),)), 37)
+    x = gpu.x(2, 1536)
+    found = []
+    for _ in range(2):
+        launches, y = product(x, packed.tensors, packed.format, TUNING)
+        gpu.run(launches, x, *packed.tensors.values())
+        found.append(y)
+    assert torch.equal(*found)
+
+
+def test_strided_x(gpu, assert_product):
+    packed = gpu.packed(Format((Ints(64, 4), Planes(96, 1))), 5)
+    x = gpu.x(6, 160).T.contiguous().T[::2]
+    launches, y = product(x, packed.tensors, packed.format, TUNING)
+    gpu.run(launches, x, *packed.tensors.values())
+    assert_product(y, x, packed.dequantize())
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("value", [0.0, 1e-38, 1e-30, 1e30, torch.nan, torch.inf])
+def test_extreme_inputs(gpu, value):
+    """Sizes from subnormal to far above fp16's are kept, and what is not finite stays so, in its own token only."""
+    packed = gpu.packed(Format((Planes(600, 1),)), 5)
+    x = gpu.x(3, 600)
+    x[1] *= value
+    launches, y = product(x, packed.tensors, packed.format, TUNING)
+    gpu.run(launches, x, *packed.tensors.values())
+    exact = (x.double() @ packed.dequantize().double().T).float()
+    torch.testing.assert_close(y[::2], exact[::2], rtol=1e-4, atol=1e-5)
+    if exact[1].isfinite().all():
+        torch.testing.assert_close(y[1], exact[1], rtol=1e-3, atol=1e-4 * value)
+    else:
+        assert not y[1].isfinite().any()
+
+
+@each_case
+def test_prologue_is_its_reference(gpu, segment, dtype):
+    x = gpu.x(3, segment.columns, dtype)
+    x[1] = 0
+    packed = gpu.packed(Format((segment,)), 2)
+    launches, _ = product(x, packed.tensors, packed.format, TUNING)
+    gpu.run(launches, x, *packed.tensors.values())
+    digits = 1 + (dtype == torch.float32)
+    found = [launch for launch in launches if launch.kernel is prologue]
+    for launch, matrix in zip(found, matrices(packed.format), strict=True):
+        x16, sums, units = prologue_ref(x, matrix, digits)
+        assert torch.equal(launch.args[1].view_as(x16), x16)
+        assert torch.equal(launch.args[3].view_as(units), units)
+        there = torch.arange(matrix.blocks)[:, None] < matrix.full
+        there = (there | (torch.arange(matrix.groups_in_block) == 0)).to(x.device)
+        torch.testing.assert_close(
+            launch.args[2].view_as(sums).where(there, 0),
+            sums.where(there, 0),
+            rtol=1e-5,
+            atol=1e-5 * float(x.abs().max()),
+        )
+
+
+def test_what_is_no_sum_of_fields():
+    assert matrices(Format((Planes(1024, 1, 96),))) is None  # a group ends inside a field
+    assert matrices(Format((Planes(1024, 1, 768),))) is None  # or inside a block
+    assert matrices(Format((Planes(8, 1), Zones(128, 3)))) is None

@@ -1,0 +1,146 @@
+"""What the shipped kernels become, read from the machine code that they are compiled to for three GPUs; none is needed.
+
+Speed cannot be seen here, but what has cost it before can: spilled registers, loads that lost their width, shuffles in
+the loop, dots without tensor cores, instructions by the packed bit.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ultralowbit.format import Format, Ints, Planes
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET"):
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from ultralowbit.kernels.triton_fields import multiply  # noqa: E402
+from ultralowbit.kernels.triton_launch import Launch  # noqa: E402
+from ultralowbit.kernels.triton_matmul import product, read_tuning  # noqa: E402
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+"""Compute capability -> bytes of shared memory that a program may use."""
+TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int16: "*i16", torch.uint8: "*u8",
+    torch.int32: "*i32",
+}  # fmt: skip
+
+BUDGET = {
+    (Planes(4096, 1), 1): 0.80,
+    (Planes(4096, 1, 128), 1): 1.05,
+    (Planes(11008, 1, None, offset=True), 1): 0.80,  # with a tail
+    (Ints(4096, 2, 128, symmetric=True), 1): 0.60,
+    (Ints(4096, 2, 128), 1): 0.70,
+    (Ints(4096, 4), 1): 0.30,
+    (Planes(4096, 1), 16): 1.10,
+    (Planes(4096, 1, 128), 16): 1.55,
+}
+"""Segment, tokens -> instructions of the loop for each packed bit, at most. At 4.3 TB/s an H200 has 0.86 to 0.97."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """The machine code of one kernel: registers, bytes of stack and of shared memory, its instructions as (operation,
+    text), and those of the loop that does the most with tensor cores."""
+
+    registers: int
+    stack: int
+    shared: int
+    instructions: list[tuple[str, str]]
+    loop: list[tuple[str, str]]
+
+    def count(self, pattern: str) -> int:
+        """Of the loop's operations those that match from their beginning."""
+        return sum(bool(re.match(pattern, name)) for name, _ in self.loop)
+
+
+def compiled(launch: Launch, capability: int, folder: Path) -> Code:
+    """The launch as the just-in-time compiler would specialise it: on divisibility by 16, and on ints that are 1."""
+    names = launch.kernel.arg_names
+    signature, constants, hints = dict.fromkeys(names, "constexpr"), dict(launch.constants), {}
+    for name, arg in zip([n for n in names if n not in constants], launch.args, strict=True):
+        if isinstance(arg, Tensor):
+            signature[name] = TYPES[arg.dtype]
+            even = arg.storage_offset() * arg.itemsize % 16 == 0
+        elif arg == 1:
+            constants[name] = 1
+            continue
+        else:
+            signature[name], even = "i32", arg % 16 == 0
+        if even:
+            hints[names.index(name),] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=hints)
+    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    cubin = folder / f"{found.hash}.cubin"
+    cubin.write_bytes(found.asm["cubin"])
+    usage = dict(re.findall(r"(REG|STACK):(\d+)", _tool("cuobjdump", "-res-usage", cubin)))
+    instructions, loop = _read(_tool("nvdisasm", "-c", cubin))
+    return Code(int(usage["REG"]), int(usage["STACK"]), found.metadata.shared, instructions, loop)
+
+
+def _tool(name: str, *args: str | Path) -> str:
+    done = subprocess.run([TOOLS / name, *args], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _read(text: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    instructions, labels, loops = [], {}, [(0, 0)]
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?((\S+).*?);", line):
+            target = re.search(r"\((\.L_\w+)\)", found[1])
+            if found[2].startswith("BRA") and target and labels.get(target[1], len(instructions)) < len(instructions):
+                loops.append((labels[target[1]], len(instructions) + 1))
+            instructions.append((found[2], found[1]))
+    products = lambda loop: sum(name.startswith("HMMA") for name, _ in instructions[slice(*loop)])  # noqa: E731
+    return instructions, instructions[slice(*max(loops, key=products))]
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory):
+    """code(launch, capability): compiled once in a run."""
+    folder = tmp_path_factory.mktemp("cubin")
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(folder)
+        yield lambda launch, capability: compiled(launch, capability, folder)
+
+
+@cache
+def stored(format: Format, out: int) -> dict[str, Tensor]:
+    specs = format.tensors(out, format.in_features).items()
+    return {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs}
+
+
+@pytest.mark.parametrize("capability", SHARED, ids=lambda c: f"sm_{c}")
+@pytest.mark.parametrize(("segment", "tokens"), BUDGET, ids=lambda v: getattr(v, "summary", f"M{v}"))
+def test_fields(code, segment, tokens, capability):
+    format = Format((segment,))
+    x = torch.empty(tokens, segment.columns, dtype=torch.bfloat16, device="meta")
+    launches, _ = product(x, stored(format, 4096), format, read_tuning("", 132))
+    launch = next(launch for launch in launches if launch.kernel is multiply)
+    found = code(launch, capability)
+    assert found.stack == 0 and not any(re.match("LDL|STL", name) for name, _ in found.instructions)
+    assert found.shared <= SHARED[capability]
+    assert found.count("HMMA.16816.F32") and not found.count("SHFL")
+    assert found.count(r"LDGSTS\S*\.128") >= 2, "the loads are narrow"  # of words, and of inputs
+    per_dot = 8 * launch.constants["width"] * 8 / launch.constants["BM"]  # packed bits of a thread in one HMMA
+    bits = found.count("HMMA") * per_dot
+    each = len(found.loop) / bits
+    print(f"sm_{capability} {segment.summary} M{tokens}: {each:.3f} a bit, {found.registers} registers")
+    names = Counter(name.partition(".")[0] for name, _ in found.loop).most_common(8)
+    assert each <= BUDGET[segment, tokens], f"{each:.3f} instructions a packed bit: {names}"
