@@ -63,7 +63,7 @@ class Matrix:
 
     @property
     def full(self) -> int:
-        """Full blocks; what follows is the tail, whose words are fewer than 32."""
+        """Full blocks; what follows is the tail, whose `lanes` words are fewer than 32."""
         return self.columns // self.block
 
     @property
@@ -179,9 +179,8 @@ def _levels(scale, zero, offset, group, groups, rows, out_rows, plane, z: tl.con
     else:
         k = -z * s
     if has_offset:  # of all planes together
-        k += tl.load(offset + group * out_rows + rows, mask=rows < tl.where(plane == 0, out_rows, 0), other=0.0).to(
-            tl.float32
-        )
+        mine = rows < tl.where(plane == 0, out_rows, 0)
+        k += tl.load(offset + group * out_rows + rows, mask=mine, other=0.0).to(tl.float32)
     return s, k
 
 
@@ -192,7 +191,7 @@ def multiply(
     splits,
     width: tl.constexpr, fields_in_group: tl.constexpr, row_scale: tl.constexpr, tail: tl.constexpr,
     multiplier: tl.constexpr, z: tl.constexpr, zero_width: tl.constexpr, has_offset: tl.constexpr,
-    subnormal: tl.constexpr, aligned: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    subnormal: tl.constexpr, aligned: tl.constexpr, few_rows: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """partial [planes * splits, tokens, out] fp32: what one plane and every `splits`-th block add to the product.
 
@@ -204,14 +203,19 @@ def multiply(
     groups_in_block: tl.constexpr = fields // fields_in_group
     unit: tl.constexpr = multiplier * (1 << (width + 16 if subnormal else width + 2))
     m = tl.program_id(0) * BM + tl.arange(0, BM)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    if few_rows:
+        n = tl.arange(0, BN)
+        rows = tl.minimum(n, out_rows - 1)
+    else:  # the last tile is moved up instead, so that the rows of all are consecutive; some are written twice alike
+        n = tl.minimum(tl.program_id(1) * BN, out_rows - BN) + tl.arange(0, BN)
+        rows = n
     split = tl.program_id(2) // planes
     plane = tl.program_id(2) % planes
-    rows = tl.minimum(n, out_rows - 1)
     c = tl.arange(0, 32)
     live = m < tokens
-    if aligned:  # the row stride is passed in units of 8 words, for loads of 128 bits
+    if aligned:  # these two come in units of 8 words, so that the loads are of 128 bits
         row_stride *= 8
+        lanes *= 8
     lines = words + plane * plane_stride + rows[:, None] * row_stride + c[None, :]  # [BN, 32]
     inputs = x16 + m[None, :] * (blocks * (fields * 32)) + c[:, None]  # [32, BM]
     sums += m * (blocks * groups_in_block)
@@ -219,8 +223,12 @@ def multiply(
 
     acc = tl.zeros([BN, BM], tl.float32)
     total = tl.zeros([BM], tl.float32)
-    for block in range(split, full, splits):
-        word = tl.load(lines + block * 32)
+    for block in range(split, blocks, splits):
+        at = tl.minimum(block, full) * 32
+        if tail:
+            word = tl.load(lines + at, mask=c[None, :] < tl.where(block < full, 32, lanes), other=0)
+        else:
+            word = tl.load(lines + at)
         e = tl.load(units + block, mask=live, other=0.0) * unit
         for g in tl.static_range(groups_in_block):
             part = tl.zeros([BN, BM], tl.float32)
@@ -233,36 +241,19 @@ def multiply(
                 total += sum
             else:
                 group = (block * groups_in_block + g) // blocks_in_group
+                if tail:  # whose blocks are of one group each
+                    of_tail = full * groups_in_block // blocks_in_group + block - full
+                    group = tl.where(block < full, group, of_tail)
                 s, k = _levels(scale, zero, offset, group, groups, rows, out_rows, plane, z, zero_width, has_offset)
-                acc = _add_group(acc, part * e[None, :], sum, s, k, z, zero_width, has_offset)
-    if tail:
-        for block in range(full + (split - full % splits + splits) % splits, blocks, splits):
-            word = tl.load(lines + full * 32, mask=c[None, :] < lanes, other=0)
-            e = tl.load(units + block, mask=live, other=0.0) * unit
-            part = tl.zeros([BN, BM], tl.float32)
-            for j in tl.static_range(fields):
-                x = tl.load(inputs + (block * fields + j) * 32, mask=live[None, :], other=0.0)
-                part = tl.dot(_unpack(word, j * width, width, subnormal), x, part)
-            sum = tl.load(sums + block * groups_in_block, mask=live, other=0.0)
-            if row_scale:
-                acc += part * e[None, :]
-                total += sum
-            else:
-                group = full * groups_in_block // blocks_in_group + block - full
-                s, k = _levels(scale, zero, offset, group, groups, rows, out_rows, plane, z, zero_width, has_offset)
-                acc = _add_group(acc, part * e[None, :], sum, s, k, z, zero_width, has_offset)
+                if zero_width or has_offset:
+                    acc += part * e[None, :] * s[:, None] + sum[None, :] * k[:, None]
+                else:  # one operation a sum less
+                    acc += (part * e[None, :] - z * sum[None, :]) * s[:, None]
     if row_scale:
         s, k = _levels(scale, zero, offset, 0, 1, rows, out_rows, plane, z, zero_width, has_offset)
         acc = acc * s[:, None] + total[None, :] * k[:, None]
     at = (tl.program_id(2) * tokens + m[None, :]) * out_rows + n[:, None]
     tl.store(partial + at, acc, mask=live[None, :] & (n[:, None] < out_rows))
-
-
-@triton.jit
-def _add_group(acc, part, sum, s, k, z: tl.constexpr, zero_width: tl.constexpr, has_offset: tl.constexpr):
-    if zero_width or has_offset:
-        return acc + part * s[:, None] + sum[None, :] * k[:, None]
-    return acc + (part - z * sum[None, :]) * s[:, None]  # one operation a sum less
 
 
 @triton.jit

@@ -12,6 +12,7 @@ group in it, zero outside the group.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ultralowbit.format import LANES
@@ -51,15 +52,16 @@ def prologue(
         tl.store(x16 + line.to(tl.int64) * size + i, stored)
         kept = stored.to(tl.float32) * back
         sum = tl.sum(tl.reshape(kept, [groups_in_block, size // groups_in_block]), axis=1)
-        sum = tl.where(whole, sum, tl.sum(kept))  # of the tail only the first is read
-        tl.store(sums + line * groups_in_block + tl.arange(0, groups_in_block), sum * e)
+        g = tl.arange(0, groups_in_block)
+        sum = tl.where(whole, sum, tl.where(g == 0, tl.sum(kept), 0.0))  # a block of the tail is of one group
+        tl.store(sums + line * groups_in_block + g, sum * e)
         tl.store(units + line, e)
         v = (v - kept) * 2048.0
         e *= 1.0 / 2048.0
 
 
 def prologue_ref(x: Tensor, matrix: Matrix, digits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The x16, sums and units that `prologue` writes, of the tail's sums only the first."""
+    """The x16, sums and units that `prologue` writes."""
     column, there = matrix.places(x.device)
     v = torch.where(there, x.float()[:, matrix.column + column.clamp_max(matrix.columns - 1)], 0)
     exponent = (v.abs().amax(-1, keepdim=True).view(torch.int32) >> 23).clamp_min(8)
@@ -71,7 +73,7 @@ def prologue_ref(x: Tensor, matrix: Matrix, digits: int) -> tuple[Tensor, Tensor
         x16 = (v * factor).half()
         kept = x16.float() / factor
         sums = kept.unflatten(-1, (matrix.groups_in_block, -1)).sum(-1)
-        sums[:, matrix.full :, 0] = kept[:, matrix.full :].sum(-1)
+        sums[:, matrix.full :] = F.pad(kept[:, matrix.full :].sum(-1, keepdim=True), (0, matrix.groups_in_block - 1))
         found.append((x16, sums * e, e[..., 0]))
         v, e = (v - kept) * 2048, e / 2048
     x16, sums, units = (torch.cat(parts) for parts in zip(*found, strict=True))

@@ -180,17 +180,19 @@ def _multiply(
     zero = tensors[f"{matrix.prefix}_zero"] if matrix.zero_width else scale
     offset = tensors[f"{matrix.prefix}_offset"] if matrix.offset else scale
     lines, out_rows = len(x16), words.shape[-2]
-    aligned = matrix.stride % 8 == 0
+    aligned = matrix.stride % 8 == matrix.start % 8 == matrix.lanes % 8 == 0
+    stride, lanes = (matrix.stride // 8, matrix.lanes // 8) if aligned else (matrix.stride, matrix.lanes)
     args = (
         x16, sums, units, words[..., matrix.start :], scale, zero, offset, partial, lines, out_rows, matrix.planes,
-        out_rows * matrix.stride, matrix.stride // 8 if aligned else matrix.stride, matrix.blocks, matrix.full,
-        matrix.lanes, matrix.groups, matrix.blocks_in_group, splits,
+        out_rows * matrix.stride, stride, matrix.blocks, matrix.full, lanes, matrix.groups, matrix.blocks_in_group,
+        splits,
     )  # fmt: skip
     row_scale = matrix.groups == 1
     constants = {
         "width": matrix.width, "fields_in_group": matrix.fields // matrix.groups_in_block, "row_scale": row_scale,
         "tail": matrix.tails > 0, "multiplier": matrix.multiplier, "z": matrix.zero, "zero_width": matrix.zero_width,
-        "has_offset": matrix.offset, "subnormal": subnormal, "aligned": aligned, "BM": size, "BN": tile.rows,
+        "has_offset": matrix.offset, "subnormal": subnormal, "aligned": aligned, "few_rows": out_rows < tile.rows,
+        "BM": size, "BN": tile.rows,
     }  # fmt: skip
     grid = cdiv(lines, size), cdiv(out_rows, tile.rows), len(partial)
     return Launch(multiply, grid, args, constants, tile.warps, tile.stages)
