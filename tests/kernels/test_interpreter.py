@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent / "gpu"
 
 def test_the_kernels_in_the_interpreter():
     pytest.importorskip("triton")
-    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER)]
+    run = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(FOLDER)]
     env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(run, capture_output=True, text=True, cwd=FOLDER.parents[2], env=env)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
