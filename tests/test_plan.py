@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -123,6 +124,28 @@ def test_no_data_no_forward_passes(model):
     planned = plan(str(model), recipe(model, "rtn"), device="cpu")
     assert planned.disk["activation files"] == 0
     assert planned.seconds.keys() == {"hashing", "rounding"}
+
+
+def test_stages_that_train_are_in_the_estimates(model):
+    training = {"lr": {"scale": 1e-3}, "epochs": 3, "batch": 2}
+    plain = recipe(model)
+    stages = {
+        "tune": {"objective": {"kind": "mse"}, "training": training},
+        "distill": {"objective": {"kind": "kl"}, "training": training},
+        "prepare": {"training": training | {"lr": {"adapter": 1e-3}}},
+    }
+    before = plan(str(model), plain, device="cpu")
+    trained = Recipe.model_validate(plain.model_dump() | stages)
+    planned = plan(str(model), trained, device="cpu")
+    assert {"tuning", "distilling", "preparing"} <= planned.seconds.keys()
+    assert planned.seconds["preparing"] > planned.seconds["tuning"] > 0
+    assert planned.disk["activation files"] == 2.5 * before.disk["activation files"]
+    assert planned.size == before.size
+
+    latent = {"distill": stages["distill"] | {"training": training | {"lr": {"latent": 1e-3}, "batch": 256}}}
+    planned = plan(str(model), Recipe.model_validate(plain.model_dump() | latent), device="cpu")
+    weights = sum(math.prod(shape) for shape in SHAPE.linears.values()) * 2
+    assert planned.memory["latent weights, gradients and moments"] == 16 * weights
 
 
 def test_what_does_not_fit_is_said(model):

@@ -159,10 +159,12 @@ def compress(
         if recipe.prepare is not None:
             first = recipe.model_copy(update={"prepare": None, "distill": None})
             options = {"device": device, "trust_remote_code": trust_remote_code, "progress": progress}
+            started = time.perf_counter()
             prepared, job.state["prepare"] = prepare(
                 lambda folder: compress(model, first, folder, **options).folder, training["prepare"].tokens,
                 recipe.prepare, decoder.config.dtype, job.work / "prepare", where, trust_remote_code, progress,
             )  # fmt: skip
+            job.state["seconds"].setdefault("prepare", round(time.perf_counter() - started, 3))
             decoder = open_decoder(prepared, where, trust_remote_code)
         _Run(job, decoder, recipe, data, progress).blocks()
         if recipe.distill is not None:
@@ -552,7 +554,7 @@ def _distill(
     progress: Progress,
 ) -> None:
     """Train the packed model as a whole, with the model in `folder` as teacher; its shards are then written again."""
-    distilled, state = job.work / "distilled", job.state
+    distilled, state, started = job.work / "distilled", job.state, time.perf_counter()
     if "distill" not in state:
         blocks = len(decoder.blocks)
         file_of = {name: job.shard_name(i, blocks + 1) for i in range(blocks) for name in decoder.linears(i)}
@@ -574,6 +576,7 @@ def _distill(
         for file, tensors in stored.items():
             write_tensors(distilled / file, tensors)
         state["distill"] = asdict(fitted)
+        state["seconds"]["distill"] = round(time.perf_counter() - started, 3)
         job.commit()
     for path in distilled.glob("*.safetensors"):  # a kill in between leaves the rest to the next run
         path.replace(job.shards / path.name)

@@ -143,7 +143,7 @@ def plan(
         size=size,
         memory=memory,
         device_memory=device_memory,
-        disk={"packed checkpoint": size.total_bytes, "activation files": 2 * work.activations},
+        disk={"packed checkpoint": size.total_bytes, "activation files": work.files * work.activations},
         seconds=_seconds(work, size),
         available_memory=available_memory(),
         available_device_memory=torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else 0,
@@ -174,13 +174,18 @@ class _Work:
         self.methods = {name: recipe.method_for(name) for name in formats}
         self.solved = [name for name in formats if Need.HESSIAN in self.methods[name].needs]
         self.length = window_length(recipe.calibration, decoder)
-        measured = any(method.needs for method in self.methods.values())
+        self.recipe, self.formats = recipe, [format for format, _ in formats.values()]
+        outside = [decoder.source.specs[decoder.key_of[name]] for name in decoder.names_outside_blocks()]
+        self.outside = sum(math.prod(spec.shape) for spec in outside)
+        self.vocabulary = decoder.config.get_text_config().vocab_size
+        measured = recipe.tune is not None or any(method.needs for method in self.methods.values())
         self.tokens = recipe.calibration.samples * self.length if measured else 0
         self.batch = min(self.tokens, max(BATCH_TOKENS, self.length))  # tokens that run at a time, at most
         clip = recipe.calibration.clip_tokens
         self.outliers = 0 if clip is None else int(self.tokens * (1 - clip)) + 1  # tokens held back by each Hessian
         self.hidden = decoder.config.get_text_config().hidden_size
         self.activations = self.tokens * self.hidden * decoder.dtype.itemsize  # bytes of one activation file
+        self.files = 2 if recipe.tune is None else 5  # two for the packed model, two for the original, the targets
         leaders = shared_inputs(decoder) if self.solved else {}
         self.exact_groups = leaders is not None
         leader_of = {name: (leaders or {}).get(name, name) for name in self.solved}
@@ -254,7 +259,7 @@ def _memory(work: _Work) -> tuple[dict[str, int], dict[str, int]]:
     forward = work.batch * compute * (8 * work.hidden + 3 * max(max(shape) for shape in work.shapes.values()))
     gather = 4 * widest**2 + 8 * (work.outliers + work.batch) * widest * (work.outliers > 0)  # last group's; clipping
     process = {"this process": psutil.Process().memory_info().rss}
-    mapped = {ACTIVATIONS: 2 * work.activations} if work.tokens else {}
+    mapped = {ACTIVATIONS: work.files * work.activations} if work.tokens else {}
     blockwise = {"block as stored": stored}
     on_device = {
         "block": computed,
@@ -264,12 +269,38 @@ def _memory(work: _Work) -> tuple[dict[str, int], dict[str, int]]:
     entering = {"embeddings and block as stored": outside + stored}
     entering_on_device = {"embeddings and block": outside_computed + computed} if work.tokens else {}
     finishing = {"embeddings and head, and their file": 2 * outside}
+    training = _training_memory(work)
     if decoder.device.type != "cpu":
         phases = [blockwise, entering if work.tokens else {}, finishing]
         host = max(phases, key=lambda parts: sum(parts.values()))
-        return process | host | mapped, max(on_device, entering_on_device, key=lambda parts: sum(parts.values()))
-    phases = [blockwise | on_device, entering | entering_on_device if work.tokens else {}, finishing]
+        on_device = max(on_device, entering_on_device, training, key=lambda parts: sum(parts.values()))
+        return process | host | mapped, on_device
+    phases = [blockwise | on_device, entering | entering_on_device if work.tokens else {}, finishing, training]
     return process | max(phases, key=lambda parts: sum(parts.values())) | mapped, {}
+
+
+def _training_memory(work: _Work) -> dict[str, int]:
+    """Peak bytes of the stage that trains most, all in fp32: weights beside their bits, of latent weights the gradient
+    and two moments too, and what a batch leaves for the backward pass."""
+    recipe, blocks = work.recipe, len(work.decoder.blocks)
+    weights = sum(math.prod(shape) for shape in work.shapes.values())
+    bits = max(format.claimed_bits for format in work.formats)
+    width = 12 * work.hidden + 4 * max(
+        sum(shape) for shape in work.shapes.values()
+    )  # numbers a token leaves in a block
+    found: list[dict[str, int]] = [{}]
+    for spec, depth in ((recipe.tune, 1), (recipe.distill, blocks), (recipe.prepare, blocks)):
+        if spec is None:
+            continue
+        tokens = spec.training.batch * window_length(getattr(spec, "data", None) or recipe.calibration, work.decoder)
+        share = weights * depth // blocks
+        end_to_end = spec is not recipe.tune
+        found.append({
+            "weights and their bits": int(4 * share * (2 + bits)) + 4 * work.outside * end_to_end,
+            "latent weights, gradients and moments": 16 * share * ("latent" in spec.training.lr),
+            "a batch for the backward pass": 4 * tokens * (depth * width + 4 * work.vocabulary * end_to_end),
+        })  # fmt: skip
+    return max(found, key=lambda parts: sum(parts.values()))
 
 
 def _seconds(work: _Work, size: Size) -> dict[str, float]:
@@ -290,11 +321,12 @@ def _seconds(work: _Work, size: Size) -> dict[str, float]:
         "hashing": hashed / len(chunk) * _timed(lambda: hashlib.sha256(chunk), device),
         "rounding": rounding,
     }
-    if not work.tokens:
+    if not (work.tokens or work.recipe.distill or work.recipe.prepare):
         return parts
     attention = len(work.decoder.blocks) * work.length * work.hidden
     single, own = _product_rate(torch.float32, device), _product_rate(work.decoder.dtype, device)
-    parts = {"forward passes": 2 * work.tokens * (2 * sum(work.forward) + 4 * attention) / own} | parts
+    token = 2 * sum(work.forward) + 4 * attention  # flops of its forward pass
+    parts = {"forward passes": 2 * work.tokens * token / own} | parts | _training_seconds(work, token / own)
     if not work.solved:
         return parts
     widths = [m for block in work.hessians for m in block]
@@ -305,6 +337,24 @@ def _seconds(work: _Work, size: Size) -> dict[str, float]:
         "updates": products / single,
         "output errors": 4 * products / single,
     }
+
+
+def _training_seconds(work: _Work, token: float) -> dict[str, float]:
+    """Of the stages that train, from the seconds of a token's forward pass; a backward pass takes two of them."""
+    recipe, parts = work.recipe, {}
+    for stage, spec in (("tuning", recipe.tune), ("distilling", recipe.distill), ("preparing", recipe.prepare)):
+        if spec is None:
+            continue
+        source = getattr(spec, "data", None) or recipe.calibration
+        trained = len(spec.split(range(source.samples))[0])
+        training = spec.training
+        windows = training.total_steps(trained) * training.batch * training.accumulation
+        judged = (training.evaluations + 1) * (source.samples - trained)
+        taught = windows + judged if stage == "distilling" and spec.objective.needs_teacher else 0
+        parts[stage] = token * window_length(source, work.decoder) * (3 * windows + judged + taught)
+    if recipe.prepare is not None:
+        parts["preparing"] += parts.get("tuning", 0.0) + 2 * work.tokens * token  # the model is quantized twice
+    return parts
 
 
 def _timed(f: Callable[[], object], device: torch.device) -> float:
