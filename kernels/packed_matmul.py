@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ultralowbit.format import Format
+from ultralowbit.kernels import cpu
 
 Kernel = Callable[[Tensor, dict[str, Tensor], Format], Tensor]
 """x [tokens, in] with any strides, the stored tensors by name, their format -> [tokens, out] in x's dtype."""
@@ -39,8 +40,11 @@ def _on_cuda(format: Format, device: torch.device, dtype: torch.dtype, tokens: i
     return choose and choose(format, device, dtype, tokens)
 
 
-KERNELS: dict[str, Chooser] = {"cuda": _on_cuda}
+KERNELS: dict[str, Chooser] = {"cpu": cpu.choose, "cuda": _on_cuda}
 """Device type -> what chooses among its fast paths."""
+
+INT8_KERNELS: dict[str, Chooser] = {"cpu": cpu.choose_int8}
+"""The same, asked first where the caller accepts activations rounded to 8 bits."""
 
 
 def packed_matmul_ref(x: Tensor, tensors: dict[str, Tensor], format: Format) -> Tensor:
@@ -49,12 +53,17 @@ def packed_matmul_ref(x: Tensor, tensors: dict[str, Tensor], format: Format) -> 
 
 
 def kernel_for(
-    format: Format, device: torch.device | str, dtype: torch.dtype = torch.float32, tokens: int = 1
+    format: Format,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    tokens: int = 1,
+    int8: bool = False,
 ) -> Kernel:
     """The function that `packed_matmul` runs for `tokens` rows of x in this format, device and dtype."""
     device = torch.device(device)
-    choose = KERNELS.get(device.type)
-    return (choose and choose(format, device, dtype, tokens)) or packed_matmul_ref
+    choosers = [table.get(device.type) for table in ((INT8_KERNELS, KERNELS) if int8 else (KERNELS,))]
+    found = (choose(format, device, dtype, tokens) for choose in choosers if choose)
+    return next(filter(None, found), packed_matmul_ref)
 
 
 @lru_cache(maxsize=4096)
@@ -63,40 +72,49 @@ def _parse(layout: str) -> tuple[Format, tuple[str, ...]]:
     return format, tuple(format.tensors(1, format.in_features))
 
 
-@torch.library.custom_op("ultralowbit::packed_matmul", mutates_args=())
-def _packed_matmul(x: Tensor, tensors: Sequence[Tensor], layout: str) -> Tensor:
+OP = "ultralowbit::packed_matmul"
+
+# defined by its parts: `torch.library.custom_op` with a gradient costs 20 times as much a call
+torch.library.define(OP, "(Tensor x, Tensor[] tensors, str layout, bool int8=False) -> Tensor")
+
+
+@torch.library.impl(OP, "CompositeExplicitAutograd")
+def _product(x: Tensor, tensors: Sequence[Tensor], layout: str, int8: bool = False) -> Tensor:
     format, names = _parse(layout)
     rows = x.reshape(-1, format.in_features)
     if not len(rows):
         return x.new_empty((*x.shape[:-1], tensors[0].shape[-2]))
-    kernel = kernel_for(format, x.device, x.dtype, len(rows))
+    kernel = kernel_for(format, x.device, x.dtype, len(rows), int8)
     return kernel(rows, dict(zip(names, tensors, strict=True)), format).reshape(*x.shape[:-1], -1)
 
 
-@_packed_matmul.register_fake
-def _(x: Tensor, tensors: Sequence[Tensor], layout: str) -> Tensor:
+@torch.library.register_fake(OP)
+def _(x: Tensor, tensors: Sequence[Tensor], layout: str, int8: bool = False) -> Tensor:
     return x.new_empty((*x.shape[:-1], tensors[0].shape[-2]))
 
 
-def _backward(ctx, grad: Tensor):
+class _Differentiable(torch.autograd.Function):
     """The packed weight is a constant: only x has a gradient, so that adapters can be trained around it."""
-    format, names = _parse(ctx.layout)
-    weight = format.decode(dict(zip(names, ctx.saved_tensors, strict=True)), grad.dtype)
-    return grad @ weight, [None] * len(names), None
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layout: str, int8: bool, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.layout = layout
+        return torch.ops.ultralowbit.packed_matmul(x, tensors, layout, int8)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        format, names = _parse(ctx.layout)
+        weight = format.decode(dict(zip(names, ctx.saved_tensors, strict=True)), grad.dtype)
+        return grad @ weight, None, None, *[None] * len(names)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
-    _, tensors, ctx.layout = inputs
-    ctx.save_for_backward(*tensors)
-
-
-_packed_matmul.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-def packed_matmul(x: Tensor, tensors: Sequence[Tensor], layout: str) -> Tensor:
+def packed_matmul(x: Tensor, tensors: Sequence[Tensor], layout: str, int8: bool = False) -> Tensor:
     """x [..., in] times a packed weight [out, in] -> [..., out], in x's dtype and on x's device.
 
-    tensors: the stored tensors in the order of `Format.tensors`; layout: `json.dumps(Format.to_dict())`.
-    Differentiable in x.
+    tensors: the stored tensors in the order of `Format.tensors`; layout: `json.dumps(Format.to_dict())`; int8: x may be
+    rounded to 8 bits where that is faster. Differentiable in x.
     """
-    return _packed_matmul(x, list(tensors), layout)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Differentiable.apply(x, layout, int8, *tensors)
+    return torch.ops.ultralowbit.packed_matmul(x, list(tensors), layout, int8)

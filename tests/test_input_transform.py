@@ -326,7 +326,10 @@ def test_a_packed_linear_multiplies_with_it_and_passes_gradients(flags):
 
 def test_a_kernel_of_the_segments_alone_is_not_chosen(monkeypatch):
     kernel = object()
-    monkeypatch.setattr("ultralowbit.kernels.packed_matmul.KERNELS", {("planes", "cpu"): kernel})
+    choose = {"planes": kernel}.get
+    monkeypatch.setattr(
+        "ultralowbit.kernels.packed_matmul.KERNELS", {"cpu": lambda format, *case: choose(format.kinds)}
+    )
     format = Format((Planes(8, 1),), None, InputTransform(8, hadamard=8))
     assert kernel_for(format.untransformed, "cpu") is kernel
     assert kernel_for(format, "cpu") is packed_matmul_ref

@@ -1,0 +1,233 @@
+"""Products with packed weights on the CPU: only packed words are read.
+
+Three paths, each faster than `packed_matmul_ref` where it is chosen:
+
+- `exact_matmul`  fp32 arithmetic: sums of activations are looked up by the nibbles of the words (kernel.h)
+- `int8_matmul`   the same with activations rounded to 8 bits, a scale for each token and up to 128 columns; only where
+                  the caller asks for it
+- `tiled_matmul`  decodes some rows at a time and multiplies by them: many tokens, and weights with an overlay
+
+They are C++ (`native.cpp`, compiled when the package is installed) called through ctypes: it depends on no version of
+Python or torch, and numba could not write the AVX-512 lookups that it lives from. The instruction set is chosen at run
+time, `isa()` names it. Without the compiled file everything works through the reference. ULTRALOWBIT_CPU=avx2, neon,
+portable or reference forces a lesser path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.machinery
+import os
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ultralowbit.format import Format, Ints, Overlay, Planes, group_count, word_count
+
+if TYPE_CHECKING:
+    from ultralowbit.kernels.packed_matmul import Kernel
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+EXACT_TOKENS = 64
+"""Above so many tokens, decoding tiles and multiplying by them is faster than `exact_matmul`."""
+
+_TILE = 1 << 20  # weights decoded at a time
+
+
+class _Table(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("column", "columns", "width", "group", "mul", "add")]
+
+
+class _Stream(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("table", "words", "plane", "skip", "stride", "scale", "joined")]
+
+
+class _Offset(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("values", "scale", "table", "width", "middle")]
+
+
+class _Overlay(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("index", "mask", "values", "scale", "zero", "count", "block")]
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("columns", "hadamard", "partition", "first", "column_scale")),
+        *((name, ctypes.c_int64) for name in ("tables", "streams", "offsets", "overlays")),
+        ("table", ctypes.POINTER(_Table)),
+        ("stream", ctypes.POINTER(_Stream)),
+        ("offset", ctypes.POINTER(_Offset)),
+        ("overlay", ctypes.POINTER(_Overlay)),
+    ]
+
+
+def _load() -> ctypes.CDLL | None:
+    """The compiled file beside this one, or None where there is none that can be used."""
+    folder = Path(__file__).parent
+    files = [folder / f"native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    try:
+        library = ctypes.CDLL(str(next(file for file in files if file.exists())))
+    except (StopIteration, OSError):  # installed without a compiler, or copied from another machine
+        return None
+    for name, result, arguments in (
+        ("sources", ctypes.c_char_p, ""),
+        ("isa", ctypes.c_char_p, "n"),
+        ("product", ctypes.c_int, "nppnpnnpnn"),
+        ("decode", ctypes.c_int, "nppnnnnpn"),
+    ):
+        function = getattr(library, f"ultralowbit_{name}")
+        function.restype = result
+        function.argtypes = [ctypes.c_int64 if kind == "n" else ctypes.c_void_p for kind in arguments]
+    sources = sorted(file for file in folder.iterdir() if file.suffix in (".cpp", ".h"))  # only in a checkout
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
+    if sources and digest != library.ultralowbit_sources().decode():
+        warnings.warn(
+            "kernels/cpu has changed since it was compiled: run `pip install --editable .` again, until then products "
+            "on the CPU run the slow reference",
+            stacklevel=2,
+        )
+        return None
+    return library
+
+
+_library = _load()
+
+
+def instruction_sets() -> list[str]:
+    """What the compiled kernels can use on this CPU, best first; empty without them."""
+    found = []
+    while _library is not None and (name := _library.ultralowbit_isa(len(found))) is not None:
+        found.append(name.decode())
+    return found
+
+
+def _chosen() -> int | None:
+    """Index of the instruction set to use, None for the reference."""
+    names, wanted = instruction_sets(), os.environ.get("ULTRALOWBIT_CPU")
+    if wanted == "reference" or not (names or wanted):
+        return None
+    if wanted and wanted not in names:
+        raise ValueError(f"ULTRALOWBIT_CPU is {wanted!r}, expected one of {', '.join([*names, 'reference'])}")
+    return names.index(wanted) if wanted else 0
+
+
+_isa = _chosen()
+
+
+def isa() -> str:
+    """The instruction set that the CPU kernels run with, or why there is none."""
+    if _isa is not None:
+        return instruction_sets()[_isa]
+    if _library is None:
+        return "reference (no compiled kernels: install a C++ compiler, then ultralowbit again)"
+    return "reference (ULTRALOWBIT_CPU)"
+
+
+@lru_cache(maxsize=4096)
+def _plan(format: Format) -> tuple[_Plan, bool] | None:
+    """How the native code sees a format, and whether its product needs no decoded weight; None where it cannot."""
+    names = {name: i for i, name in enumerate(format.tensors(1, format.in_features))}
+    tables, streams, offsets, overlays = [], [], [], []
+    column, direct = 0, True
+    for i, segment in enumerate(format.segments):
+        prefix, group = "weight" if i == 0 else f"weight_{i}", getattr(segment, "group", None) or segment.columns
+        scale = names[f"{prefix}_scale"]
+        if isinstance(segment, Planes):
+            mul, add = (2, -1) if segment.alphabet == "pm1" else (1, 0)
+            words = word_count(segment.columns, 1)
+            streams += [_Stream(len(tables), names[prefix], p, 0, words, scale, 0) for p in range(segment.planes)]
+            if segment.offset:
+                offsets.append(_Offset(names[f"{prefix}_offset"], scale, len(tables), 0, 0))
+            tables.append(_Table(column, segment.columns, 1, group, mul, add))
+        elif isinstance(segment, Ints):
+            middle, widths = 2 ** (segment.bits - 1), segment.widths
+            if not segment.symmetric:
+                offsets.append(_Offset(names[f"{prefix}_zero"], scale, len(tables), segment.zero_width, middle))
+            sizes = [word_count(segment.columns, width) for width in widths]
+            for k, width in enumerate(widths):
+                joined = k + 1 < len(widths)
+                streams.append(_Stream(len(tables), names[prefix], 0, sum(sizes[:k]), sum(sizes), scale, joined))
+                mul, add = 2 ** sum(widths[:k]), -middle if k == 0 else 0
+                tables.append(_Table(column, segment.columns, width, group, mul, add))
+        else:
+            return None
+        direct &= group >= 16 or group_count(segment.columns, group) == 1  # each smaller group is a pass of its own
+        column += segment.columns
+    if (overlay := format.overlay) is not None:
+        fixed = isinstance(overlay, Overlay)
+        index, mask = names.get("weight_overlay_index", -1), names.get("weight_overlay_mask", -1)
+        values, scale, zero = (names[f"weight_overlay_{part}"] for part in ("value", "scale", "zero"))
+        size = (overlay.count, overlay.block) if fixed else (0, 0)
+        overlays.append(_Overlay(index, mask, values, scale, zero, *size))
+    transform = format.transform
+    plan = _Plan(
+        format.in_features, (transform and transform.hadamard) or 0, names.get("weight_input_partition", -1),
+        format.segments[0].columns, names.get("weight_input_scale", -1), len(tables), len(streams), len(offsets),
+        len(overlays), (_Table * len(tables))(*tables), (_Stream * len(streams))(*streams),
+        (_Offset * len(offsets))(*offsets), (_Overlay * len(overlays))(*overlays),
+    )  # fmt: skip
+    return plan, direct and not overlays
+
+
+def choose(format: Format, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel | None:
+    """The fp32-exact path for a case: what `KERNELS` asks."""
+    if _isa is None or dtype not in DTYPES or (found := _plan(format)) is None:
+        return None
+    return exact_matmul if found[1] and tokens <= EXACT_TOKENS else tiled_matmul
+
+
+def choose_int8(format: Format, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel | None:
+    """The path for a case whose activations may be rounded to 8 bits, or None."""
+    if _isa is None or dtype not in DTYPES or (found := _plan(format)) is None or not found[1]:
+        return None
+    return int8_matmul
+
+
+def exact_matmul(x: Tensor, tensors: dict[str, Tensor], format: Format) -> Tensor:
+    """x [tokens, in] times a packed weight -> [tokens, out]: products and sums in fp32, rounded once to x's dtype."""
+    return _product(x, tensors, format, int8=False)
+
+
+def int8_matmul(x: Tensor, tensors: dict[str, Tensor], format: Format) -> Tensor:
+    """As `exact_matmul`, of activations rounded to 8 bits: an error of up to 1/254 of the largest in 128 columns."""
+    return _product(x, tensors, format, int8=True)
+
+
+def tiled_matmul(x: Tensor, tensors: dict[str, Tensor], format: Format) -> Tensor:
+    """What `packed_matmul_ref` computes, some rows of the weight at a time."""
+    x, out = format.transformed(tensors, x), tensors["weight"].shape[-2]
+    y = x.new_empty(len(x), out)
+    tile = x.new_empty(max(16, _TILE // format.in_features), format.in_features)
+    for row in range(0, out, len(tile)):
+        rows = tile[: out - row]
+        decode_rows(tensors, format, row, rows)
+        y[:, row : row + len(rows)] = F.linear(x, rows)
+    return y
+
+
+def decode_rows(tensors: dict[str, Tensor], format: Format, row: int, to: Tensor) -> None:
+    """Write the rows of the weight from `row` on into `to` [rows, in], as `format.untransformed.decode` has them."""
+    _call("decode", tensors, format, row, len(to), DTYPES[to.dtype], to.data_ptr())
+
+
+def _product(x: Tensor, tensors: dict[str, Tensor], format: Format, int8: bool) -> Tensor:
+    x = x.contiguous()
+    y = x.new_empty(len(x), tensors["weight"].shape[-2])
+    _call("product", tensors, format, x.data_ptr(), DTYPES[x.dtype], len(x), y.data_ptr(), int8)
+    return y
+
+
+def _call(name: str, tensors: dict[str, Tensor], format: Format, *arguments: int) -> None:
+    kept = [t.contiguous() for t in tensors.values()]  # a caller may hand over slices of rows
+    pointers = (ctypes.c_void_p * len(kept))(*[t.data_ptr() for t in kept])
+    plan, out = ctypes.addressof(_plan(format)[0]), tensors["weight"].shape[-2]
+    function = getattr(_library, f"ultralowbit_{name}")
+    if function(_isa, plan, pointers, out, *arguments, torch.get_num_threads()):
+        raise MemoryError("no memory for the tables of a product: use fewer tokens at a time")

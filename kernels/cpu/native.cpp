@@ -1,0 +1,205 @@
+// The entry points: chooses an instruction set, prepares the activations, and shares rows out to threads.
+#include "native.h"
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+#include <thread>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
+#endif
+
+#if !defined(__GNUC__)
+#error "the CPU kernels need GCC or Clang"
+#endif
+
+namespace ultralowbit {
+
+Layout::Layout(const Table& t) {
+  const int64_t per_word = kWordBits / t.width, span = per_word * kLanes;
+  const int64_t unit_fields = t.width < 4 ? 4 / t.width : 1;
+  for (int64_t at = 0; at < t.columns; at += span) {
+    const int64_t rest = std::min(span, t.columns - at), lanes = rest == span ? kLanes : ceil_div(rest, per_word);
+    int64_t first[4], last[4], passes = 1;
+    for (int64_t q = 0; q < 4; q++) {
+      const int64_t field = t.width == 8 ? q / 2 : q * unit_fields;
+      const int64_t start = std::min(rest, field * lanes), end = std::min(rest, (field + unit_fields) * lanes);
+      first[q] = start < end ? (at + start) / t.group : 0;
+      last[q] = start < end ? (at + end - 1) / t.group : -1;
+      passes = std::max(passes, last[q] - first[q] + 1);
+    }
+    blocks.push_back({at, lanes, int64_t(this->passes.size()), passes});
+    for (int64_t p = 0; p < passes; p++) {
+      Pass pass;
+      for (int64_t q = 0; q < 4; q++) pass.group[q] = first[q] + p <= last[q] ? first[q] + p : -1;
+      this->passes.push_back(pass);
+    }
+  }
+}
+
+namespace {
+
+const Isa* const kIsas[] = {  // best first
+#if defined(__x86_64__)
+    &kAvx512, &kAvx2,
+#elif defined(__aarch64__)
+    &kNeon,
+#endif
+    &kPortable};
+
+bool runs_here(const Isa* isa) {
+#if defined(__x86_64__)
+  if (isa == &kAvx512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+  if (isa == &kAvx2)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+  return true;
+}
+
+// Runs job(i) for i in [0, count). Threads take the next i when they are free; what each i computes does not depend on
+// who does. The threads are those of the OpenMP runtime that torch has loaded, so that the two do not compete for
+// cores; where there is none, they are started here.
+template <class Task>
+void parallel(int64_t count, int64_t threads, const Task& task) {
+  struct Shared {
+    const Task& task;
+    std::atomic<int64_t> next;
+    int64_t count;
+    static void run(void* data) {
+      auto* shared = static_cast<Shared*>(data);
+      for (int64_t i; (i = shared->next++) < shared->count;) shared->task(i);
+    }
+  } shared{task, {0}, count};
+  threads = std::min(threads, count);
+  if (threads <= 1) return Shared::run(&shared);
+  using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+#if defined(__unix__) || defined(__APPLE__)
+  static const auto openmp = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+#else
+  static const Parallel openmp = nullptr;
+#endif
+  if (openmp) return openmp(Shared::run, &shared, unsigned(threads), 0);
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < threads; i++) others.emplace_back(Shared::run, &shared);
+  Shared::run(&shared);
+  for (std::thread& other : others) other.join();
+}
+
+// Memory that a thread keeps for its next call: fresh pages would cost more than a small product.
+char* workspace(size_t bytes) {
+  static thread_local std::vector<char> kept;
+  if (kept.size() < bytes + 64) kept.resize(bytes + 64);
+  return kept.data() + (64 - reinterpret_cast<uintptr_t>(kept.data()) % 64) % 64;
+}
+
+struct Slices {  // aligned parts of a workspace, added up
+  size_t total = 0;
+  size_t add(size_t bytes) {
+    const size_t at = total;
+    total += (bytes + 63) / 64 * 64;
+    return at;
+  }
+};
+
+constexpr int64_t kRows = 128;  // of a chunk: their words stay in L2 while one superblock after the other passes
+
+}  // namespace
+}  // namespace ultralowbit
+
+using namespace ultralowbit;
+
+extern "C" {
+
+// Hash of the files that this was compiled from.
+const char* ultralowbit_sources() { return SOURCES; }
+
+// Name of the i-th instruction set of this build that this CPU has, best first; null after the last.
+const char* ultralowbit_isa(int64_t i) {
+  for (const Isa* isa : kIsas)
+    if (runs_here(isa) && i-- == 0) return isa->name;
+  return nullptr;
+}
+
+static const Isa* isa_at(int64_t i) {
+  for (const Isa* isa : kIsas)
+    if (runs_here(isa) && i-- == 0) return isa;
+  return nullptr;
+}
+
+// y [tokens, out] = x [tokens, columns] times the packed weight, both in dtype (0 fp32, 1 bf16, 2 fp16). 0, or 1 where
+// memory is short.
+int ultralowbit_product(int64_t isa_index, const Plan* plan, void* const* tensors, int64_t out, const void* x,
+                        int64_t dtype, int64_t tokens, void* y, int64_t int8, int64_t threads) try {
+  const Isa& isa = *isa_at(isa_index);
+  const size_t pass_bytes = int8 ? sizeof(Int8Pass) : kExactPass;
+  std::vector<Layout> layouts;
+  Slices slices;
+  std::vector<size_t> passes_at, sums_at;
+  const size_t input_at = slices.add(tokens * 2 * plan->columns * sizeof(float));
+  for (int64_t i = 0; i < plan->tables; i++) {
+    layouts.emplace_back(plan->table[i]);
+    passes_at.push_back(slices.add(layouts[i].passes.size() * tokens * pass_bytes));
+    sums_at.push_back(slices.add(tokens * groups_of(plan->table[i]) * sizeof(float)));
+  }
+  char* memory = workspace(slices.total);
+  std::vector<const char*> passes;
+  std::vector<const float*> sums;
+  for (int64_t i = 0; i < plan->tables; i++) {
+    passes.push_back(memory + passes_at[i]);
+    sums.push_back(reinterpret_cast<float*>(memory + sums_at[i]));
+  }
+  auto prepare = [&](int64_t token) {
+    float* input = reinterpret_cast<float*>(memory + input_at) + token * 2 * plan->columns;
+    const auto* from = static_cast<const char*>(x) + token * plan->columns * (dtype ? 2 : 4);
+    isa.input(*plan, tensors, from, dtype, input, input + plan->columns);
+    for (int64_t i = 0; i < plan->tables; i++)
+      isa.prepare(plan->table[i], layouts[i], input, int8, memory + passes_at[i] + token * pass_bytes,
+                  tokens * pass_bytes,
+                  reinterpret_cast<float*>(memory + sums_at[i]) + token * groups_of(plan->table[i]));
+  };
+  parallel(tokens, threads, prepare);
+  const Job job{plan, tensors, out, tokens, bool(int8), layouts.data(), passes.data(), sums.data(), y, dtype};
+  const int64_t chunk = std::min(kRows, ceil_div(ceil_div(out, threads), 16) * 16);
+  std::atomic<bool> failed{false};
+  auto product = [&](int64_t i) {
+    try {
+      static thread_local std::vector<float> scratch;
+      if (int64_t(scratch.size()) < tokens * chunk) scratch.resize(tokens * chunk);
+      isa.product(job, i * chunk, std::min(chunk, out - i * chunk), scratch.data());
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
+  };
+  parallel(ceil_div(out, chunk), threads, product);
+  return failed;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+// Rows [row, row + count) of the weight that the segments and the overlay store -> to [count, columns] in dtype.
+int ultralowbit_decode(int64_t isa_index, const Plan* plan, void* const* tensors, int64_t out, int64_t row,
+                       int64_t count, int64_t dtype, void* to, int64_t threads) try {
+  const Isa& isa = *isa_at(isa_index);
+  std::atomic<bool> failed{false};
+  constexpr int64_t chunk = 16;
+  auto decode = [&](int64_t i) {
+    try {
+      static thread_local std::vector<float> scratch;
+      if (int64_t(scratch.size()) < 2 * plan->columns) scratch.resize(2 * plan->columns);
+      for (int64_t r = i * chunk; r < std::min(count, (i + 1) * chunk); r++)
+        isa.decode(*plan, tensors, out, row + r, scratch.data(), dtype,
+                   static_cast<char*>(to) + r * plan->columns * (dtype ? 2 : 4));
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
+  };
+  parallel(ceil_div(count, chunk), threads, decode);
+  return failed;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+}

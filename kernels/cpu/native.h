@@ -1,0 +1,102 @@
+// What the files here share: the description of a product, and the functions that each instruction set offers.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace ultralowbit {
+
+// How codes of `width` bits lie in words is told in ultralowbit/format.py: a superblock is 32 words.
+constexpr int64_t kLanes = 32, kWordBits = 16;
+
+extern "C" {  // mirrored by the ctypes structures of __init__.py; indices count the stored tensors, -1 is none
+
+// Columns that codes multiply: a code means mul * code + add before its group's scale.
+struct Table {
+  int64_t column, columns, width, group, mul, add;
+};
+
+// Words [out, stride], of which a row's codes start at `skip`; they share a table, scale [groups, out] fp16 starts at
+// scale[plane]. `joined`: the next stream holds more bits of the same codes, scaled together.
+struct Stream {
+  int64_t table, words, plane, skip, stride, scale, joined;
+};
+
+// A term that a group's columns share: fp16 [groups, out], or, where width > 0, (middle - zero) * scale.
+struct Offset {
+  int64_t values, scale, table, width, middle;
+};
+
+// Single weights of a row in the place of the others: by index in blocks, or where mask words have bits.
+struct Overlay {
+  int64_t index, mask, values, scale, zero, count, block;
+};
+
+struct Plan {
+  int64_t columns, hadamard, partition, first, column_scale;
+  int64_t tables, streams, offsets, overlays;
+  const Table* table;
+  const Stream* stream;
+  const Offset* offset;
+  const Overlay* overlay;
+};
+}
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t words_of(int64_t columns) {  // of 1 bit each
+  return columns / (kWordBits * kLanes) * kLanes + ceil_div(columns % (kWordBits * kLanes), kWordBits);
+}
+static inline int64_t groups_of(const Table& t) { return ceil_div(t.columns, t.group); }
+
+// A superblock's words, seen as four nibbles each, are four *units* of columns. A pass multiplies of every unit the
+// columns that lie in one scale group (-1: none), so that scales are applied once a unit; where groups are no smaller
+// than units and aligned to them, one pass does.
+struct Pass {
+  int64_t group[4];
+};
+
+struct Superblock {
+  int64_t column, lanes, first_pass, passes;  // its first column in the table; words
+};
+
+struct Layout {
+  std::vector<Superblock> blocks;
+  std::vector<Pass> passes;
+  explicit Layout(const Table& t);
+};
+
+// A pass of one token: exact, 16 floats for each nibble of 32 words; int8, four columns' activations for each field of
+// four words' low and then high bytes, and what turns a unit's integer sum into a float.
+constexpr int64_t kExactPass = 32 * 4 * 16 * sizeof(float);
+struct alignas(64) Int8Pass {
+  int32_t x[2 * 8 * 8];
+  float alpha[4], beta[4];
+};
+
+struct Job {
+  const Plan* plan;
+  void* const* tensors;
+  int64_t out, tokens;
+  bool int8;
+  const Layout* layouts;
+  const char* const* passes;       // of each table: [passes, tokens], Int8Pass or kExactPass bytes
+  const float* const* sums;        // of each table: [tokens, groups] sums of x
+  void* y;                         // [tokens, out]
+  int64_t dtype;                   // of x and y: 0 fp32, 1 bf16, 2 fp16
+};
+
+struct Isa {
+  const char* name;
+  // row of x -> fp32, transformed; `scratch` holds as many columns
+  void (*input)(const Plan&, void* const* tensors, const void* x, int64_t dtype, float* out, float* scratch);
+  // the passes of one token, `step` bytes apart, and its group sums
+  void (*prepare)(const Table&, const Layout&, const float* x, bool int8, char* passes, int64_t step, float* sums);
+  // rows [first, first + count) of y; first is a multiple of 16; `scratch` holds tokens * (count rounded up to 16)
+  void (*product)(const Job&, int64_t first, int64_t count, float* scratch);
+  // rows of the weight itself, without the transform of its inputs -> [count, columns] in dtype
+  void (*decode)(const Plan&, void* const* tensors, int64_t out, int64_t row, float* scratch, int64_t dtype, void* to);
+};
+
+extern const Isa kPortable, kAvx2, kAvx512, kNeon;
+
+}  // namespace ultralowbit
