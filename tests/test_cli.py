@@ -23,6 +23,7 @@ from ultralowbit.checkpoint import DiskFull
 from ultralowbit.cli import app, explain
 from ultralowbit.demo import run as demo
 from ultralowbit.eval.size import measure
+from ultralowbit.quality import Continuation
 from ultralowbit.stats import InputStats, SingularHessian
 from ultralowbit.verify import verify
 
@@ -115,7 +116,8 @@ def test_an_original_that_does_not_fit_is_left_out(run, model, text, tmp_path, m
     monkeypatch.chdir(tmp_path)
     run("compress", model, "--recipe", "rtn-4bit", *options(text))  # there is room now
     again = json.loads((tmp_path / "tiny-rtn-4bit/report.json").read_text())
-    assert again["original"]["perplexity"] and again["packed"] == report["packed"]
+    assert again["original"]["perplexity"] and again["packed"]["perplexity"] == report["packed"]["perplexity"]
+    assert again["packed"]["fidelity"] and not report["packed"]["fidelity"]
 
 
 def test_a_killed_report_is_made_up_for(run, model, text, tmp_path, monkeypatch):
@@ -156,6 +158,53 @@ def test_mistakes_are_one_sentence_and_exit_2(run, model, text, tmp_path):
     assert run("compress", model).exit_code == 2  # no recipe
     assert "Did you mean 'compress'" in run("compres").stderr
     assert not list(tmp_path.glob("tiny*"))  # nothing was begun
+
+
+def test_quality_gates_exit_4_after_everything_is_written(run, model, text, tmp_path):
+    compress = ["compress", model, "--recipe", "sign-1", *options(text)]
+    result = run(*compress, "--max-ppl-ratio", "0.1", "--max-kl", "1e-4")
+    assert result.exit_code == 4, result.output
+    report = json.loads((tmp_path / "tiny-sign-1/report.json").read_text())
+    (before,), (after,), (near,) = (
+        report[row][what]
+        for row, what in (("original", "perplexity"), ("packed", "perplexity"), ("packed", "fidelity"))
+    )
+    assert near["sha256"] == after["sha256"] and near["kl_mean"] > 0
+    assert report["limits"] == {"ppl_ratio": 0.1, "kl": 1e-4}  # a random model does not get worse
+    ratio, kl = report["exceeded"]
+    assert f"{after['perplexity'] / before['perplexity']:.2f} times" in ratio and f"{near['kl_mean']:.3g} nats" in kl
+    printed = " ".join(result.stdout.replace("│", " ").split())
+    assert "QUALITY GATE FAILED" in printed and "--set solve.bases=2" in printed and "--recipe sign-2" in printed
+    assert "Quality gate failed" in (tmp_path / "tiny-sign-1/report.md").read_text()
+    assert verify(tmp_path / "tiny-sign-1") == []
+    assert run(*compress, "--max-ppl-ratio", "0.1").exit_code == 4  # and stays so
+    assert run(*compress, "--max-ppl-ratio", "1000", "--max-kl", "1000").exit_code == 0
+    none = run(*compress[:-6], "--eval", "none", "--max-kl", "1", "--out", "other")
+    assert none.exit_code == 2 and "name one with --eval" in none.stderr and not (tmp_path / "other").exists()
+
+
+def test_a_gate_that_cannot_be_checked_does_not_pass(run, model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("ultralowbit.measure.available_memory", lambda: 1000)
+    result = run("compress", model, "--recipe", "rtn-4bit", *options(text), "--max-ppl-ratio", "3", "--max-kl", "1")
+    assert result.exit_code == 4 and result.stdout.count("cannot be checked") == 2
+
+
+def test_a_model_that_repeats_a_token_is_called_collapsed(run, model, text, tmp_path, monkeypatch):
+    written = iter([["b"] * 24, [*"abcdefgh"] * 3])  # the packed model, then the original
+
+    def repeat(net, tokenizer, tokens, progress):
+        words = next(written)
+        return Continuation("abc", "".join(words), max(map(words.count, words)) / len(words))
+
+    monkeypatch.setattr(reports, "continuation", repeat)
+    result = run("compress", model, "--recipe", "rtn-4bit", *options(text))
+    assert result.exit_code == 0 and "After 'abc' the packed model writes 'bbbbbbbb" in result.stdout
+    report = json.loads((tmp_path / "tiny-rtn-4bit/report.json").read_text())
+    assert report["continuation"]["repeats"] and next(written, None) is None
+    assert "**Collapsed.**" in (tmp_path / "tiny-rtn-4bit/report.md").read_text()
+    written = iter([["b"] * 24, ["c"] * 24])  # the original does so too
+    result = run("compress", model, "--recipe", "rtn-4bit", *options(text), "--restart")
+    assert "the packed model writes" not in result.stdout and next(written, None) is None
 
 
 def test_fallbacks_are_loud_and_exit_3(run, model, text, tmp_path, monkeypatch):

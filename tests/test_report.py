@@ -25,7 +25,7 @@ def row(label: str, perplexity: float, packed: bool = True) -> dict:
     }  # fmt: skip
     return {
         "label": label, "size": size, "perplexity": [measured], "not_measured": None,
-        "seconds": 3725.0 if packed else None, "peak_memory_bytes": 10**10 if packed else None,
+        "fidelity": [], "seconds": 3725.0 if packed else None, "peak_memory_bytes": 10**10 if packed else None,
     }  # fmt: skip
 
 
@@ -40,6 +40,7 @@ def whole(perplexity: float) -> dict:
         "recipe": {"name": "sign-2", "summary": "two planes"}, "manifest": {"path": "manifest.json", "sha256": "b"},
         "calibration": None, "original": row("original", 7.25, packed=False), "packed": row("sign-2", perplexity),
         "collapsed": ["python-docs"] if report.collapsed(perplexity, 96) else [], "fallbacks": {}, "notes": {},
+        "continuation": None, "exceeded": [], "advice": "Try more bits.",
         "layers": [layer], "environment": dict.fromkeys(names, "1"),
     }  # fmt: skip
 

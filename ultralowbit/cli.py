@@ -1,5 +1,5 @@
 """The `ultralowbit` command. Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 done but with Linears that fell
-back to round-to-nearest, 130 interrupted."""
+back to round-to-nearest, 4 done but a quality gate failed, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ from ultralowbit.hub import check_push, open_tokenizer, push, resolve_model
 from ultralowbit.measure import open_model, pick_dtype
 from ultralowbit.pipeline import pick_device
 from ultralowbit.plan import plan
+from ultralowbit.quality import Limits
 from ultralowbit.recipe import Recipe, shipped
 from ultralowbit.text import InputError
 from ultralowbit.verify import verify as find_problems
 
-FAILED, USAGE, FELL_BACK, INTERRUPTED = 1, 2, 3, 130
+FAILED, USAGE, FELL_BACK, QUALITY, INTERRUPTED = 1, 2, 3, 4, 130
 
 
 class Commands(TyperGroup):
@@ -109,7 +110,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 done with fallbacks, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 done with fallbacks, 4 done but a quality gate "
+    "failed, 130 interrupted.",
 )
 recipes_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="List and show recipes.")
 app.add_typer(recipes_app, name="recipes")
@@ -177,6 +179,12 @@ def compress(
     ] = ["auto"],  # noqa: B006
     context: ContextOption = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="of each text that perplexity is measured on")] = None,
+    max_ppl_ratio: Annotated[
+        float | None, typer.Option(min=0, help="exit 4 if perplexity comes out more times the original's than this")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(min=0, help="exit 4 if predictions diverge more than this, in nats a token")
+    ] = None,
     device: DeviceOption = "auto",
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="ORG/NAME", help="upload the folder to the hub once it is whole and verified")
@@ -215,8 +223,13 @@ def compress(
         report = reports.run(
             model, chosen, folder, texts, device=device, restart=restart, trust_remote_code=trust_remote_code,
             watch=watch, command=command_line(ctx.obj), load_from=push_to_hub,
+            limits=Limits(max_ppl_ratio, max_kl),
         )  # fmt: skip
     show(report)
+    if report["exceeded"]:
+        if push_to_hub:
+            out.print(f"[yellow]not uploaded to {escape(push_to_hub)}: the quality gate failed[/]", soft_wrap=True)
+        raise typer.Exit(QUALITY)
     if push_to_hub:
         _push(folder, push_to_hub, private)
     if report["fallbacks"]:
@@ -261,13 +274,22 @@ def show(report: dict[str, Any]) -> None:
     out.print(reports.table([original, packed]))
     for line in reports.protocol(packed["perplexity"]):
         out.print(f"[dim]{escape(line)}[/]")
+    for line in reports.divergence_lines(packed["fidelity"]):
+        out.print(f"[dim]{escape(line)}[/]", soft_wrap=True)
     if original["not_measured"]:
         out.print(f"[yellow]original {escape(original['not_measured'])}[/]")
     for source in report["collapsed"]:
         shout(
             "COLLAPSED",
             f"On {source} the packed model predicts worse than a guess among the {report['vocabulary']} tokens of its "
-            "vocabulary. It is not usable: use more bits, smaller groups or more calibration text.",
+            f"vocabulary: it is not usable. {report['advice']}",
+        )
+    written = report["continuation"]
+    if written and written["repeats"]:
+        shout(
+            "COLLAPSED",
+            f"After {written['prompt']!r} the packed model writes {written['text']!r}: it is not usable. "
+            f"{report['advice']}",
         )
     if report["fallbacks"]:
         lines = [f"{name}: {why}" for name, why in report["fallbacks"].items()]
@@ -276,6 +298,8 @@ def show(report: dict[str, Any]) -> None:
             f"{len(lines)} OF {len(report['layers'])} LINEARS FELL BACK TO ROUND-TO-NEAREST",
             "\n".join(lines[:5] + more),
         )
+    if report["exceeded"]:
+        shout("QUALITY GATE FAILED", "\n".join([*(f"{line}." for line in report["exceeded"]), report["advice"]]))
     out.print(f"{report['folder']}  [dim]README.md, report.md, report.json[/]", soft_wrap=True)
 
 

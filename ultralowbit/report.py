@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import Environment, StrictUndefined
 from rich import box
 from rich.table import Table
@@ -20,15 +21,27 @@ from ultralowbit import card as cards
 from ultralowbit.bench import forget_peak_memory, peak_memory
 from ultralowbit.checkpoint import MANIFEST, sha256_file, write_atomic, write_json
 from ultralowbit.console import Watch, clock, human
+from ultralowbit.eval.fidelity import Fidelity
 from ultralowbit.eval.perplexity import Perplexity
 from ultralowbit.eval.size import measure as measure_size
 from ultralowbit.eval.size import read_config_json
-from ultralowbit.hub import resolve_model
-from ultralowbit.measure import EvalText, measure, pick_dtype, read_texts, too_large, unknown
+from ultralowbit.hub import open_tokenizer, resolve_model
+from ultralowbit.measure import (
+    Compared,
+    EvalText,
+    compare,
+    measure,
+    open_model,
+    pick_dtype,
+    read_texts,
+    too_large,
+    unknown,
+)
 from ultralowbit.methods import Need
 from ultralowbit.pipeline import compress, pick_device
+from ultralowbit.quality import Continuation, Limits, advice, continuation, exceeded
 from ultralowbit.recipe import Recipe
-from ultralowbit.text import SOURCES
+from ultralowbit.text import SOURCES, InputError
 
 SCHEMA_VERSION = 1
 AUTO_TOKENS = 40_960
@@ -74,14 +87,21 @@ def run(
     command: str | None = None,
     known: Sequence[Perplexity] = (),
     load_from: str | None = None,
+    thorough: bool = True,
+    limits: Limits | None = None,
 ) -> dict[str, Any]:
     """Compress `model` into the folder `out`, measure it before and after, and write report.json, report.md and a model
     card, README.md, there.
 
     Texts are read first, so that a mistake in them costs nothing. What an earlier report of the same checkpoint has
     measured stands; `known` are perplexities of the original to be taken over. The card says to load from `load_from`,
-    the folder's name by default; one that someone has edited is left alone. Returns the report.
+    the folder's name by default; one that someone has edited is left alone. `thorough` runs both side by side, where
+    they fit into memory together, to see how far apart their predictions are, and lets the packed model write. Returns
+    the report, whose "exceeded" says which `limits` do not hold.
     """
+    limits = limits or Limits()
+    if limits and texts.sources == ():
+        raise InputError("--max-ppl-ratio and --max-kl are checked on a text: name one with --eval")
     out = out.expanduser()
     where = pick_device(device)
     folder = resolve_model(model)
@@ -103,13 +123,19 @@ def run(
     size, packed_size = measure_size(folder).to_dict(), measure_size(out).to_dict()
     dtype = pick_dtype(folder, where)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    known = [*known, *old.get("original", ())]
+    known, mine, near = [*known, *old.get("original", ())], [*old.get("packed", ())], [*old.get("fidelity", ())]
+    if thorough:
+        both = _side_by_side(
+            model, folder, out, [text for text in wanted if not _of(near, text, dtype)], where, watch, options
+        )
+        known, mine, near = known + both.base, mine + both.models[0][0], near + both.models[0][1]
     no_room = None
     if unknown(wanted, dtype, known) and (why := too_large([(folder, dtype)], where)):
         no_room = f"not measured: it {why}"
         watch.say(f"WARNING the original is {no_room}")
     before = [] if no_room else measure(folder, wanted, where, known=known, progress=counter("original"), **options)
-    after = measure(out, wanted, where, known=old.get("packed", ()), progress=counter(recipe.name), **options)
+    after = measure(out, wanted, where, known=mine, progress=counter(recipe.name), **options)
+    near = [f for text in wanted for f in _of(near, text, dtype)]
     manifest, vocabulary = compressed.manifest, _vocabulary(folder)
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -123,15 +149,21 @@ def run(
         "calibration": manifest["calibration"],
         "original": _row("original", size, before, not_measured=no_room),
         "packed": _row(
-            recipe.name, packed_size, after,
+            recipe.name, packed_size, after, fidelity=near,
             seconds=round(sum(manifest["block_seconds"].values()), 3), peak=peak or old.get("peak"),
         ),
+        "continuation": old.get("continuation"),
+        "limits": asdict(limits),
+        "advice": advice(recipe),
         "collapsed": [p.source for p in after if collapsed(p.perplexity, vocabulary)],
         "fallbacks": compressed.fallbacks,
         "notes": {name: layer["notes"] for name, layer in manifest["layers"].items() if layer["notes"]},
         "layers": _layers(packed_size["layers"], manifest["layers"]),
         "environment": manifest["environment"],
     }  # fmt: skip
+    report["exceeded"] = exceeded(limits, report["original"], report["packed"])
+    if wanted and thorough and not report["continuation"]:
+        report["continuation"] = _continue(out, None if no_room else folder, wanted[0], where, watch, options)
     name = (load_from or out.resolve().name).rpartition("/")[2]
     card = render("card.md.j2", cards.values(report, folder, name, load_from or name))
     if cards.edited(out):
@@ -143,11 +175,57 @@ def run(
     return report
 
 
+def _of(near: Iterable[Fidelity], text: EvalText, dtype: torch.dtype) -> list[Fidelity]:
+    """Those on the tokens of a text in this dtype: one at most."""
+    key = (text.source, text.sha256, str(dtype).removeprefix("torch."))
+    return [f for f in near if (f.source, f.sha256, f.dtype) == key]
+
+
+def _side_by_side(
+    model: str,
+    folder: Path,
+    out: Path,
+    texts: list[EvalText],
+    device: torch.device,
+    watch: Watch,
+    options: dict[str, Any],
+) -> Compared:
+    """Both models over the texts, if they fit into memory together."""
+    none = Compared([], [], [([], [])])
+    if not texts:
+        return none
+    if why := too_large([(path, options["dtype"]) for path in (folder, out)], device):
+        watch.say(
+            f"the divergence from the original is not measured, since running both {why}: "
+            f"`ultralowbit eval {out} --fidelity {model} --ppl TEXT` runs one after the other"
+        )
+        return none
+    return compare(folder, [out], texts, device, progress=watch.counter, **options)
+
+
+def _continue(
+    out: Path, original: Path | None, text: EvalText, device: torch.device, watch: Watch, options: dict[str, Any]
+) -> dict[str, Any]:
+    """What the packed model writes; that it repeats a token is no collapse if the original does."""
+
+    def write(folder: Path, label: str) -> Continuation:
+        model = open_model(folder, device, **options)
+        return continuation(
+            model, open_tokenizer(folder, options["trust_remote_code"]), text.tokens,
+            progress=watch.counter(f"{label}: continuing a text"),
+        )  # fmt: skip
+
+    packed = write(out, out.name)
+    usual = packed.repeats and original is not None and write(original, "original").repeats
+    return {**packed.to_dict(), "repeats": packed.repeats and not usual}
+
+
 def _row(
     label: str,
     size: dict[str, Any],
     measured: list[Perplexity],
     *,
+    fidelity: Sequence[Fidelity] = (),
     not_measured: str | None = None,
     seconds: float | None = None,
     peak: int | None = None,
@@ -157,6 +235,7 @@ def _row(
         "label": label,
         "size": {key: value for key, value in size.items() if key != "layers"},
         "perplexity": [p.to_dict() for p in measured],
+        "fidelity": [f.to_dict() for f in fidelity],
         "not_measured": not_measured,
         "seconds": seconds,
         "peak_memory_bytes": peak,
@@ -189,13 +268,19 @@ def _earlier(out: Path, digest: str) -> dict[str, Any]:
         if report["schema_version"] != SCHEMA_VERSION or report["manifest"]["sha256"] != digest:
             return {}
         found = {row: [stored_perplexity(p) for p in report[row]["perplexity"]] for row in ("original", "packed")}
-        return {**found, "peak": report["packed"]["peak_memory_bytes"]}
+        fidelity = [stored_fidelity(f) for f in report["packed"].get("fidelity", ())]
+        peak, written = report["packed"]["peak_memory_bytes"], report.get("continuation")
+        return {**found, "fidelity": fidelity, "peak": peak, "continuation": written}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
 def stored_perplexity(stored: dict[str, Any]) -> Perplexity:
     return Perplexity(**{**stored, "perplexity": float(stored["perplexity"]), "nll": float(stored["nll"])})
+
+
+def stored_fidelity(stored: dict[str, Any]) -> Fidelity:
+    return Fidelity(**{**stored, **{key: float(stored[key]) for key in ("kl_mean", "kl_median", "kl_p99")}})
 
 
 def write(out: Path, report: dict[str, Any]) -> None:
@@ -220,7 +305,7 @@ def render(template: str, values: dict[str, Any]) -> str:
         autoescape=template.endswith(".html.j2"),
     )  # fmt: skip
     environment.filters |= {"human": human, "clock": clock, "number": number, "percent": "{:.2%}".format}
-    environment.globals |= {"markdown": markdown, "protocol": protocol}
+    environment.globals |= {"markdown": markdown, "protocol": protocol, "divergence_lines": divergence_lines}
     text = (files("ultralowbit") / "templates" / template).read_text(encoding="utf-8")
     return environment.from_string(text).render(values)
 
@@ -273,6 +358,16 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     headers, *lines = grid(rows)
     rule = ["---", *["---:"] * (len(headers) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [headers, rule, *lines])
+
+
+def divergence_lines(measured: Iterable[dict[str, Any]]) -> list[str]:
+    """How far the packed model's predictions are from the original's, one line a text."""
+    return [
+        f"divergence from the original on {Path(f['source']).name}: {float(f['kl_mean']):.3g} nats a token "
+        f"(median {float(f['kl_median']):.3g}, 99th percentile {float(f['kl_p99']):.3g}), "
+        f"the same likeliest token at {f['top1']:.1%} of positions"
+        for f in measured
+    ]
 
 
 def protocol(measured: Iterable[dict[str, Any]]) -> list[str]:
