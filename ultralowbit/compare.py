@@ -154,6 +154,8 @@ def read_run(folder: Path) -> Run:
     for row, into in (("packed", readings), (ORIGINAL, original)):
         for stored in report[row]["perplexity"]:
             into |= _perplexity(stored)
+    for stored in report["packed"].get("fidelity", ()):
+        readings |= _fidelity(stored)
     return Run(folder, report, manifest, digest, readings, original)
 
 
