@@ -69,6 +69,13 @@ def disturb(view: nn.Module, seed: int = 0, size: float = 0.3) -> None:
             p += size * (p.abs().mean() + 1e-3) * normal(*p.shape, seed=seed + i)
 
 
+def bits_of(view: TrainableLinear) -> list[Tensor]:
+    """[out, groups, group] of each plane of the only segment."""
+    planes = view.views[0]
+    with torch.no_grad():
+        return planes.codes({**dict(planes.named_parameters()), **dict(planes.named_buffers())}, 0)[0]
+
+
 def agrees(view: TrainableLinear) -> None:
     with torch.no_grad():
         dense = view.dense()
@@ -189,11 +196,11 @@ def test_dual_planes_follow_the_latent_weight(group, mirror, train):
     agrees(view)
     # the bits are those of the paper's rule at the new scales
     planes = view.views[0]
-    a1, a2 = (a.repeat_interleave(group or 100, 1)[:, :100] for a in planes.scale.detach())
+    a1, a2 = (a.repeat_interleave(group or 100, 1)[:, :100] for a in planes.scale.detach().unbind(1))
     w, sign = planes.latent.detach(), -1 if mirror else 1
     b1 = (sign * (w - (a1 + a2) / 2) >= 0).float()
     b2 = (sign * -(w - a1 * b1 - a2 / 2) >= 0).float()
-    bits = torch.stack([bits.flatten(1)[:, :100] for bits in planes.codes(0)[0]])
+    bits = torch.stack([bits.flatten(1)[:, :100] for bits in bits_of(view)])
     assert torch.equal(bits, torch.stack([b1, b2]))
     assert view.sparsity() == pytest.approx(1 - bits.mean().item())
 
@@ -229,7 +236,7 @@ def test_analytic_scales_are_those_of_the_latent_weight():
     c, latent = packed.tensors["weight_offset"].float(), view.views[0].latent.detach()
     for g in range(4):
         columns = slice(32 * g, min(100, 32 * g + 32))
-        low = ~view.mask[:, columns]
+        low = view.keep[:, columns].bool()
         size = (latent[:, columns] - c[g][:, None]).abs()
         expected = torch.stack([s[k].double().mean() for s, k in zip(size, low, strict=True)])
         torch.testing.assert_close(view.pack().tensors["weight_scale"][0, g].double(), expected, rtol=1e-3, atol=0)
@@ -242,9 +249,10 @@ def test_overlaid_weights_stay():
     packed = PBLLM(ratio=0.2).quantize(weight, None)
     view = TrainableLinear(packed, {"scale", "offset", "row", "latent"}, latent=weight)
     view.dense().square().sum().backward()
-    assert (view.views[0].latent.grad[view.mask] == 0).all() and (view.views[0].latent.grad[~view.mask] != 0).any()
+    overlaid, grad = view.keep == 0, view.views[0].latent.grad
+    assert (grad[overlaid] == 0).all() and (grad[~overlaid] != 0).all()
     disturb(view)
-    assert torch.equal(view.dense()[view.mask], packed.dequantize()[view.mask])
+    assert torch.equal(view.dense()[overlaid], packed.dequantize()[overlaid])
     after = view.pack().tensors
     assert all(torch.equal(after[n], t) for n, t in packed.tensors.items() if n.startswith("weight_overlay"))
 
@@ -268,6 +276,26 @@ def test_a_scale_beyond_fp16_is_an_error_and_not_a_packed_infinity():
         view.pack()
 
 
+@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize("scales", ["free", "analytic"])
+def test_a_few_rows_at_a_time_change_nothing(rows, scales, monkeypatch):
+    """Values and gradients, of the latent weight, scales and the rows' factors."""
+    weight = 0.02 * normal(10, 300)
+    found = []
+    for tile in (1 << 20, rows * 300):
+        monkeypatch.setattr("ultralowbit.tune.view._TILE", tile)
+        view = TrainableLinear(
+            PBLLM(group=128).quantize(weight, None), {"scale", "latent", "row"}, latent=weight, scales=scales
+        )
+        disturb(view)
+        agrees(view)
+        view.dense().square().sum().backward()
+        found.append([view.dense().detach(), *(p.grad for p in view.parameters())])
+    assert len(found[0]) == (4 if scales == "free" else 3)
+    for whole, tiled in zip(*found, strict=True):
+        torch.testing.assert_close(tiled, whole, rtol=1e-5, atol=1e-7)
+
+
 # --- gradients ------------------------------------------------------------------------------------------------------
 
 
@@ -277,13 +305,13 @@ def test_the_gradients_of_scales_and_offsets_are_the_exact_ones():
     packed, G = random_packed(Format((segment,)), 4), normal(4, 50)
     view = TrainableLinear(packed, {"scale", "offset"})
     (G * view.dense()).sum().backward()
-    bits = view.views[0].bits.flatten(2)[..., :50].double()
+    bits = view.views[0].bits.flatten(2)[..., :50].double()  # [4, planes, 50]
     for g in range(4):
         columns = slice(16 * g, 16 * g + 16)
         part = G[:, columns].double()
         close = {"rtol": 1e-5, "atol": 1e-6}
         found = view.views[0].scale.grad[..., g].double()
-        torch.testing.assert_close(found, (bits[..., columns] * part).sum(-1), **close)
+        torch.testing.assert_close(found, (bits[..., columns] * part[:, None]).sum(-1), **close)
         torch.testing.assert_close(view.views[0].offset.grad[:, g].double(), part.sum(-1), **close)
 
 
@@ -302,7 +330,7 @@ def test_serial_planes_pass_the_gradient_that_the_clip_stops_to_the_next_plane()
     packed = Sign(bases=2, iterations=0).quantize(weight, None)
     view = TrainableLinear(packed, {"latent"}, latent=weight, estimator=Clip())
     view.dense().sum().backward()
-    (u1, u2), x = (u.squeeze(-1) for u in view.views[0].units), weight
+    (u1, u2), x = view.views[0].units[..., 0].unbind(1), weight
     a1, a2 = packed.tensors["weight_scale"].float()[:, 0]
     d1 = (x.abs() <= u1).float() / u1
     rest = x - a1[:, None] * torch.where(x >= 0, 1.0, -1.0)
@@ -318,7 +346,7 @@ def test_the_gradients_of_dual_scales_are_the_papers_with_one_unit_of_slope():
     view = TrainableLinear(packed, {"scale", "latent"}, latent=weight)
     (G * view.dense()).sum().backward()
     a1, a2 = (a.double() for a in packed.tensors["weight_scale"].float()[:, 0, :, None])
-    b1, b2 = (b.flatten(1).double() for b in view.views[0].codes(0)[0])
+    b1, b2 = (b.flatten(1).double() for b in bits_of(view))
     h = 0.5 / (a1 - a2)
     # x2 = a1 b1 + a2 / 2 - w
     for parameter, db1, dx2, direct in (
@@ -327,7 +355,7 @@ def test_the_gradients_of_dual_scales_are_the_papers_with_one_unit_of_slope():
         ("w", h, a1 * h - 1, 0.0),
     ):
         expected = G.double() * (direct + a1 * db1 + a2 * h * dx2)
-        found = view.views[0].latent.grad if parameter == "w" else view.views[0].scale.grad[int(parameter == "a2")]
+        found = view.views[0].latent.grad if parameter == "w" else view.views[0].scale.grad[:, int(parameter == "a2")]
         expected = expected if parameter == "w" else expected.sum(1, keepdim=True)
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -366,7 +394,7 @@ def test_what_there_is_to_train():
     assert kinds(Format((Planes(20, 2), Planes(4, 3))), {"latent"}, latent=True) == {"latent"}
     # PTQ1.61: salient columns keep their integers as they are
     mixed = TrainableLinear(random_packed(Format((Ints(8, 4), Planes(20, 1, offset=True))), 3), {"scale"})
-    assert [p.shape for p in mixed.parameters()] == [(1, 3, 1)]
+    assert [p.shape for p in mixed.parameters()] == [(3, 1, 1)]
 
 
 def test_nothing_to_train_is_an_error_that_names_the_format():

@@ -21,7 +21,7 @@ Overlaid 8-bit weights, zones, and integer columns beside planes (PTQ1.61's sali
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +30,14 @@ from torch import Tensor, nn
 from ultralowbit.format import Ints, PackedWeight, Planes, Segment, to_scale, unpack_fields
 from ultralowbit.methods.base import MIN_SCALE
 from ultralowbit.text import InputError
-from ultralowbit.tune.estimators import STE, Estimator, binarize
+from ultralowbit.tune.estimators import STE, Estimator, binarize, step
 
 KINDS = ("scale", "offset", "row", "latent")
 """What of a packed weight can be trained."""
 
 Scales = Literal["free", "analytic"]
+
+_TILE = 1 << 18  # weights made at a time on a CPU: what they pass through on the way stays in a core's L2
 
 
 class TrainableLinear(nn.Module):
@@ -71,9 +73,9 @@ class TrainableLinear(nn.Module):
         if latent is not None and latent.shape != packed.shape:
             raise ValueError(f"the latent weight is {tuple(latent.shape)}, expected {packed.shape}")
         format = packed.format
-        self.packed, self.progress = packed, 0.0
+        self.packed, self.progress, self.device = packed, 0.0, packed.tensors["weight"].device
         self.out_features, self.in_features = packed.shape
-        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.bias = None if bias is None else bias.detach()
         self._overlay()
         planes = any(isinstance(segment, Planes) for segment in format.segments)
         self.views = nn.ModuleList()
@@ -81,7 +83,7 @@ class TrainableLinear(nn.Module):
             parts = {suffix: packed.tensors[prefix + suffix] for suffix in segment.tensors(self.out_features)}
             columns = slice(first, first + segment.columns)
             own = None if latent is None else latent[:, columns].detach().float()
-            keep = None if self.mask is None else ~self.mask[:, columns]
+            keep = None if self.keep is None else self.keep[:, columns].bool()
             if isinstance(segment, Planes):
                 view = _planes_view(segment, parts, train, own, keep, estimator or STE(), scales)
             elif isinstance(segment, Ints) and not planes:
@@ -89,49 +91,67 @@ class TrainableLinear(nn.Module):
             else:
                 view = _FrozenView(_decoded(segment, parts))
             self.views.append(view)
-        row = torch.ones(self.out_features, device=packed.tensors["weight"].device) if planes else None
+        row = torch.ones(self.out_features, device=self.device) if planes else None
         _learn(self, "row", row if "row" in train else None, True)
         if not self.by_kind():
             raise InputError(f"{format.summary} has none of what is to be trained: {', '.join(sorted(train))}")
 
     def _overlay(self) -> None:
-        """`mask` of the overlaid weights and their `values`, both [out, in], or None."""
+        """`keep` [out, in] uint8, 0 for overlaid weights, and their `values`, 0 elsewhere; None without an overlay."""
         overlay, tensors = self.packed.format.overlay, self.packed.tensors
-        self.register_buffer("mask", None)
+        self.register_buffer("keep", None)
         self.register_buffer("values", None)
         if overlay is not None:
-            values = torch.full(self.packed.shape, torch.nan, device=tensors["weight"].device)
+            values = torch.full(self.packed.shape, torch.nan, device=self.device)
             overlay.decode({suffix: tensors[f"weight_overlay{suffix}"] for suffix in overlay.tensors(1)}, values)
-            self.mask, self.values = ~values.isnan(), values.nan_to_num_()
+            self.keep, self.values = values.isnan().to(torch.uint8), values.nan_to_num_()
 
-    def dense(self) -> Tensor:
-        """The weight [out, in] fp32, equal to `pack().dequantize()` bit for bit."""
-        parts = [view(self.row, self.progress) for view in self.views]
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [out, in], equal to `pack().dequantize(dtype)` bit for bit."""
+        tensors = self._tensors()
+        return _Tiled.apply(self._weight, self.packed.shape, dtype, tuple(tensors), *tensors.values())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that the weight is made of, by name, the rows first."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
+    def _weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Some rows of the weight in fp32, from the same rows of the tensors."""
+        parts = []
+        for i, view in enumerate(self.views):
+            parts.append(view.weight(_below(tensors, f"views.{i}."), tensors.get("row"), self.progress))
         weight = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return weight if self.mask is None else torch.where(self.mask, self.values, weight)
+        return weight if self.keep is None else (weight * tensors["keep"]).add_(tensors["values"])
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.dense().to(x.dtype), bias)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(x.to(dtype), self.dense(dtype), bias)
 
     @torch.no_grad()
     def pack(self) -> PackedWeight:
         """The packed weight of the current parameters; raises `FormatError` where one left the range of fp16."""
-        tensors = dict(self.packed.tensors)
-        for (prefix, _, _), view in zip(self.packed.format._parts(), self.views, strict=False):
-            tensors |= {prefix + suffix: part for suffix, part in view.encode(self.row, self.progress).items()}
-        return PackedWeight(self.packed.format, self.packed.shape, tensors)
+        tensors, stored = self._tensors(), dict(self.packed.tensors)
+        tiles = [{name: t[rows] for name, t in tensors.items()} for rows in _tiles(self.packed.shape, self.device)]
+        for i, ((prefix, _, segment), view) in enumerate(zip(self.packed.format._parts(), self.views, strict=False)):
+            # by the tiles of `dense`: a mean over a row can depend on how many rows are taken at a time
+            parts = [view.parts(_below(t, f"views.{i}."), t.get("row"), self.progress) for t in tiles]
+            if parts[0]:
+                joined = {name: torch.cat([part[name] for part in parts], dim=-2) for name in parts[0]}
+                stored |= {prefix + suffix: part for suffix, part in segment.encode(**joined).items()}
+        return PackedWeight(self.packed.format, self.packed.shape, stored)
 
     @torch.no_grad()
     def sparsity(self) -> float | None:
         """The share of zeros among the bits of 0/1 planes; None where there are no such planes."""
-        bits = [
-            _ungrouped(plane, view.segment.columns)
-            for view in self.views
-            if isinstance(view, _PlanesView) and view.segment.alphabet == "01"
-            for plane in view.codes(self.progress)[0]
-        ]
-        return sum((b == 0).sum().item() for b in bits) / sum(b.numel() for b in bits) if bits else None
+        packed = self.pack()
+        zeros = total = 0
+        for prefix, _, segment in packed.format._parts():
+            if isinstance(segment, Planes) and segment.alphabet == "01":
+                bits = unpack_fields(packed.tensors[prefix], 1, segment.columns)
+                zeros, total = zeros + (bits == 0).sum().item(), total + bits.numel()
+        return zeros / total if total else None
 
     def by_kind(self) -> dict[str, list[nn.Parameter]]:
         """The parameters of each kind that there is."""
@@ -159,6 +179,52 @@ def set_progress(model: nn.Module, progress: float) -> None:
     for module in model.modules():
         if isinstance(module, TrainableLinear):
             module.progress = progress
+
+
+class _Tiled(torch.autograd.Function):
+    """weight(tensors) for some rows at a time: tensors have their rows first. The gradient computes each tile again, so
+    that what a weight passes through never lies in memory as a whole."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Callable[[Mapping[str, Tensor]], Tensor],
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        names: tuple[str, ...],
+        *tensors: Tensor,
+    ) -> Tensor:
+        ctx.weight, ctx.shape, ctx.names = weight, shape, names
+        ctx.save_for_backward(*tensors)
+        dense = torch.empty(shape, dtype=dtype, device=tensors[0].device)
+        for rows in _tiles(shape, dense.device):
+            dense[rows] = weight({name: t[rows] for name, t in zip(names, tensors, strict=True)})
+        return dense
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        trained = [name for name, t in tensors.items() if t.requires_grad]
+        grads = {name: torch.empty_like(tensors[name]) for name in trained}
+        for rows in _tiles(ctx.shape, grad.device):
+            part = {name: t[rows].detach() for name, t in tensors.items()}
+            leaves = [part[name].requires_grad_() for name in trained]
+            with torch.enable_grad():
+                found = torch.autograd.grad(ctx.weight(part), leaves, grad[rows].float())
+            for name, g in zip(trained, found, strict=True):
+                grads[name][rows] = g
+        return None, None, None, None, *(grads.get(name) for name in ctx.names)
+
+
+def _tiles(shape: tuple[int, int], device: torch.device) -> list[slice]:
+    """The rows that are taken at a time: all of them where memory is fast and kernels are slow to start."""
+    rows, columns = shape
+    step = max(1, _TILE // columns) if device.type == "cpu" else rows
+    return [slice(row, min(row + step, rows)) for row in range(0, rows, step)]
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 class _Stored(torch.autograd.Function):
@@ -203,6 +269,10 @@ def _ungrouped(x: Tensor, columns: int) -> Tensor:
     return x.flatten(1)[:, :columns]
 
 
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+
+
 def _learn(module: nn.Module, name: str, value: Tensor | None, train: bool) -> None:
     """A parameter where it is trained, else a buffer."""
     if value is None or not train:
@@ -214,62 +284,179 @@ def _learn(module: nn.Module, name: str, value: Tensor | None, train: bool) -> N
 class _FrozenView(nn.Module):
     """Columns [out, columns] that are not trained."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, values: Tensor) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)
+        self.register_buffer("values", values)
 
-    def forward(self, row: Tensor | None, progress: float) -> Tensor:
-        return self.weight
+    def weight(self, own: Mapping[str, Tensor], row: Tensor | None, progress: float) -> Tensor:
+        return own["values"]
 
-    def encode(self, row: Tensor | None, progress: float) -> dict[str, Tensor]:
+    def parts(self, own: Mapping[str, Tensor], row: Tensor | None, progress: float) -> dict[str, Tensor]:
         return {}
 
 
 class _PlanesView(nn.Module):
-    """Sign planes with fixed bits; `scale` [planes, out, groups] and `offset` [out, groups] lack the row's factor."""
+    """Sign planes with fixed bits: `bits` [out, planes, groups, group] int8 as their values; `scale` [out, planes,
+    groups] and `offset` [out, groups], without the factor of the row.
+
+    All methods take some rows of the view's own tensors by name, and of the rows' factor.
+    """
 
     def __init__(self, segment: Planes, parts: Mapping[str, Tensor], train: Collection[str]) -> None:
         super().__init__()
         self.segment = segment
-        _learn(self, "scale", parts["_scale"].float().transpose(1, 2), "scale" in train)
+        _learn(self, "scale", parts["_scale"].float().permute(2, 0, 1), "scale" in train)
         _learn(self, "offset", parts["_offset"].float().T if segment.offset else None, "offset" in train)
-        bits = torch.stack([_grouped(self._unpack(words), segment.group) for words in parts[""]])
-        self.register_buffer("bits", bits)  # [planes, out, groups, group], as their values
+        bits = [_grouped(self._unpack(words), segment.group) for words in parts[""]]
+        self.register_buffer("bits", torch.stack(bits, dim=1))
 
     def _unpack(self, words: Tensor) -> Tensor:
-        bits = unpack_fields(words, 1, self.segment.columns).float()
+        bits = unpack_fields(words, 1, self.segment.columns).to(torch.int8)
         return bits if self.segment.alphabet == "01" else bits.mul_(2).sub_(1)
 
-    def codes(self, progress: float) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Of each plane the bits [out, groups, group] as their values, and the scale [out, groups]."""
-        return self.bits, self.scale
+    def codes(self, own: Mapping[str, Tensor], progress: float) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Of each plane the bits [rows, groups, group] as their values, and the scale [rows, groups]."""
+        return own["bits"].unbind(1), own["scale"].unbind(1)
 
-    def _stored(self, values: Tensor, row: Tensor | None) -> Tensor:
-        """Scales or offsets [out, groups] as they will be stored."""
-        return _Stored.apply(values if row is None else values * row[:, None], None)
-
-    def forward(self, row: Tensor | None, progress: float) -> Tensor:
+    def weight(self, own: Mapping[str, Tensor], row: Tensor | None, progress: float) -> Tensor:
+        """[rows, columns]"""
         weight = None
-        for bits, scale in zip(*self.codes(progress), strict=True):
-            plane = bits * self._stored(scale, row)[..., None]
+        for bits, scale in zip(*self.codes(own, progress), strict=True):
+            plane = bits * _scaled(scale, row)[..., None]
             weight = plane if weight is None else weight.add_(plane)
-        if self.offset is not None:
-            weight = weight.add_(self._stored(self.offset, row)[..., None])
+        if self.segment.offset:
+            weight = weight.add_(_scaled(own["offset"], row)[..., None])
         return _ungrouped(weight, self.segment.columns)
 
-    def encode(self, row: Tensor | None, progress: float) -> dict[str, Tensor]:
-        bits, scales = self.codes(progress)
-        scale = torch.stack([to_scale(self._stored(s, row)) for s in scales])
-        offset = None if self.offset is None else to_scale(self._stored(self.offset, row))
-        return self.segment.encode(torch.stack([self._kept(b) for b in bits]), scale, offset)
+    def parts(self, own: Mapping[str, Tensor], row: Tensor | None, progress: float) -> dict[str, Tensor]:
+        """What `Planes.encode` takes, of these rows."""
+        bits, scales = self.codes(own, progress)
+        parts = {
+            "bits": torch.stack([self._set(b, own) for b in bits]),
+            "scale": torch.stack([to_scale(_scaled(s, row)) for s in scales]),
+        }
+        return parts | ({"offset": to_scale(_scaled(own["offset"], row))} if self.segment.offset else {})
 
-    def _kept(self, bits: Tensor) -> Tensor:
+    def _set(self, bits: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+        """Which bits [rows, columns] are stored as 1."""
         return _ungrouped(bits > 0, self.segment.columns)
 
 
+def _scaled(values: Tensor, row: Tensor | None) -> Tensor:
+    """Scales or offsets [rows, groups] as they are stored."""
+    return _Stored.apply(values if row is None else values * row[:, None], None)
+
+
 class _FollowingView(_PlanesView):
-    """Planes whose bits are the code of a latent weight [out, columns]; `keep` [out, columns] marks what is not
-    overlaid."""
+    """Planes whose bits are the code of a latent weight [out, columns]; `keep` marks what is not overlaid."""
+
+    low: ClassVar[float]  # the value of a bit that is not set
+
+    def __init__(
+        self,
+        segment: Planes,
+        parts: Mapping[str, Tensor],
+        train: Collection[str],
+        keep: Tensor | None,
+        estimator: Estimator,
+    ) -> None:
+        super().__init__(segment, parts, train)
+        self.estimator = estimator
+        rows = parts[""].shape[-2]
+        if keep is None and segment.columns % (segment.group or segment.columns):
+            # tells the weights from what fills up the last group
+            keep = torch.ones(rows, segment.columns, dtype=torch.bool, device=parts[""].device)
+        self.register_buffer("keep", None if keep is None else _grouped(keep.to(torch.uint8), segment.group))
+
+    def _follow(self, latent: Tensor, parts: Mapping[str, Tensor], train: bool) -> None:
+        """Take the latent weight in the place of the fixed bits, which it is changed to have."""
+        packed, self.bits = self.bits.unbind(1), None
+        bits, _ = self._derive({**_own(self), "latent": latent}, self._hard)
+        differs = torch.stack([a != b for a, b in zip(bits, packed, strict=True)]).any(0)
+        latent = torch.where(_ungrouped(differs, self.segment.columns), _decoded(self.segment, parts), latent)
+        _learn(self, "latent", latent, train)
+
+    def _derive(
+        self, own: Mapping[str, Tensor], sign: Callable[[int, Tensor], Tensor]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """What `codes` returns; sign(p, x) is the bits of plane p."""
+        raise NotImplementedError
+
+    def _unit(self, own: Mapping[str, Tensor], p: int) -> Tensor:
+        """What the estimator measures the argument of plane p's sign in [rows, groups or 1, 1]."""
+        raise NotImplementedError
+
+    def codes(self, own: Mapping[str, Tensor], progress: float) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        return self._derive(own, lambda p, x: binarize(x, self._unit(own, p), self.estimator, progress, self.low))
+
+    def _hard(self, p: int, x: Tensor) -> Tensor:
+        return step(x, self.low)
+
+    def _centred(self, own: Mapping[str, Tensor]) -> Tensor:
+        """The latent weight less the offset [rows, groups, group]."""
+        x = _grouped(own["latent"], self.segment.group)
+        return x - own["offset"].detach()[..., None] if self.segment.offset else x
+
+    def _set(self, bits: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+        return super()._set(bits * own["keep"] if "keep" in own else bits, own)
+
+
+class _SignsView(_FollowingView):
+    """-1/+1 planes of a trained latent weight, each the signs of what the ones before it leave. The estimator's `units`
+    [out, planes, 1, 1] are those of the start."""
+
+    low = -1.0
+
+    def __init__(
+        self,
+        segment: Planes,
+        parts: Mapping[str, Tensor],
+        train: Collection[str],
+        latent: Tensor,
+        keep: Tensor | None,
+        estimator: Estimator,
+        analytic: bool,
+    ) -> None:
+        super().__init__(segment, parts, {*train} - {"scale"} if analytic else train, keep, estimator)
+        self.analytic = False  # which bits the packed scales give is what counts at first
+        self._follow(latent, parts, True)
+        self.analytic = analytic
+        units: list[Tensor] = []
+
+        def measure(p: int, x: Tensor) -> Tensor:
+            units.append(estimator.unit(x.flatten(1), None if self.keep is None else self.keep.flatten(1).bool()))
+            return self._hard(p, x)
+
+        with torch.no_grad():
+            self._derive(_own(self), measure)
+        self.register_buffer("units", torch.stack(units, dim=1)[..., None])
+
+    def _unit(self, own: Mapping[str, Tensor], p: int) -> Tensor:
+        return own["units"][:, p]
+
+    def _derive(
+        self, own: Mapping[str, Tensor], sign: Callable[[int, Tensor], Tensor]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        x, bits, scales = self._centred(own), [], []
+        for p in range(self.segment.planes):
+            if p:
+                x = x - bits[-1] * scales[-1].detach()[..., None]
+            bits.append(sign(p, x))
+            scales.append(self._mean(x, own.get("keep")) if self.analytic else own["scale"][:, p])
+        return bits, scales
+
+    @staticmethod
+    def _mean(x: Tensor, keep: Tensor | None) -> Tensor:
+        """Mean |x| of each group over the weights that are binarised."""
+        size = x.detach().abs()
+        return size.mean(-1) if keep is None else size.mul_(keep).sum(-1) / keep.sum(-1).clamp_min(1)
+
+
+class _DualView(_FollowingView):
+    """Two 0/1 planes whose four levels the latent weight is cut into: between a_2 and 0, 0 and a_1 + a_2, a_1 + a_2 and
+    a_1. Groups with a_1 < a_2, whose longer tail is the negative one, follow the rule's mirror image."""
+
+    low = 0.0
 
     def __init__(
         self,
@@ -280,99 +467,27 @@ class _FollowingView(_PlanesView):
         keep: Tensor | None,
         estimator: Estimator,
     ) -> None:
-        super().__init__(segment, parts, train)
-        self.estimator = estimator
-        packed, self.bits = self.bits, None
-        if keep is None and segment.columns % (segment.group or segment.columns):
-            keep = torch.ones_like(latent, dtype=torch.bool)  # tells the weights from what fills up the last group
-        self.register_buffer("keep", None if keep is None else _grouped(keep, segment.group))
+        super().__init__(segment, parts, train, keep, estimator)
+        mirrored = (self.scale[:, 0] < self.scale[:, 1])[..., None]  # [out, groups, 1]
+        self.register_buffer("mirror", torch.where(mirrored, -1.0, 1.0) if mirrored.any() else None)
         with torch.no_grad():
-            bits, _ = self._derive(latent, _hard)
-        differs = _ungrouped(torch.stack([a != b for a, b in zip(bits, packed, strict=True)]).any(0), segment.columns)
-        _learn(self, "latent", torch.where(differs, _decoded(segment, parts), latent), "latent" in train)
+            self._follow(latent, parts, "latent" in train)
 
-    def _derive(self, latent: Tensor, sign: Callable[[int, Tensor], Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
-        """Bits and scales as in `codes`; sign(p, x) is that of plane p."""
-        raise NotImplementedError
-
-    def _unit(self, p: int) -> Tensor:
-        """What the estimator measures the argument of plane p's sign in, broadcastable to it."""
-        raise NotImplementedError
-
-    def codes(self, progress: float) -> tuple[list[Tensor], Sequence[Tensor]]:
-        return self._derive(self.latent, lambda p, x: binarize(x, self._unit(p), self.estimator, progress))
-
-    def _centred(self, latent: Tensor) -> Tensor:
-        """The latent weight less the offset [out, groups, group]."""
-        x = _grouped(latent, self.segment.group)
-        return x if self.offset is None else x - self.offset.detach()[..., None]
-
-    def _kept(self, bits: Tensor) -> Tensor:
-        return super()._kept(bits if self.keep is None else bits * self.keep)
-
-
-def _hard(p: int, x: Tensor) -> Tensor:
-    return torch.where(x >= 0, 1.0, -1.0)
-
-
-class _SignsView(_FollowingView):
-    """-1/+1 planes, each the signs of what the ones before it leave."""
-
-    def __init__(self, *args: Any, analytic: bool) -> None:
-        self.analytic = False  # which codes are the packed ones is seen with the packed scales
-        super().__init__(*args)
-        self.analytic = analytic
-        self.units: list[Tensor] = []  # of each plane [out, 1, 1], when training starts
-        with torch.no_grad():
-            self._derive(self.latent, self._measure)
-
-    def _measure(self, p: int, x: Tensor) -> Tensor:
-        keep = None if self.keep is None else self.keep.flatten(1)
-        self.units.append(self.estimator.unit(x.flatten(1), keep)[..., None])
-        return _hard(p, x)
-
-    def _unit(self, p: int) -> Tensor:
-        return self.units[p]
-
-    def _derive(self, latent: Tensor, sign: Callable[[int, Tensor], Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
-        x, bits, scales = self._centred(latent), [], []
-        for p in range(self.segment.planes):
-            if p:
-                x = x - bits[-1] * scales[-1].detach()[..., None]
-            bits.append(sign(p, x))
-            scales.append(self._mean(x) if self.analytic else self.scale[p])
-        return bits, scales
-
-    def _mean(self, x: Tensor) -> Tensor:
-        """Mean |x| of each group over the weights that are binarised."""
-        size = x.detach().abs()
-        if self.keep is None:
-            return size.mean(-1)
-        return size.mul_(self.keep).sum(-1) / self.keep.sum(-1).clamp_min(1)
-
-
-class _DualView(_FollowingView):
-    """Two 0/1 planes whose four levels the latent weight is cut into: between a_2 and 0, 0 and a_1 + a_2, a_1 + a_2 and
-    a_1. Groups with a_1 < a_2, whose longer tail is the negative one, follow the rule's mirror image."""
-
-    def __init__(self, segment: Planes, parts: Mapping[str, Tensor], *args: Any) -> None:
-        mirrored = (parts["_scale"][0] < parts["_scale"][1]).T[..., None]  # [out, groups, 1]
-        self.mirror = torch.where(mirrored, -1.0, 1.0) if mirrored.any() else None
-        super().__init__(segment, parts, *args)
-
-    def _unit(self, p: int) -> Tensor:
-        # the range of the levels; with a steeper surrogate thresholds outweigh the sum, and scales diverge
-        a1, a2 = self.scale.detach()[..., None]
+    def _unit(self, own: Mapping[str, Tensor], p: int) -> Tensor:
+        # the range of the levels; with a steeper surrogate the thresholds outweigh the sum, and scales diverge
+        a1, a2 = own["scale"].detach()[..., None].unbind(1)
         return (a1 - a2).abs_().clamp_min_(MIN_SCALE)
 
-    def _derive(self, latent: Tensor, sign: Callable[[int, Tensor], Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
+    def _derive(
+        self, own: Mapping[str, Tensor], sign: Callable[[int, Tensor], Tensor]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         def H(p: int, x: Tensor) -> Tensor:
-            return sign(p, x if self.mirror is None else x * self.mirror).add_(1).mul_(0.5)
+            return sign(p, x * own["mirror"] if "mirror" in own else x)
 
-        w = self._centred(latent)
-        a1, a2 = self.scale[..., None]
+        w = self._centred(own)
+        a1, a2 = own["scale"][..., None].unbind(1)
         b1 = H(0, w - (a1 + a2) / 2)
-        return [b1, H(1, a1 * b1 + a2 / 2 - w)], self.scale
+        return [b1, H(1, a1 * b1 + a2 / 2 - w)], own["scale"].unbind(1)
 
 
 def _planes_view(
@@ -385,14 +500,10 @@ def _planes_view(
     scales: Scales,
 ) -> _PlanesView:
     signs = segment.alphabet == "pm1" and latent is not None and "latent" in train
-    if scales == "analytic":
-        if not signs:
-            raise InputError(
-                f"analytic scales are for -1/+1 planes with a trained latent weight, not {segment.summary}"
-            )
-        train = {*train} - {"scale"}
+    if scales == "analytic" and not signs:
+        raise InputError(f"analytic scales need -1/+1 planes with a trained latent weight, found {segment.summary}")
     if signs:
-        return _SignsView(segment, parts, train, latent, keep, estimator, analytic=scales == "analytic")
+        return _SignsView(segment, parts, train, latent, keep, estimator, scales == "analytic")
     if latent is not None and segment.alphabet == "01" and segment.planes == 2:
         return _DualView(segment, parts, train, latent, keep, estimator)
     return _PlanesView(segment, parts, train)
@@ -410,32 +521,31 @@ class _IntsView(nn.Module):
         middle = torch.full_like(self.scale.detach(), 2 ** (segment.bits - 1))
         self.register_buffer("zero", middle if segment.symmetric else segment._unpack_zero(parts["_zero"]).T.float())
         unscaled = {**parts, "_scale": torch.ones_like(parts["_scale"])}
-        centred = _grouped(_decoded(segment, unscaled), segment.group)
-        self.register_buffer("centred", centred)  # code - zero [out, groups, group]
-        self.register_buffer("latent", None)
+        centred = _grouped(_decoded(segment, unscaled), segment.group)  # code - zero [out, groups, group]
+        self.register_buffer("centred", centred.to(torch.int16) if latent is None else None)
         if latent is not None:
             with torch.no_grad():
-                differs = self._codes(latent, self.scale) != centred
+                differs = self._nearest(_own(self), latent, self.scale) != centred
             latent = torch.where(_ungrouped(differs, segment.columns), _decoded(segment, parts), latent)
-            del self.latent, self.centred
             _learn(self, "latent", latent, True)
 
-    def _codes(self, latent: Tensor, scale: Tensor) -> Tensor:
-        """code - zero of the nearest code [out, groups, group]."""
-        nearest = _Round.apply(_grouped(latent, self.segment.group) / scale[..., None])
-        low = -self.zero[..., None]
-        return nearest.clamp(low, low + (2**self.segment.bits - 1))
+    def _nearest(self, own: Mapping[str, Tensor], latent: Tensor, scale: Tensor) -> Tensor:
+        """code - zero of the nearest code [rows, groups, group]."""
+        code = _Round.apply(_grouped(latent, self.segment.group) / scale[..., None])
+        low = -own["zero"][..., None]
+        return code.clamp(low, low + (2**self.segment.bits - 1))
 
-    def _current(self) -> tuple[Tensor, Tensor]:
-        """code - zero [out, groups, group], and the scale [out, groups] as it will be stored."""
-        scale = _Stored.apply(self.scale, MIN_SCALE)
-        return self.centred if self.latent is None else self._codes(self.latent, scale), scale
+    def _current(self, own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """code - zero [rows, groups, group], and the scale [rows, groups] as it is stored."""
+        scale = _Stored.apply(own["scale"], MIN_SCALE)
+        return own["centred"] if "centred" in own else self._nearest(own, own["latent"], scale), scale
 
-    def forward(self, row: Tensor | None, progress: float) -> Tensor:
-        centred, scale = self._current()
+    def weight(self, own: Mapping[str, Tensor], row: Tensor | None, progress: float) -> Tensor:
+        centred, scale = self._current(own)
         return _ungrouped(centred * scale[..., None], self.segment.columns)
 
-    def encode(self, row: Tensor | None, progress: float) -> dict[str, Tensor]:
-        centred, scale = self._current()
-        codes = _ungrouped(centred + self.zero[..., None], self.segment.columns).to(torch.uint8)
-        return self.segment.encode(codes, to_scale(scale), None if self.segment.symmetric else self.zero)
+    def parts(self, own: Mapping[str, Tensor], row: Tensor | None, progress: float) -> dict[str, Tensor]:
+        centred, scale = self._current(own)
+        codes = _ungrouped(centred + own["zero"][..., None], self.segment.columns).to(torch.uint8)
+        zero = {} if self.segment.symmetric else {"zero": own["zero"]}
+        return {"codes": codes, "scale": to_scale(scale), **zero}
