@@ -47,6 +47,17 @@ def tasks(value: float) -> dict:
     return {"scores": scores, "averages": [average], "lm_eval": {"results": {"a": {"acc,none": 0}}}}
 
 
+def evaluation(**models: tuple[float, float, float]) -> dict:
+    """What `ultralowbit eval --fidelity models/tiny --json` writes: perplexity, divergence and accuracy by model."""
+    results = []
+    for name, (p, kl, accuracy) in models.items():
+        found = {"fidelity": [fidelity(kl)], "noise_floor": []}
+        if name == "tiny":
+            found = {"fidelity": [], "noise_floor": [{**fidelity(kl), "dtype": "bfloat16"}]}
+        results.append({"model": name, "perplexity": [perplexity(p)], **found, "tasks": tasks(accuracy)})
+    return {"schema_version": 1, "fidelity_to": "models/tiny", "results": results}
+
+
 def size(bits: float | None) -> dict:
     weights, embeddings = 3_145_728, 2 * 1_048_576
     linear = int(weights * (bits or 16) / 8)
@@ -246,9 +257,8 @@ def test_other_models_stand_apart_and_references_beside(run, tmp_path):
 
 
 def test_fidelity_and_tasks_come_from_eval_json(run, tmp_path):
-    rows_of = lambda kl, acc: [{"model": "x", **fidelity(kl)}, {"model": "x", "tasks": tasks(acc)}]  # noqa: E731
-    a = run("a", "sign-2", 2.1, [perplexity(62.5)], evaluated=rows_of(0.3, 0.4))
-    b = run("b", "gptq", 3.15, [perplexity(55.0)], evaluated=rows_of(0.1, 0.5))
+    a = run("a", "sign-2", 2.1, [perplexity(62.5)], evaluated=evaluation(a=(62.5, 0.3, 0.4), tiny=(50.0, 0.001, 0.5)))
+    b = run("b", "gptq", 3.15, [perplexity(55.0)], evaluated=evaluation(whatever=(55.0, 0.1, 0.5)))
     (section,) = collect([a, b], tmp_path)
     columns = {(c["group"], c["title"]): c["key"] for c in section["columns"]}
     assert [*columns][:5] == [
@@ -261,16 +271,19 @@ def test_fidelity_and_tasks_come_from_eval_json(run, tmp_path):
     assert found[columns["accuracy", "a acc"]]["mean"] == 0.4
     assert found[columns["accuracy", "mean"]]["mean"] == pytest.approx(0.41)
     assert {"kl-divergence-on-novels-txt-nats", "mean-accuracy"} <= {plot.name for plot in pictures(section)}
-    assert {"74.1 %", "0.3000"} <= {cell(row, column) for column in section["columns"]}
+    assert {"74.1 %", "0.3"} <= {cell(row, column) for column in section["columns"]}
+    original = rows(section)["original"]["metrics"]
+    assert original[columns["fidelity on novels.txt", "KL, nats"]]["mean"] == 0.001  # of rounding it
+    assert original[columns["accuracy", "a acc"]]["mean"] == 0.5
     assert any("chance 25.0%" in (column["protocol"] or "") for column in section["columns"])
 
 
 def test_eval_json_of_many_models_is_read_by_name(run, tmp_path):
-    measured = [
-        {"model": "models/tiny", **perplexity(40.0, "wiki", "d")},
-        {"model": "a/", **perplexity(44.0, "wiki", "d")},
-        {"model": "../b", **perplexity(48.0, "wiki", "d")},
-    ]
+    values = {"models/tiny": 40.0, "a/": 44.0, "../b": 48.0}
+    measured = evaluation()
+    for name, value in values.items():
+        row = {"model": name, "perplexity": [perplexity(value, "wiki", "d")], "fidelity": [], "noise_floor": []}
+        measured["results"].append({**row, "tasks": None})
     a = run("a", "sign-2", 2.1, [perplexity(62.5)], evaluated=measured)
     found = read_run(a)
     assert sorted(value for _, value in found.readings.values()) == [44.0, 62.5]

@@ -183,7 +183,7 @@ def _evaluated(folder: Path, original: str | None = None) -> tuple[Readings, Rea
     for path in sorted(folder.glob("eval*.json")):
         found: dict[str, Readings] = defaultdict(dict)
         try:
-            for name, readings in _records(json.loads(path.read_text(encoding="utf-8")), "."):
+            for name, readings in _records(json.loads(path.read_text(encoding="utf-8"))):
                 found[Path(name).resolve().name] |= readings
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise InputError(
@@ -200,22 +200,18 @@ def _evaluated(folder: Path, original: str | None = None) -> tuple[Readings, Rea
     return own, before
 
 
-def _records(value: Any, model: str) -> Iterator[tuple[str, Readings]]:
-    """Every measurement inside a JSON value, with the model that it is of."""
-    if isinstance(value, list):
-        for inner in value:
-            yield from _records(inner, model)
-    elif isinstance(value, dict):
-        model = value.get("model", model)
-        if "nll" in value:
-            yield model, _perplexity(value)
-        elif "kl_mean" in value:
-            yield model, _fidelity(value)
-        elif "scores" in value and "averages" in value:
-            yield model, _tasks(value)
-        else:
-            for inner in value.values():
-                yield from _records(inner, model)
+def _records(evaluation: dict[str, Any]) -> Iterator[tuple[str, Readings]]:
+    """Every measurement that `ultralowbit eval --json` wrote, with the model that it is of."""
+    base = evaluation["fidelity_to"]
+    for row in evaluation["results"]:
+        for stored in row["perplexity"]:
+            yield row["model"], _perplexity(stored)
+        for stored in row["fidelity"]:
+            yield row["model"], _fidelity(stored, base)
+        for stored in row["noise_floor"]:  # the original's own distance from itself, when it is rounded
+            yield row["model"], _fidelity({**stored, "dtype": stored["base_dtype"]}, base)
+        if row["tasks"]:
+            yield row["model"], _tasks(row["tasks"])
 
 
 def _perplexity(stored: dict[str, Any]) -> Readings:
@@ -227,9 +223,10 @@ def _perplexity(stored: dict[str, Any]) -> Readings:
     return {key: (column, float(stored["perplexity"]))}
 
 
-def _fidelity(stored: dict[str, Any]) -> Readings:
-    how = f"{protocol([stored])[0]}, against the original in {stored['base_dtype']}"
-    window = f"{stored['sha256'][:16]}:{stored['dtype']}:{stored['base_dtype']}:{stored['bos']}"
+def _fidelity(stored: dict[str, Any], base: str) -> Readings:
+    of = Path(base).resolve().name
+    how = f"{protocol([stored])[0]}, against {of} in {stored['base_dtype']}"
+    window = f"{of}:{stored['sha256'][:16]}:{stored['dtype']}:{stored['base_dtype']}:{stored['bos']}"
     name = Path(stored["source"]).name
     group, drawn = f"fidelity on {name}", f"KL divergence on {name}, nats"
     columns = [
@@ -455,13 +452,13 @@ def _metrics(readings: Readings, size: dict[str, Any]) -> dict[str, float | None
 def _row(
     label: str, kind: str, measured: Sequence[dict[str, float | None]], size: dict[str, Any], **more: Any
 ) -> dict[str, Any]:
-    """`measured` are the metrics of each seed; what not all of them have is left out."""
-    keys = [key for key in measured[0] if all(m.get(key) is not None for m in measured)]
+    """`measured` are the metrics of each seed, not all of which need have them all."""
+    keys = dict.fromkeys(key for m in measured for key, value in m.items() if value is not None)
     return {
         "label": label,
         "kind": kind,
         "on_front": [],
-        "metrics": {key: _value([m[key] for m in measured]) for key in keys},
+        "metrics": {key: _value([m[key] for m in measured if m.get(key) is not None]) for key in keys},
         "budget": size["budget"],
         "linear_weights": size["linear_weights"],
         "layers": [],
@@ -561,7 +558,8 @@ def _quality(section: dict[str, Any], column: Column) -> list[Plot]:
     if len(gone) == len(rows):
         return []
     original = _mean(section["rows"][0], column.key)
-    level = (f"{ORIGINAL} {cell_text(original, column.unit)}", original) if math.isfinite(original) else None
+    what = "rounding the original" if column.unit == "nats" else ORIGINAL
+    level = (f"{what} {cell_text(original, column.unit)}", original) if math.isfinite(original) else None
     unit, name = _unit(max(_mean(row, "file_bytes") for row in rows))
     panels = []
     for size, label, scale in (("file_bytes", f"file, {name}", unit), ("linear_bits", "true bits a linear weight", 1)):
@@ -697,7 +695,7 @@ _FORMATS: dict[str, Callable[[float], str]] = {
     "times": "{:.2f} x".format,
     "seconds": lambda seconds: f"{seconds:.1f} s" if seconds < 20 else clock(seconds),
     "percent": lambda share: f"{100 * share:.1f} %",
-    "nats": "{:.4f}".format,
+    "nats": "{:.3g}".format,
 }
 
 
@@ -712,9 +710,10 @@ def cell(row: dict[str, Any], column: dict[str, Any]) -> str:
         return "-"
     text = cell_text(float(value["mean"]), column["unit"])
     if value["std"] and column["unit"] in ("perplexity", "percent", "nats"):
-        digits = len(text.partition(".")[2].rstrip(" %"))
-        scale = 100 if column["unit"] == "percent" else 1
-        text = f"{text.removesuffix(' %')} ± {scale * value['std']:.{digits}f}" + (" %" * text.endswith("%"))
+        std = cell_text(value["std"], column["unit"])
+        if column["unit"] == "perplexity":
+            std = f"{value['std']:.{len(text.partition('.')[2])}f}"
+        text = f"{text.removesuffix(' %')} ± {std}"
     return text
 
 
