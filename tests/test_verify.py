@@ -8,9 +8,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from ultralowbit.bench import Shape, write_model
+from ultralowbit.bench import Shape, write_model, write_text
 from ultralowbit.checkpoint import sha256_file
+from ultralowbit.cli import app
 from ultralowbit.hf import CheckpointError
 from ultralowbit.pipeline import compress
 from ultralowbit.recipe import Recipe
@@ -112,6 +114,73 @@ def test_an_unreadable_format(folder):
     edit(folder / "config.json", lambda config: config.pop("quantization_config"))
     bless(folder, "config.json")
     assert len(problems := verify(folder)) == 1 and "does not say how the weights are packed" in problems[0]
+
+
+# -- repeated runs
+
+
+def command(*args):
+    return CliRunner().invoke(app, ["verify", *map(str, args), "-q"])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A calibrated run, its model and its text."""
+    root = tmp_path_factory.mktemp("rerun")
+    model = write_model(root / "model", 1, Shape(hidden=64, inter=96, heads=4, kv_heads=2, vocab=96))
+    (model / "eval.json").write_text("{}")  # of the original: not carried over
+    calibration = {"source": str(write_text(root / "text.txt", 400, 96)), "samples": 4, "length": 32}
+    solve = {"method": "gptq", "bits": 2}
+    recipe = Recipe.model_validate({"name": "g", "solve": solve, "calibration": calibration})
+    return root, compress(str(model), recipe, root / "out").folder
+
+
+def test_a_run_repeats_byte_by_byte(made):
+    root, folder = made
+    before = sorted(root.rglob("*"))
+    threads = torch.get_num_threads()
+    result = command(folder, "--rerun")
+    assert result.exit_code == 0, result.output
+    assert "has the same bytes again" in result.stdout and "although" not in result.stdout
+    assert sorted(root.rglob("*")) == before and torch.get_num_threads() == threads
+
+
+def test_a_run_repeats_elsewhere(made, tmp_path):
+    root, folder = made
+    shutil.copytree(root / "model", tmp_path / "moved")
+    shutil.copytree(folder, tmp_path / "copy")
+    edit(tmp_path / "copy/manifest.json", lambda m: m.update(model=str(tmp_path / "gone")))
+    assert command(tmp_path / "copy", "--rerun").exit_code == 2
+    result = command(tmp_path / "copy", "--rerun", "--model", tmp_path / "moved")
+    assert result.exit_code == 0, result.output
+
+
+def test_what_is_not_reproduced_is_named_with_the_likely_reason(made, tmp_path, monkeypatch):
+    _, folder = made
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    shard = copy / "model-00001-of-00002.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    (copy / "extra.txt").write_text("x")
+    edit(copy / "manifest.json", lambda m: m["environment"].update(torch="1.0", threads=2))
+    bless(copy, shard.name, "extra.txt")
+    result = command(copy, "--rerun")
+    assert result.exit_code == 1
+    assert f"not reproduced: {shard.name} has other bytes" in result.stdout
+    assert "not reproduced: extra.txt was not written again" in result.stdout
+    assert f"likely reason: torch was 1.0, is {torch.__version__}" in result.stdout
+    assert "threads" not in result.stdout  # they were set as they had been
+
+
+def test_another_original_is_refused_before_the_work(made, tmp_path, monkeypatch):
+    root, folder = made
+    other = shutil.copytree(root / "model", tmp_path / "other")
+    edit(other / "config.json", lambda config: config.update(rope_theta=5.0))
+    monkeypatch.setattr("ultralowbit.verify.compress", lambda *a, **k: pytest.fail("compressed"))
+    result = command(folder, "--rerun", "--model", other)
+    assert result.exit_code == 2 and "config.json differs" in result.stderr
+    assert command(folder, "--model", other).exit_code == 2  # it says nothing without --rerun
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"files": {"../x": ""}, "layers": {}}'])

@@ -46,6 +46,7 @@ from ultralowbit.plan import plan
 from ultralowbit.quality import Limits
 from ultralowbit.recipe import Recipe, shipped
 from ultralowbit.text import InputError
+from ultralowbit.verify import rerun as run_again
 from ultralowbit.verify import verify as find_problems
 
 FAILED, USAGE, FELL_BACK, QUALITY, INTERRUPTED = 1, 2, 3, 4, 130
@@ -363,11 +364,26 @@ def _table(*headers: str, left: int = 3) -> Table:
 
 
 @app.command()
-def verify(folder: FolderArgument, quiet: QuietOption = False) -> None:
+def verify(
+    folder: FolderArgument,
+    rerun: Annotated[bool, typer.Option("--rerun", help="repeat the run too, and compare the bytes it writes")] = False,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="where the original is now, if not where it was")
+    ] = None,
+    trust_remote_code: TrustOption = False,
+    quiet: QuietOption = False,
+) -> None:
     """Hash a packed checkpoint again; exit 1 and name the file if it is not what was written.
 
+    With --rerun, also compress again as its recipe.yaml and manifest.json say, into a temporary folder: on the same
+    machine with the same versions every file has the same bytes.
+
     [bold]ultralowbit verify model-sign-2[/]
+
+    [bold]ultralowbit verify model-sign-2 --rerun --model ./model[/]
     """
+    if model and not rerun:
+        raise InputError("--model is the original to compress again: give --rerun too")
     with Watch(quiet) as watch:
         watch.start("hashing", sum(path.stat().st_size for path in folder.glob("*") if path.is_file()))
         problems = find_problems(folder, watch.step)
@@ -376,6 +392,18 @@ def verify(folder: FolderArgument, quiet: QuietOption = False) -> None:
     if problems:
         raise typer.Exit(FAILED)
     out.print(f"{folder} is intact: every file is as it was written", soft_wrap=True)
+    if rerun:
+        with Watch(quiet) as watch:
+            again = run_again(folder, model, trust_remote_code=trust_remote_code, progress=watch)
+        for name, how in again.different.items():
+            out.print(f"[bold red]not reproduced:[/] {escape(name)} {how}", soft_wrap=True)
+        if again.different:
+            reasons = "; ".join(again.reasons) or "none is known: versions, machine, model and text are the same"
+            out.print(f"likely reason: {reasons}", markup=False, soft_wrap=True)
+            raise typer.Exit(FAILED)
+        out.print(f"the run repeated: every file of {folder} has the same bytes again", soft_wrap=True)
+        if again.reasons:
+            out.print(f"although {'; '.join(again.reasons)}", markup=False, soft_wrap=True)
 
 
 @app.command("eval")

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from functools import cached_property, reduce
 from importlib.metadata import version
 from operator import or_
@@ -49,6 +50,7 @@ BATCH_TOKENS = 2048
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 _NOT_CARRIED = {"config.json", "README.md", "model.safetensors.index.json", ".gitattributes"}
+_MEASURED = ("eval*.json", "report.*")  # of the original, and not of what is made from it
 
 
 @dataclass(frozen=True)
@@ -603,15 +605,17 @@ def _finish(
         job.shards / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map}
     )
     config = decoder.config.to_dict()
+    config.pop("_name_or_path", None)  # the same run writes the same bytes wherever its model lies
     config["quantization_config"] = UltraLowBitConfig.of(
         {name: Format.from_dict(layer["layout"]) for name, layer in job.state["layers"].items()}, recipe.name
     ).to_dict()
     config["architectures"] = config.get("architectures") or [type(decoder.model).__name__]
     write_json(job.shards / "config.json", config)
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name not in _NOT_CARRIED and not path.name.endswith(_WEIGHTS):
+        left = path.name in _NOT_CARRIED or any(fnmatch(path.name, pattern) for pattern in _MEASURED)
+        if path.is_file() and not left and not path.name.endswith(_WEIGHTS):
             write_atomic(job.shards / path.name, path.read_bytes())
-    command = f"# ultralowbit compress {model} --recipe recipe.yaml --out {job.out}\n"
+    command = "# ultralowbit compress MODEL --recipe recipe.yaml --out DIR\n"  # no paths: the same run, the same bytes
     write_atomic(job.shards / "recipe.yaml", (command + recipe.to_yaml()).encode())
     manifest = {
         "fingerprint": job.state["fingerprint"],

@@ -1,15 +1,24 @@
-"""Is a packed checkpoint still what `compress` wrote? Its manifest's hashes, and what its config.json promises."""
+"""Is a packed checkpoint still what `compress` wrote, and does its run, repeated, write the same again?"""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ultralowbit.checkpoint import MANIFEST, sha256_file
 from ultralowbit.format import FormatError, TensorSpec
 from ultralowbit.hf import QUANT_METHOD, CheckpointError, UltraLowBitConfig, read_headers
+from ultralowbit.hub import resolve_model
+from ultralowbit.pipeline import compress
+from ultralowbit.progress import Progress, Silent
+from ultralowbit.recipe import Recipe
+from ultralowbit.text import InputError
 
 
 def verify(folder: Path | str, progress: Callable[[int], object] | None = None) -> list[str]:
@@ -46,6 +55,76 @@ def verify(folder: Path | str, progress: Callable[[int], object] | None = None) 
             readable = False
     # the tensors of a lost shard would only repeat that it is lost
     return problems + _broken_promises(folder, manifest, found) if readable else problems
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """What a repeated run wrote otherwise than the first, and what may be the reason."""
+
+    different: dict[str, str]
+    """File -> how it differs."""
+    reasons: list[str]
+
+
+def rerun(
+    folder: Path | str,
+    model: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Rerun:
+    """Compress again from recipe.yaml, into a temporary folder beside `folder`, and compare every file's bytes.
+
+    `model` is where the original lies now, if not where the manifest says. The device and the number of threads are
+    those of the first run. Raises `InputError` if the original is another, or what the run needs is not here.
+    """
+    folder, progress = Path(folder), progress or Silent()
+    manifest = _manifest(folder)
+    try:
+        first, environment = manifest["fingerprint"], manifest["environment"]
+        source = resolve_model(model or manifest["model"])
+        device, hashes = first["compute"]["device"], first["model"]
+    except (KeyError, TypeError) as e:
+        raise CheckpointError(f"{folder / MANIFEST} does not say how the run was made: copy it again") from e
+    progress.start("hashing the original", sum(_size(source / name) for name in hashes))
+    changed = [name for name, digest in hashes.items() if _digest(source / name, progress) != digest]
+    if changed:
+        raise InputError(
+            f"{source} is not the model that {folder} was made from ({changed[0]} differs): give that with --model"
+        )
+    recipe = Recipe.load(folder / "recipe.yaml")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(environment["threads"])
+    try:
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}-rerun-", dir=folder.resolve().parent) as work:
+            second = compress(
+                str(source), recipe, Path(work) / "out", device=device, trust_remote_code=trust_remote_code,
+                progress=progress,
+            ).manifest  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    old, new = manifest["files"], second["files"]
+    different = {
+        name: "was not written again" if name not in new else "is new" if name not in old else "has other bytes"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    }
+    reasons = [
+        f"{key} was {environment.get(key)}, is {value}"
+        for key, value in second["environment"].items()
+        if environment.get(key) != value
+    ]
+    if first["calibration"] != second["fingerprint"]["calibration"]:
+        reasons.append(f"the calibration text {recipe.calibration.source} gives other tokens")
+    return Rerun(different, reasons)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _digest(path: Path, progress: Progress) -> str | None:
+    return sha256_file(path, progress.step) if path.is_file() else None
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
