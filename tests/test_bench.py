@@ -14,6 +14,7 @@ from ultralowbit.bench import (
     packing_bench,
     peak_memory,
     pipeline_bench,
+    solve_bench,
     unavoidable,
     write_model,
     write_text,
@@ -54,6 +55,16 @@ def test_out_folder_is_kept_but_emptied_of_models(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
     # rounding to nearest needs no data: nothing is unavoidable
     assert (result["runs"][1]["unavoidable"], result["runs"][1]["ratio"]) == ({}, None)
+
+
+def test_solve_bench(tmp_path):
+    said = []
+    names = ("gptq-2bit", "sign-1", "pb-llm")
+    rows = solve_bench(names, TINY, repeat=1, json_file=tmp_path / "solve.json", say=said.append)
+    assert [row["recipe"] for row in rows] == [*names] and rows[0]["ratio"] == 1
+    assert all(row["ratio"] == row["seconds"] / rows[0]["seconds"] > 0 for row in rows)
+    assert json.loads((tmp_path / "solve.json").read_text())["rows"] == rows
+    assert len(said) == 4
 
 
 def test_packing_and_bare_products():

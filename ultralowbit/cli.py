@@ -30,7 +30,7 @@ import ultralowbit
 from ultralowbit import compare as comparisons
 from ultralowbit import evaluation
 from ultralowbit import report as reports
-from ultralowbit.bench import pipeline_bench
+from ultralowbit.bench import SOLVED, Shape, pipeline_bench, solve_bench
 from ultralowbit.checkpoint import DiskFull
 from ultralowbit.console import Watch, err, out
 from ultralowbit.demo import run as demos
@@ -643,6 +643,22 @@ def bench_pipeline(
     pipeline_bench(
         layers, samples, length, recipe, out_folder, json_file, say=lambda line: out.print(line, markup=False)
     )
+
+
+@bench_app.command("solve")
+def bench_solve(
+    recipes: Annotated[
+        list[str], typer.Option("--recipe", help="repeatable; the first is what the others are compared with")
+    ] = list(SOLVED),  # noqa: B006
+    hidden: Annotated[int, typer.Option(min=64, help="of the block; its MLP is 2.75 times as wide")] = 2048,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the results here too")] = None,
+) -> None:
+    """Time in which the methods of recipes pack one block, as a multiple of GPTQ's.
+
+    [bold]ultralowbit bench solve --recipe gptq-2bit --recipe sign-2 --hidden 512[/]
+    """
+    shape = Shape(hidden=hidden, inter=hidden * 11 // 4, heads=hidden // 64, kv_heads=max(1, hidden // 512))
+    solve_bench(recipes, shape, json_file=json_file, say=lambda line: out.print(line, markup=False))
 
 
 @recipes_app.command("list")

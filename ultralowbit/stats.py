@@ -78,7 +78,7 @@ class InputStats:
             if self.outliers:
                 x = self._hold_back(x)
             self._sum.addmm_(x.T, x)
-            self._factors.clear()
+            self.forget_factors()
 
     def __add__(self, other: InputStats) -> InputStats:
         merged = InputStats(self.features, self.outliers, self.device, self.needs, self.count + other.count)
@@ -131,6 +131,10 @@ class InputStats:
         if key not in self._factors:
             self._factors[key] = self._factorise(damp, act_order)
         return self._factors[key]
+
+    def forget_factors(self) -> None:
+        """Let the next `factor` be computed again."""
+        self._factors.clear()
 
     def _factorise(self, damp: float, act_order: bool) -> Factor:
         # fp64: at 1-2 bits the small eigenvalues decide where the error goes
