@@ -107,8 +107,9 @@ def run(tmp_path):
             "collapsed": more.get("collapsed", []), "layers": [*layers.values()], "command": "ultralowbit compress x",
             "environment": dict.fromkeys(("ultralowbit", "torch", "transformers", "device", "threads"), "1"),
         }  # fmt: skip
-        (folder / "report.json").write_text(json.dumps(strict(report)))
         (folder / "report.md").write_text("")
+        report["packed"]["fidelity"] = more.get("fidelity", [])
+        (folder / "report.json").write_text(json.dumps(strict(report)))
         if more.get("evaluated"):
             (folder / "eval.json").write_text(json.dumps(more["evaluated"]))
         return folder
@@ -276,6 +277,14 @@ def test_fidelity_and_tasks_come_from_eval_json(run, tmp_path):
     assert original[columns["fidelity on novels.txt", "KL, nats"]]["mean"] == 0.001  # of rounding it
     assert original[columns["accuracy", "a acc"]]["mean"] == 0.5
     assert any("chance 25.0%" in (column["protocol"] or "") for column in section["columns"])
+
+
+def test_fidelity_comes_from_the_report_too(run, tmp_path):
+    a = run("a", "sign-2", 2.1, [perplexity(62.5)], fidelity=[fidelity(0.3)])
+    b = run("b", "gptq", 3.15, [perplexity(55.0)], evaluated=evaluation(whatever=(55.0, 0.1, 0.5)))
+    (section,) = collect([a, b], tmp_path)
+    (column,) = (column for column in section["columns"] if column["title"] == "KL, nats")
+    assert [rows(section)[name]["metrics"][column["key"]]["mean"] for name in ("sign-2", "gptq")] == [0.3, 0.1]
 
 
 def test_eval_json_of_many_models_is_read_by_name(run, tmp_path):

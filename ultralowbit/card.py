@@ -94,15 +94,16 @@ def metadata(report: dict[str, Any], source: Path, name: str) -> ModelCardData:
 
 def values(report: dict[str, Any], source: Path, name: str, load_from: str) -> dict[str, Any]:
     """What the template is filled with: the report, and the front matter."""
-    before, after = (
-        [{**p, "source": public(p["source"])} for p in report[row]["perplexity"]] for row in ("original", "packed")
+    before, after, near = (
+        [{**p, "source": public(p["source"])} for p in report[row][key]]
+        for row, key in (("original", "perplexity"), ("packed", "perplexity"), ("packed", "fidelity"))
     )
     known = {p["sha256"]: p for p in before}
     calibration = report["calibration"]
     return {
         **report,
         "original": {**report["original"], "perplexity": before},
-        "packed": {**report["packed"], "perplexity": after},
+        "packed": {**report["packed"], "perplexity": after, "fidelity": near},
         "calibration": calibration and {**calibration, "source": public(calibration["source"])},
         "collapsed": [public(source) for source in report["collapsed"]],
         "name": name,

@@ -155,7 +155,7 @@ def read_run(folder: Path) -> Run:
         for stored in report[row]["perplexity"]:
             into |= _perplexity(stored)
     for stored in report["packed"].get("fidelity", ()):
-        readings |= _fidelity(stored)
+        readings |= _fidelity(stored, report["model"])
     return Run(folder, report, manifest, digest, readings, original)
 
 
@@ -558,8 +558,9 @@ def _quality(section: dict[str, Any], column: Column) -> list[Plot]:
     if len(gone) == len(rows):
         return []
     original = _mean(section["rows"][0], column.key)
-    what = "rounding the original" if column.unit == "nats" else ORIGINAL
-    level = (f"{what} {cell_text(original, column.unit)}", original) if math.isfinite(original) else None
+    level = (f"{ORIGINAL} {cell_text(original, column.unit)}", original)
+    if not math.isfinite(original) or column.unit == "nats":  # of which the original has none but that of rounding
+        level = None
     unit, name = _unit(max(_mean(row, "file_bytes") for row in rows))
     panels = []
     for size, label, scale in (("file_bytes", f"file, {name}", unit), ("linear_bits", "true bits a linear weight", 1)):
@@ -576,6 +577,8 @@ def _quality(section: dict[str, Any], column: Column) -> list[Plot]:
         caption += " A line through a mark spans its seeds."
     if any(row["kind"] == "reference" for row in rows):
         caption += " Diamonds are references."
+    if column.unit == "nats" and math.isfinite(original):
+        caption += f" Rounding the original's own weights costs {cell_text(original, column.unit)}."
     if gone:
         off = ", ".join(f"{label} ({cell_text(value, column.unit)})" for label, value in gone.items())
         caption += f" Triangles at the edge are off the scale: {off}."

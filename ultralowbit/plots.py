@@ -142,6 +142,7 @@ def _figure(width: int, height: int, rows: int = 1, columns: int = 1, **kwargs: 
 
     figure = Figure(figsize=(width / _PIXELS, height / _PIXELS), dpi=_PIXELS, layout="constrained")
     FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=5 / _PIXELS, h_pad=5 / _PIXELS)
     axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
     return figure, list(axes.flat)
 
