@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ultralowbit.format import Bitmap, Format, FormatError, Ints, Overlay, PackedWeight, Planes, Zones
+from ultralowbit.format import Bitmap, Format, FormatError, InputTransform, Ints, Overlay, PackedWeight, Planes, Zones
 from ultralowbit.methods.base import MIN_SCALE
 from ultralowbit.methods.billm import BiLLM
 from ultralowbit.methods.gptq import GPTQ
@@ -29,7 +29,7 @@ def groups_of(segment) -> int:
     return 1 if segment.group is None else -(-segment.columns // segment.group)
 
 
-def random_parts(part, rows: int, generator: torch.Generator) -> dict[str, Tensor | None]:
+def random_parts(part, rows: int, generator: torch.Generator, first: int = 0) -> dict[str, Tensor | None]:
     """What `encode` takes: scales falling from plane to plane, dual planes as DB-LLM starts them, some mirrored."""
 
     def size(*shape: int) -> Tensor:
@@ -42,6 +42,10 @@ def random_parts(part, rows: int, generator: torch.Generator) -> dict[str, Tenso
             mask[:, start : start + width] = score[:, start : start + width].argsort(1).argsort(1) < entries
         codes = torch.randint(256, (rows, part.columns), generator=generator).to(torch.uint8)
         return {"mask": mask, "codes": codes, "scale": size(rows), "zero": torch.full((rows,), 100.0)}
+    if isinstance(part, InputTransform):
+        partition = torch.zeros(part.columns, dtype=torch.bool)
+        partition[torch.randperm(part.columns, generator=generator)[:first]] = True
+        return {"partition": partition, "scale": 50 * size(part.columns)}
     groups = groups_of(part)
     if isinstance(part, Ints):
         codes = torch.randint(2**part.bits, (rows, part.columns), generator=generator).to(torch.uint8)
@@ -58,8 +62,9 @@ def random_parts(part, rows: int, generator: torch.Generator) -> dict[str, Tenso
 
 def random_packed(format: Format, rows: int, seed: int = 0) -> PackedWeight:
     generator = torch.Generator().manual_seed(seed)
-    parts = [*format.segments, *([format.overlay] if format.overlay else [])]
-    return PackedWeight.encode(format, *(random_parts(part, rows, generator) for part in parts))
+    parts = [*format.segments, *filter(None, (format.overlay, format.transform))]
+    first = format.segments[0].columns
+    return PackedWeight.encode(format, *(random_parts(part, rows, generator, first) for part in parts))
 
 
 def disturb(view: nn.Module, seed: int = 0, size: float = 0.3) -> None:
@@ -99,7 +104,11 @@ def formats(draw) -> Format:
             segments.append(Ints(columns, draw(st.sampled_from([2, 3, 4, 8])), group, draw(st.booleans())))
     columns = sum(s.columns for s in segments)
     overlay = draw(st.sampled_from([None, None, Overlay(columns, 1, min(columns, 16)), Bitmap(columns, 1, 0.1)]))
-    return Format(tuple(segments), overlay)
+    transform = None
+    if draw(st.booleans()):
+        partition, scale, hadamard = draw(st.tuples(st.booleans(), st.booleans(), st.sampled_from([None, 2, 16])))
+        transform = InputTransform(columns, partition, scale, hadamard) if partition or scale or hadamard else None
+    return Format(tuple(segments), overlay, transform)
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
@@ -223,6 +232,62 @@ def test_row_factors_scale_what_is_stored():
     expected[:, :30] *= view.row.detach()[:, None]
     assert torch.equal(view.dense(), expected)
     agrees(view)
+
+
+def ptq161(rows: int = 5, salient: int = 8, columns: int = 40, hadamard: int | None = None) -> PackedWeight:
+    """PTQ1.61: salient columns first, as integers with the factor 1, and a plane with an offset for the others."""
+    segments = (Ints(salient, 4), Planes(columns - salient, 1, None, offset=True))
+    packed = random_packed(Format(segments, None, InputTransform(columns, True, True, hadamard)), rows)
+    packed.tensors["weight_input_scale"][:salient] = 1
+    return packed
+
+
+def test_column_factors_are_those_of_the_planes():
+    packed = ptq161()
+    view = TrainableLinear(packed, {"column", "row", "scale"})
+    assert {kind: len(ps) for kind, ps in view.by_kind().items()} == {"column": 1, "row": 1, "scale": 1}
+    G = normal(5, 40)
+    (G * view.dense()).sum().backward()
+    order = packed.format.transform.order({"_partition": packed.tensors["weight_input_partition"]})
+    stored = packed.format.untransformed.decode(packed.tensors)
+    grad = view.input.column.grad
+    assert (grad[:8] == 0).all()
+    torch.testing.assert_close(grad[8:], (G[:, order] * stored).sum(0)[8:], rtol=1e-4, atol=1e-6)
+    disturb(view)  # also what is not trained, as a decay of weights would
+    agrees(view)
+    assert (view.pack().tensors["weight_input_scale"][:8] == 1).all()
+    assert torch.equal(view.dense()[:, order[:8]], packed.dequantize()[:, order[:8]])
+
+
+@pytest.mark.parametrize("hadamard", [None, 16])
+@pytest.mark.parametrize("train", [{"latent", "scale"}, {"latent", "column", "row"}], ids=str)
+def test_the_latent_weight_is_in_the_stored_columns(hadamard, train):
+    """A weight near the packed one in x's basis has its bits in the stored one."""
+    packed = ptq161(hadamard=hadamard)
+    near = packed.dequantize() + 1e-5 * normal(5, 40)
+    view = TrainableLinear(packed, train, latent=near)
+    assert torch.equal(view.dense(), packed.dequantize())
+    far = (view.views[1].latent - packed.format.untransformed.decode(packed.tensors)[:, 8:]).abs().max()
+    assert 0 < far < 1e-4
+    disturb(view)
+    agrees(view)
+
+
+def test_gradients_of_a_rotated_weight():
+    """Against the same product with rotated inputs, which autograd goes through by itself."""
+    packed, x, target = ptq161(hadamard=16), normal(30, 40), normal(30, 5)
+    view = TrainableLinear(packed, {"scale", "column"})
+    F.mse_loss(view(x), target).backward()
+    scale = packed.tensors["weight_1_scale"].float()[0, 0, :, None].requires_grad_()
+    offset, bits = packed.tensors["weight_1_offset"].float().T, view.views[1].bits[:, 0, 0].float()
+    column = packed.tensors["weight_input_scale"].float().requires_grad_()
+    stored = torch.cat([packed.format.untransformed.decode(packed.tensors)[:, :8], bits * scale + offset], dim=1)
+    moved = packed.format.transform.apply(
+        {"_partition": packed.tensors["weight_input_partition"], "_scale": torch.ones(40)}, x
+    )
+    F.mse_loss((moved * column) @ stored.T, target).backward()
+    torch.testing.assert_close(view.views[1].scale.grad[..., 0], scale.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(view.input.column.grad[8:], column.grad[8:], rtol=1e-4, atol=1e-6)
 
 
 def test_analytic_scales_are_those_of_the_latent_weight():
@@ -387,6 +452,10 @@ def test_what_there_is_to_train():
         return set(TrainableLinear(packed, train, latent=packed.dequantize() if latent else None).by_kind())
 
     everything = set(KINDS) - {"latent"}
+    scaled = InputTransform(20, column_scale=True)
+    assert kinds(Format((Planes(20, 2),), None, scaled), everything) == {"scale", "row", "column"}
+    assert kinds(Format((Ints(20, 2),), None, scaled), everything) == {"scale", "column"}
+    assert kinds(Format((Planes(20, 2),), None, InputTransform(20, hadamard=4)), everything) == {"scale", "row"}
     assert kinds(Format((Planes(20, 2),)), everything) == {"scale", "row"}
     assert kinds(Format((Planes(20, 1, 8, offset=True),)), everything) == {"scale", "offset", "row"}
     assert kinds(Format((Ints(20, 2, 8),)), everything) == {"scale"}
@@ -411,6 +480,14 @@ def test_nothing_to_train_is_an_error_that_names_the_format():
         TrainableLinear(planes, {"latent"})
     with pytest.raises(ValueError, match=r"\(20, 2\), expected \(2, 20\)"):
         TrainableLinear(planes, {"latent"}, latent=torch.zeros(20, 2))
+
+
+def scaled(weight: Tensor) -> PackedWeight:
+    """A sign plane, a scale a row and a factor 1 for every column."""
+    segment, columns = Planes(weight.shape[1], 1), weight.shape[1]
+    parts = {"bits": (weight >= 0)[None], "scale": weight.abs().mean(1).half().float()[None, :, None]}
+    transform = InputTransform(columns, column_scale=True)
+    return PackedWeight.encode(Format((segment,), None, transform), parts, {"scale": torch.ones(columns)})
 
 
 def block() -> tuple[nn.Module, nn.Module, Tensor]:
@@ -448,6 +525,8 @@ def tuned(method, train: set[str], lr: float, steps: int = 100, **options) -> tu
     [
         (Sign(bases=1), {"scale"}, 1e-3, 0.96),
         (Sign(bases=1), {"row"}, 1e-2, 0.96),
+        (scaled, {"column"}, 1e-2, 0.96),
+        (scaled, {"scale", "row", "column"}, 3e-3, 0.92),
         (PBLLM(), {"scale", "offset", "row"}, 1e-3, 0.96),
         (GPTQ(bits=2, group=32), {"scale"}, 1e-3, 0.8),
         (GPTQ(bits=2, group=32), {"scale", "latent"}, 1e-3, 0.5),

@@ -4,10 +4,11 @@
     Planes -1, +1      scale a, offset c, row r, latent w                r (sum_p a_p b_p + c)
     Planes 0, 1        the same                                          r (sum_p a_p b_p + c)
     Ints               scale s, latent w, where no plane is beside       (code - zero) s
+    InputTransform     column r2, of the columns that are trained        all of it times r2_j
 
-Scales and offsets are rounded to fp16 in the forward pass, with the gradient passed straight through: what is trained
-is what is packed. Without a latent weight the codes are fixed, and unpacked once; with it they are its codes at every
-step:
+Scales, offsets and factors are rounded to fp16 in the forward pass, with the gradient passed straight through: what is
+trained is what is packed. Without a latent weight the codes are fixed, and unpacked once; with it they are its codes at
+every step:
 
     -1, +1   b_1 = sign(w - c), and each further plane the sign of what the planes before it leave (BinaryDM, RaBiT);
              the gradient runs through the estimator and through that remainder, in which scales are constants
@@ -27,12 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultralowbit.format import Ints, PackedWeight, Planes, Segment, to_scale, unpack_fields
+from ultralowbit.format import Ints, PackedWeight, Planes, Segment, block_hadamard, to_scale, unpack_fields
 from ultralowbit.methods.base import MIN_SCALE
 from ultralowbit.text import InputError
 from ultralowbit.tune.estimators import STE, Estimator, binarize, step
 
-KINDS = ("scale", "offset", "row", "latent")
+KINDS = ("scale", "offset", "row", "column", "latent")
 """What of a packed weight can be trained."""
 
 Scales = Literal["free", "analytic"]
@@ -77,12 +78,14 @@ class TrainableLinear(nn.Module):
         self.out_features, self.in_features = packed.shape
         self.bias = None if bias is None else bias.detach()
         self._overlay()
+        self.input = _InputView(packed, "column" in train)
+        latent = None if latent is None else self.input.stored(latent.detach().float())
         planes = any(isinstance(segment, Planes) for segment in format.segments)
         self.views = nn.ModuleList()
         for (prefix, first, segment), _ in zip(format._parts(), format.segments, strict=False):
             parts = {suffix: packed.tensors[prefix + suffix] for suffix in segment.tensors(self.out_features)}
             columns = slice(first, first + segment.columns)
-            own = None if latent is None else latent[:, columns].detach().float()
+            own = None if latent is None else latent[:, columns]
             keep = None if self.keep is None else self.keep[:, columns].bool()
             if isinstance(segment, Planes):
                 view = _planes_view(segment, parts, train, own, keep, estimator or STE(), scales)
@@ -112,7 +115,7 @@ class TrainableLinear(nn.Module):
         return _Tiled.apply(self._weight, self.packed.shape, dtype, tuple(tensors), *tensors.values())
 
     def _tensors(self) -> dict[str, Tensor]:
-        """All that the weight is made of, by name, the rows first."""
+        """All that the weight is made of, by name; with the rows first, but for the input's."""
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def _weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -121,7 +124,9 @@ class TrainableLinear(nn.Module):
         for i, view in enumerate(self.views):
             parts.append(view.weight(_below(tensors, f"views.{i}."), tensors.get("row"), self.progress))
         weight = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return weight if self.keep is None else (weight * tensors["keep"]).add_(tensors["values"])
+        if self.keep is not None:
+            weight = (weight * tensors["keep"]).add_(tensors["values"])
+        return self.input.weight(_below(tensors, "input."), weight)
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
@@ -133,13 +138,14 @@ class TrainableLinear(nn.Module):
     def pack(self) -> PackedWeight:
         """The packed weight of the current parameters; raises `FormatError` where one left the range of fp16."""
         tensors, stored = self._tensors(), dict(self.packed.tensors)
-        tiles = [{name: t[rows] for name, t in tensors.items()} for rows in _tiles(self.packed.shape, self.device)]
+        tiles = [_rows(tensors, rows) for rows in _tiles(self.packed.shape, self.device)]
         for i, ((prefix, _, segment), view) in enumerate(zip(self.packed.format._parts(), self.views, strict=False)):
             # by the tiles of `dense`: a mean over a row can depend on how many rows are taken at a time
             parts = [view.parts(_below(t, f"views.{i}."), t.get("row"), self.progress) for t in tiles]
             if parts[0]:
                 joined = {name: torch.cat([part[name] for part in parts], dim=-2) for name in parts[0]}
                 stored |= {prefix + suffix: part for suffix, part in segment.encode(**joined).items()}
+        stored |= {f"weight_input{suffix}": part for suffix, part in self.input.parts(_own(self.input)).items()}
         return PackedWeight(self.packed.format, self.packed.shape, stored)
 
     @torch.no_grad()
@@ -198,21 +204,21 @@ class _Tiled(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         dense = torch.empty(shape, dtype=dtype, device=tensors[0].device)
         for rows in _tiles(shape, dense.device):
-            dense[rows] = weight({name: t[rows] for name, t in zip(names, tensors, strict=True)})
+            dense[rows] = weight(_rows(dict(zip(names, tensors, strict=True)), rows))
         return dense
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         trained = [name for name, t in tensors.items() if t.requires_grad]
-        grads = {name: torch.empty_like(tensors[name]) for name in trained}
+        grads = {name: torch.zeros_like(tensors[name]) for name in trained}
         for rows in _tiles(ctx.shape, grad.device):
-            part = {name: t[rows].detach() for name, t in tensors.items()}
+            part = {name: t.detach() for name, t in _rows(tensors, rows).items()}
             leaves = [part[name].requires_grad_() for name in trained]
             with torch.enable_grad():
                 found = torch.autograd.grad(ctx.weight(part), leaves, grad[rows].float())
             for name, g in zip(trained, found, strict=True):
-                grads[name][rows] = g
+                _rows(grads, rows)[name].add_(g)
         return None, None, None, None, *(grads.get(name) for name in ctx.names)
 
 
@@ -221,6 +227,10 @@ def _tiles(shape: tuple[int, int], device: torch.device) -> list[slice]:
     rows, columns = shape
     step = max(1, _TILE // columns) if device.type == "cpu" else rows
     return [slice(row, min(row + step, rows)) for row in range(0, rows, step)]
+
+
+def _rows(tensors: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    return {name: t if name.startswith("input.") else t[rows] for name, t in tensors.items()}
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -252,6 +262,19 @@ class _Round(torch.autograd.Function):
         return grad
 
 
+class _Permute(torch.autograd.Function):
+    """x [rows, columns] with its columns in another order; the gradient is ordered back, indexing would add it up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(1, *ctx.saved_tensors), None, None
+
+
 def _decoded(segment: Segment, parts: Mapping[str, Tensor]) -> Tensor:
     weight = torch.empty(parts[""].shape[-2], segment.columns, device=parts[""].device)
     segment.decode(parts, weight)
@@ -279,6 +302,57 @@ def _learn(module: nn.Module, name: str, value: Tensor | None, train: bool) -> N
         module.register_buffer(name, value)
     else:
         module.register_parameter(name, nn.Parameter(value.clone(memory_format=torch.contiguous_format)))
+
+
+class _InputView(nn.Module):
+    """What the input transform makes of a weight; all rows share its tensors, each None where the transform has no such
+    part: `column` [in] factors as they are stored or trained, `fixed` and `trained` what those are that are not trained
+    and which are, `order` and `inverse` of the columns."""
+
+    def __init__(self, packed: PackedWeight, train: bool) -> None:
+        super().__init__()
+        self.transform = transform = packed.format.transform
+        parts = {s: packed.tensors[f"weight_input{s}"] for s in (transform.tensors(1) if transform else ())}
+        order = transform.order(parts) if "_partition" in parts else None
+        self.register_buffer("order", order)
+        self.register_buffer("inverse", None if order is None else order.argsort())
+        segments = packed.format.segments
+        # Ints beside planes are not trained, so neither are the factors of their columns
+        kind = next((kind for kind in (Planes, Ints) if any(isinstance(s, kind) for s in segments)), ())
+        trained = torch.cat([torch.full((s.columns,), isinstance(s, kind)) for s in segments])
+        column = parts["_scale"].float() if "_scale" in parts else None
+        train = train and column is not None and bool(trained.any())
+        _learn(self, "column", column, train)
+        self.register_buffer("fixed", column if train else None)
+        self.register_buffer("trained", trained.to(column.device) if train else None)
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """A weight [out, in] that multiplies x, in the columns that are stored."""
+        if self.transform is not None and self.transform.hadamard:
+            weight = block_hadamard(weight, self.transform.hadamard)
+        if self.order is not None:
+            weight = weight[:, self.order]
+        if self.column is not None:
+            weight = weight / self.column.detach().where(self.column != 0, 1)
+        return weight
+
+    def weight(self, own: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        """The inverse: some rows of what is stored, as they multiply x."""
+        if "column" in own:
+            weight = weight * self._column(own)
+        if "order" in own:
+            weight = _Permute.apply(weight, own["inverse"], own["order"])
+        if self.transform is not None and self.transform.hadamard:
+            weight = block_hadamard(weight, self.transform.hadamard)
+        return weight
+
+    def _column(self, own: Mapping[str, Tensor]) -> Tensor:
+        column = _Stored.apply(own["column"], None)
+        return torch.where(own["trained"], column, own["fixed"]) if "trained" in own else column
+
+    def parts(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is stored otherwise than before."""
+        return {"_scale": to_scale(self._column(own)).half()} if "trained" in own else {}
 
 
 class _FrozenView(nn.Module):
