@@ -164,14 +164,14 @@ def compress_in_memory(folder: Path, recipe: Recipe) -> dict[str, Tensor]:
         else:
             groups.append([name])
     for names in groups:
-        stats = InputStats(first[names[0]].shape[-1])
+        stats = InputStats(first[names[0]].shape[-1], needs=Need.MAGNITUDES | Need.HESSIAN)
         for x in inputs(names[0])[names[0]]:
             stats.add(x)
         for name in names:
             module, transposed = linears[name], isinstance(linears[name], Conv1D)
             weight = module.weight.T.contiguous() if transposed else module.weight
             method = recipe.method_for(name)
-            found = method.quantize(weight, stats if method.needs is Need.HESSIAN else None)
+            found = method.quantize(weight, stats if method.needs else None)
             packed |= {f"{name}.{part}": t for part, t in found.tensors.items()}
             dense = found.dequantize()
             module.weight.copy_(dense.T if transposed else dense)
@@ -189,6 +189,7 @@ def test_streaming_is_the_method_on_the_whole_model(tmp_path, save_model, recipe
         overrides=[
             {"match": "*up_proj", "solve": {"method": "sign", "bases": 2}},
             {"match": "*.1.*o_proj", "solve": {"method": "rtn", "bits": 3}},
+            {"match": "*.2.*proj", "solve": {"method": "ptq161"}},
         ][: None if model_type != "gpt2" else 0]
     )
     done = compress(str(folder), mixed, tmp_path / "out")
@@ -816,6 +817,35 @@ def test_the_source_cannot_be_the_output(model, recipe):
         with pytest.raises(InputError, match="exists and is no checkpoint of ours"):
             compress(str(model), recipe(), model, restart=restart)
     assert before == {p.name: p.read_bytes() for p in model.iterdir()}
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_the_methods_of_a_group_need_is_gathered(source, recipe, tmp_path, monkeypatch):
+    gathered = []
+
+    class Spy(InputStats):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            gathered.append(self)
+
+    monkeypatch.setattr("ultralowbit.pipeline.InputStats", Spy)
+    overrides = [
+        {"match": "*.q_proj", "solve": {"method": "gptq"}},
+        {"match": "*.down_proj", "solve": {"method": "rtn"}},
+    ]
+    done = compress(str(source), recipe(solve={"method": "ptq161"}, overrides=overrides), tmp_path / "out")
+    assert [stats.needs for stats in gathered] == 3 * [
+        Need.MAGNITUDES | Need.HESSIAN,  # q, k, v
+        Need.MAGNITUDES,  # o
+        Need.MAGNITUDES,  # gate, up
+    ]
+    assert not any(hasattr(stats, "_sum") for stats in gathered if Need.HESSIAN not in stats.needs)
+    known = {name.rpartition(".")[2] for name, layer in done.manifest["layers"].items() if layer["error"] is not None}
+    assert known == {"q_proj", "k_proj", "v_proj"}
+    assert done.fallbacks == {}
+    assert isinstance(ultralowbit.load(tmp_path / "out").model.layers[1].mlp.up_proj, PackedLinear)
 
 
 # --- skip and overrides ----------------------------------------------------------------------------------------------

@@ -21,6 +21,11 @@ SHAPE = Shape(hidden=64, inter=172, heads=4, kv_heads=2, vocab=96)
 RECIPES = {
     "pb_llm": {"solve": {"method": "pb_llm"}},
     "gptq": {"solve": {"method": "gptq", "bits": 2}},
+    "ptq161": {"solve": {"method": "ptq161"}},
+    "ptq161-mixed": {
+        "solve": {"method": "ptq161", "compensation": "gptq"},
+        "overrides": [{"match": "*.o_proj", "solve": {"method": "ptq161"}}],
+    },
     "rtn": {"solve": {"method": "rtn", "bits": 3, "group": None, "symmetric": True}},
     "sign": {"solve": {"method": "sign", "bases": 3, "group": 32, "iterations": 2}},
     "mixed": {
@@ -61,6 +66,7 @@ def test_sizes_are_exact(model, name, tmp_path):
         ({"method": "pb_llm"}, True),
         ({"method": "pb_llm", "selection": "threshold"}, False),
         ({"method": "arb_rc"}, False),
+        ({"method": "ptq161"}, True),
     ],
 )
 def test_sizes_that_depend_on_data_are_said_to(model, tmp_path, solve, exact):
@@ -146,6 +152,13 @@ def test_stages_that_train_are_in_the_estimates(model):
     planned = plan(str(model), Recipe.model_validate(plain.model_dump() | latent), device="cpu")
     weights = sum(math.prod(shape) for shape in SHAPE.linears.values()) * 2
     assert planned.memory["latent weights, gradients and moments"] == 16 * weights
+
+
+def test_magnitudes_take_forward_passes_but_no_hessian(model):
+    planned = plan(str(model), recipe(model, "ptq161"), device="cpu")
+    assert planned.seconds.keys() == {"forward passes", "hashing", "rounding"}
+    assert planned.memory["Hessian and its factor"] == 0
+    assert planned.disk["activation files"] == 2 * 4 * 16 * 64 * 4
 
 
 def test_what_does_not_fit_is_said(model):

@@ -149,6 +149,20 @@ def test_the_factor_inverts_the_damped_hessian(features, act_order, device):
     assert stats.notes == []
 
 
+@pytest.mark.parametrize("act_order", [False, True], ids=["left-to-right", "act-order"])
+def test_marked_columns_follow_all_others(act_order):
+    stats = gathered(tokens(60, 20), [])
+    last = torch.arange(20) % 3 == 0
+    factor = stats.factor(0.01, act_order, last)
+    before = stats.factor(0.01, True).order if act_order else torch.arange(20)
+    assert factor.order.tolist() == [j for j in before if not last[j]] + [j for j in before if last[j]]
+    H = (stats.hessian.double() + 0.01 * stats.hessian.diagonal().mean() * torch.eye(20))[factor.order][:, factor.order]
+    U = factor.U.double()
+    torch.testing.assert_close(U @ H @ U.T, torch.eye(20).double(), rtol=0, atol=1e-4)
+    assert stats.factor(0.01, act_order, last.clone()) is factor
+    assert stats.factor(0.01, act_order, ~last) is not factor
+
+
 def test_a_factor_is_computed_once_until_more_tokens_come():
     stats = gathered(tokens(20, 6), [])
     first = stats.factor(0.01)

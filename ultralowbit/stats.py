@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Flag, auto
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class InputStats:
     needs: Need = Need.HESSIAN
     count: int = 0
     notes: list[str] = field(default_factory=list)
-    _factors: dict[tuple[float, bool], Factor] = field(default_factory=dict, repr=False)
+    _factors: dict[Any, Factor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if Need.MAGNITUDES in self.needs:
@@ -121,22 +122,23 @@ class InputStats:
         clipped = self._largest * (norms[-1:] / norms.clamp_min(torch.finfo(norms.dtype).tiny))
         return self._sum + clipped.T @ clipped
 
-    def factor(self, damp: float, act_order: bool = False) -> Factor:
+    def factor(self, damp: float, act_order: bool = False, last: Tensor | None = None) -> Factor:
         """The factor of the damped inverse Hessian, kept for the other Linears of this input.
 
         damp is relative to mean(diag H) and grows tenfold while the Cholesky factorisation fails; `notes` then says
-        so. act_order sorts the columns by falling diag H. Raises `SingularHessian` past damp 10.
+        so. act_order sorts the columns by falling diag H; those that last [in] bool marks then follow all others.
+        Raises `SingularHessian` past damp 10.
         """
-        key = (damp, act_order)
+        key = (damp, act_order, None if last is None else tuple(last.tolist()))
         if key not in self._factors:
-            self._factors[key] = self._factorise(damp, act_order)
+            self._factors[key] = self._factorise(damp, act_order, last)
         return self._factors[key]
 
     def forget_factors(self) -> None:
         """Let the next `factor` be computed again."""
         self._factors.clear()
 
-    def _factorise(self, damp: float, act_order: bool) -> Factor:
+    def _factorise(self, damp: float, act_order: bool, last: Tensor | None) -> Factor:
         # fp64: at 1-2 bits the small eigenvalues decide where the error goes
         H = self.hessian.double()
         diag = H.diagonal()
@@ -147,6 +149,9 @@ class InputStats:
             self.notes.append(f"{int(dead.sum())} of {self.features} input channels are zero on all calibration text")
             diag[dead] = diag.mean() if not dead.all() else 1.0
         order = diag.argsort(descending=True, stable=True) if act_order else None
+        if last is not None:
+            order = torch.arange(self.features, device=H.device) if order is None else order
+            order = order[last[order].to(torch.uint8).argsort(stable=True)]
         if order is not None:
             H = H[order][:, order]
         del diag  # a view: it would keep the unflipped H

@@ -15,6 +15,7 @@ from ultralowbit.methods.billm import BiLLM
 from ultralowbit.methods.db_llm import DBLLM
 from ultralowbit.methods.gptq import GPTQ
 from ultralowbit.methods.pb_llm import PBLLM
+from ultralowbit.methods.ptq161 import PTQ161
 from ultralowbit.methods.rtn import RTN
 from ultralowbit.methods.sign import Sign
 from ultralowbit.stats import InputStats, SingularHessian
@@ -38,6 +39,8 @@ ALL = {
     "db-llm-row-free": DBLLM(group=None, iterations=10),
     "db-llm-g32-gptq": DBLLM(group=32, iterations=10, compensation="gptq"),
     "sign-2-refined": Sign(bases=2, group=64, refine=2),
+    "ptq161": PTQ161(),
+    "ptq161-mean-gptq": PTQ161(ratio=0.3, score="mean", compensation="gptq"),
     "billm": BiLLM(),
     "billm-b32-exact": BiLLM(block=32, compensation="exact"),
     "arb-rc": ARBRC(),
@@ -181,7 +184,7 @@ def test_a_hessian_of_low_rank_is_damped(method, layer):
 def test_a_hessian_that_cannot_be_used_is_refused(method, layer):
     if method.needs is Need.NOTHING:
         pytest.skip("uses no statistics")
-    stats = InputStats(8)
+    stats = InputStats(8, needs=method.needs)
     stats.add(torch.full((5, 8), float("nan")))
     with pytest.raises(SingularHessian, match="not finite"):
         method.quantize(layer(3, 8).weight, stats)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ultralowbit.format import unpack_fields
-from ultralowbit.methods.pb_llm import PBLLM, _PartlyBinary
+from ultralowbit.methods.pb_llm import PBLLM, _SomeSalient
 from ultralowbit.methods.rtn import RTN
 
 
@@ -114,14 +114,14 @@ def test_binary_means_leave_the_salient_weights_out(layer):
 def test_the_packed_weight_is_what_compensation_saw(layer, monkeypatch, selection):
     """Every value that `round` returned, in its place, is what the bytes mean."""
     seen = {}
-    original = _PartlyBinary.round
+    original = _SomeSalient.round
 
     def spy(self, g, weight, first=0):
         codes, values = original(self, g, weight, first)
         seen[first] = values.clone()
         return codes, values
 
-    monkeypatch.setattr(_PartlyBinary, "round", spy)
+    monkeypatch.setattr(_SomeSalient, "round", spy)
     problem = layer(11, 70, seed=4)
     found = solved(PBLLM(selection=selection, group=32), problem.weight, problem.stats)
     assert torch.equal(found, torch.stack([seen[j] for j in range(70)], 1))

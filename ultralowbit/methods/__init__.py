@@ -6,6 +6,7 @@ from ultralowbit.methods.billm import BiLLM
 from ultralowbit.methods.db_llm import DBLLM
 from ultralowbit.methods.gptq import GPTQ
 from ultralowbit.methods.pb_llm import PBLLM
+from ultralowbit.methods.ptq161 import PTQ161
 from ultralowbit.methods.rtn import RTN
 from ultralowbit.methods.sign import Sign
 
@@ -14,6 +15,7 @@ METHODS: dict[str, type[Method]] = {
     "gptq": GPTQ,
     "sign": Sign,
     "pb_llm": PBLLM,
+    "ptq161": PTQ161,
     "billm": BiLLM,
     "arb_rc": ARBRC,
     "db_llm": DBLLM,

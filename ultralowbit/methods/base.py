@@ -213,6 +213,38 @@ class SignRounding:
         return PackedWeight.encode(Format((self.segment,)), {"bits": bits, "scale": self.scale.permute(1, 2, 0)})
 
 
+class PartlyBinary:
+    """Salient weights as integers of `bits` bits between the ends of their whole row; the others of a group at their
+    mean -+ their mean distance from it. salient: [out, in], or [1, in] where all rows have the same.
+
+    A subclass says how the codes are packed; a code of a weight that is not salient is its sign, 0 or 1.
+    """
+
+    def __init__(self, weight: Tensor, salient: Tensor, bits: int, group: int | None) -> None:
+        (out, columns), device = weight.shape, weight.device
+        self.group = group
+        self.low = ~salient.T.contiguous()  # [in, out or 1]
+        self.high = IntRounding(out, columns, bits, None, False, False, device)
+        self.high.fit(0, weight.T, None)
+        groups = group_count(columns, group)
+        self.mean = torch.zeros(groups, out, device=device)
+        self.scale = torch.zeros(groups, out, device=device)
+
+    def fit(self, g: int, weight: Tensor, importance: Tensor | None) -> None:
+        start = g * (self.group or 0)
+        low = self.low[start : start + len(weight)]  # [columns, out or 1]
+        count = low.sum(0).clamp_min(1)
+        self.mean[g] = mean = to_scale((weight * low).sum(0) / count)
+        self.scale[g] = to_scale(((weight - mean).abs_() * low).sum(0) / count)
+
+    def round(self, g: int, weight: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        mean, scale = self.mean[g], self.scale[g]
+        low = self.low[first] if weight.dim() == 1 else self.low[first : first + len(weight)]
+        bits = weight >= mean
+        codes, values = self.high.round(0, weight)
+        return torch.where(low, bits, codes), torch.where(low, torch.where(bits, scale, -scale) + mean, values)
+
+
 def round_to_nearest(weight: Tensor, rounding: Rounding) -> PackedWeight:
     """Each group of weight [out, in] on its own, no compensation between columns."""
     columns = weight.T.contiguous()  # [in, out]

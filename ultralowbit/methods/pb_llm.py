@@ -27,8 +27,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ultralowbit.format import Bitmap, Format, Overlay, PackedWeight, Planes, group_count, to_scale
-from ultralowbit.methods.base import IntRounding, Need, compensate, fields, round_to_nearest
+from ultralowbit.format import Bitmap, Format, Overlay, PackedWeight, Planes
+from ultralowbit.methods.base import Need, PartlyBinary, compensate, fields, round_to_nearest
 from ultralowbit.stats import Factor, InputStats
 
 BLOCK = 256
@@ -70,7 +70,7 @@ class PBLLM:
         factor = None if stats is None else stats.factor(self.damp)
         salient = self._salient(weight, factor)
         count = int(salient.sum(1).max()) if self.selection == "threshold" else round(self.ratio * BLOCK)
-        rounding = _PartlyBinary(weight, salient, self._format(weight.shape[1], count))
+        rounding = _SomeSalient(weight, salient, self._format(weight.shape[1], count))
         if factor is None or self.compensation == "none":
             return round_to_nearest(weight, rounding)
         return compensate(weight, rounding, factor)
@@ -105,32 +105,12 @@ class PBLLM:
         return salient
 
 
-class _PartlyBinary:
-    """Salient weights at 8 bits between the ends of their row; the others of a group at their mean -+ a distance."""
+class _SomeSalient(PartlyBinary):
+    """Any weights may be salient: those of an overlay over one plane."""
 
     def __init__(self, weight: Tensor, salient: Tensor, format: Format) -> None:
-        (out, columns), device = weight.shape, weight.device
-        self.format, self.group = format, format.segments[0].group
-        self.low = ~salient.T.contiguous()  # [in, out]
-        self.high = IntRounding(out, columns, 8, None, False, False, device)
-        self.high.fit(0, weight.T, None)
-        groups = group_count(columns, self.group)
-        self.mean = torch.zeros(groups, out, device=device)
-        self.scale = torch.zeros(groups, out, device=device)
-
-    def fit(self, g: int, weight: Tensor, importance: Tensor | None) -> None:
-        start = g * (self.group or 0)
-        low = self.low[start : start + len(weight)]  # [columns, out]
-        count = low.sum(0).clamp_min(1)
-        self.mean[g] = mean = to_scale((weight * low).sum(0) / count)
-        self.scale[g] = to_scale(((weight - mean).abs_() * low).sum(0) / count)
-
-    def round(self, g: int, weight: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
-        mean, scale = self.mean[g], self.scale[g]
-        low = self.low[first] if weight.dim() == 1 else self.low[first : first + len(weight)]
-        bits = weight >= mean
-        codes, values = self.high.round(0, weight)
-        return torch.where(low, bits, codes), torch.where(low, torch.where(bits, scale, -scale) + mean, values)
+        super().__init__(weight, salient, 8, format.segments[0].group)
+        self.format = format
 
     def pack(self, codes: Tensor) -> PackedWeight:
         low = self.low.T
