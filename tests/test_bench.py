@@ -9,17 +9,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ultralowbit.bench import (
+    TUNED,
     Shape,
     forget_peak_memory,
     packing_bench,
     peak_memory,
     pipeline_bench,
     solve_bench,
+    tune_bench,
     unavoidable,
     write_model,
     write_text,
 )
-from ultralowbit.text import read_text
+from ultralowbit.text import InputError, read_text
 
 TINY = Shape(hidden=64, inter=172, heads=4, kv_heads=2, vocab=96)
 
@@ -80,3 +82,19 @@ def test_packing_and_bare_products():
     assert torch.get_num_threads() == threads
     assert torch.equal(state, torch.random.get_rng_state())
     assert peak_memory() > 1e8
+
+
+def test_tune_bench(tmp_path):
+    said, state = [], torch.random.get_rng_state()
+    rows = tune_bench(16, 2, 2, TINY, json_file=tmp_path / "bench.json", say=said.append)
+    assert [row["what"] for row in rows] == list(TUNED) and len(said) == 1 + len(TUNED)
+    for row in rows:
+        assert row["seconds"] > 0 and row["plain"] > 0 and row["ratio"] > 0
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"] == rows
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_shapes_have_whole_heads():
+    assert Shape.wide(2048) == Shape() and Shape.wide(64).linears["mlp.down_proj"] == (64, 176)
+    with pytest.raises(InputError, match=r"200 wide .* multiple of 64"):
+        Shape.wide(200)

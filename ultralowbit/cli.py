@@ -30,7 +30,7 @@ import ultralowbit
 from ultralowbit import compare as comparisons
 from ultralowbit import evaluation
 from ultralowbit import report as reports
-from ultralowbit.bench import SOLVED, Shape, pipeline_bench, solve_bench
+from ultralowbit.bench import SOLVED, Shape, pipeline_bench, solve_bench, tune_bench
 from ultralowbit.checkpoint import DiskFull
 from ultralowbit.console import Watch, err, out
 from ultralowbit.demo import run as demos
@@ -657,8 +657,25 @@ def bench_solve(
 
     [bold]ultralowbit bench solve --recipe gptq-2bit --recipe sign-2 --hidden 512[/]
     """
-    shape = Shape(hidden=hidden, inter=hidden * 11 // 4, heads=hidden // 64, kv_heads=max(1, hidden // 512))
-    solve_bench(recipes, shape, json_file=json_file, say=lambda line: out.print(line, markup=False))
+    solve_bench(recipes, Shape.wide(hidden), json_file=json_file, say=lambda line: out.print(line, markup=False))
+
+
+@bench_app.command("tune")
+def bench_tune(
+    length: Annotated[int, typer.Option(min=2, help="tokens in a window")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="windows in a step")] = 2,
+    repeat: Annotated[int, typer.Option(min=1, help="steps that are timed, of each")] = 5,
+    hidden: Annotated[int, typer.Option(min=64, help="of the block; its MLP is 2.75 times as wide")] = 2048,
+    device: DeviceOption = "cpu",
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the results here too")] = None,
+) -> None:
+    """Time of a step of block-wise tuning, as a multiple of the block's own forward and backward pass.
+
+    [bold]ultralowbit bench tune --hidden 512 --length 2048 --batch 1[/]
+    """
+    tune_bench(
+        length, batch, repeat, Shape.wide(hidden), device, json_file, say=lambda line: out.print(line, markup=False)
+    )
 
 
 @recipes_app.command("list")
