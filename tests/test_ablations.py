@@ -1,0 +1,87 @@
+"""What papers claim of their parts, in the direction claimed, on the embedded model; `README.md` has the numbers.
+
+Each claim is asked of the packed model: perplexity on text that is not the calibration's, mean over seeds of the
+calibration's windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ultralowbit
+from ultralowbit.demo.run import CHECKPOINT
+from ultralowbit.eval.perplexity import perplexity, token_stream
+from ultralowbit.hub import open_tokenizer
+from ultralowbit.pipeline import compress
+from ultralowbit.recipe import Recipe
+from ultralowbit.text import read_text
+
+SEEDS = (0, 1)
+CALIBRATION = {"source": "python-docs", "samples": 24, "length": 128}
+PTQ161 = {"method": "ptq161"}
+TUNE = {
+    "objective": {"kind": "mse_nlc"},
+    "training": {"lr": {"scale": 5e-4, "row": 1e-3, "column": 1e-3}, "epochs": 4, "batch": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> Callable[..., float]:
+    """measured(solve=..., stage=...) compresses the embedded model for each seed and is the mean perplexity."""
+    tokens = token_stream(open_tokenizer(CHECKPOINT), read_text("python-docs", "test").text)[:4096]
+    known: dict[str, float] = {}
+
+    def one(recipe: Recipe) -> float:
+        folder: Path = tmp_path_factory.mktemp("run") / "out"
+        compress(str(CHECKPOINT), recipe, folder, device="cpu")
+        return perplexity(ultralowbit.load(folder, dtype=torch.float32).dequantize(), tokens, context=256).perplexity
+
+    def of(**stages: Any) -> float:
+        key = str(stages)
+        if key not in known:
+            recipes = [
+                Recipe.model_validate({"name": "ablation", "calibration": CALIBRATION | {"seed": seed}, **stages})
+                for seed in SEEDS
+            ]
+            known[key] = sum(map(one, recipes)) / len(recipes)
+        return known[key]
+
+    return of
+
+
+def test_ptq161_mask(measured):
+    """Salient channels kept at 4 bits against none."""
+    assert measured(solve=PTQ161) < 0.8 * measured(solve=PTQ161 | {"ratio": 0.0})
+
+
+def test_ptq161_learned_scales(measured):
+    """Scales learned block by block against the analytic ones."""
+    assert measured(solve=PTQ161, tune=TUNE) < 0.9 * measured(solve=PTQ161)
+
+
+def test_ptq161_preprocessing(measured):
+    """A restorative LoRA before the quantization against none."""
+    prepare = {"rank": 16, "training": {"lr": {"adapter": 1e-3}, "epochs": 8, "batch": 8}}
+    assert measured(prepare=prepare, solve=PTQ161) < 0.9 * measured(solve=PTQ161)
+
+
+def test_db_llm_free_scales(measured):
+    """Two free scales for each group against those tied as on the 2-bit grid, before any training."""
+    assert measured(solve={"method": "db_llm", "iterations": 15}) < measured(solve={"method": "db_llm"})
+
+
+def test_db_llm_distillation(measured):
+    """Deviation-aware distillation against none."""
+    stage = {"objective": {"kind": "dad"}, "training": {"lr": {"scale": 1e-3}, "epochs": 3, "batch": 4}}
+    solve = {"method": "db_llm"}
+    assert measured(solve=solve, distill=stage) < 0.9 * measured(solve=solve)
+
+
+def test_refinement(measured):
+    """Signs and scales refined after GPTQ against GPTQ alone, at one plane."""
+    assert measured(solve={"method": "sign", "refine": 3}) < 0.9 * measured(solve={"method": "sign"})
