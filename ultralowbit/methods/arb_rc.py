@@ -60,10 +60,10 @@ class ARBRC:
             sparse[:, salient] = beyond_break(kept)
         groups = (~sparse, sparse)
         single = [_Term(others, zone[:, ~salient]) for zone in groups]
-        for _ in range(self.iterations):
-            for term in single:
-                term.refine(others)
         for term in single:
+            for _ in range(self.iterations):
+                if not term.refine(others):
+                    break
             term.store(others)
 
         zones = [zone[:, salient] for zone in (groups if self.cgb else groups[:1])]
@@ -71,9 +71,10 @@ class ARBRC:
         second = [_Term(kept - term.value, zone) for term, zone in zip(first, zones, strict=True)]
         for a, b in zip(first, second, strict=True):
             for _ in range(self.iterations):
-                a.refine(kept - b.value)
+                moved = a.refine(kept - b.value)
                 b.sign = _sign(kept - a.value)
-                b.refine(kept - a.value)
+                if not (b.refine(kept - a.value) or moved):
+                    break
             a.store(kept - b.value)
             b.sign = _sign(kept - a.value)
             b.store(kept - a.value)
@@ -107,10 +108,14 @@ class _Term:
     def value(self) -> Tensor:
         return self.row[:, None] * self.column * self.sign * self.zone
 
-    def refine(self, target: Tensor) -> None:
-        size = target * self.sign * self.zone
-        self.row = _ratio(size @ self.column, self.zone @ self.column.square())
+    def refine(self, target: Tensor) -> bool:
+        """One alternation; whether it moved a scale by more than fp16 can tell."""
+        size, row, column = target * self.sign * self.zone, self.row, self.column
+        self.row = _ratio(size @ column, self.zone @ column.square())
         self.column = _ratio(self.row @ size, self.row.square() @ self.zone)
+        return any(
+            ((new - old).abs() > 2**-12 * old.abs()).any() for new, old in ((self.row, row), (self.column, column))
+        )
 
     def store(self, target: Tensor) -> None:
         """Round the scales to those that are stored."""

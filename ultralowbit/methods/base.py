@@ -160,14 +160,15 @@ class SignRounding:
         if self.bases == 1:
             return scale
         codes, error = self._assess(scale, weight, h)
+        rows = torch.arange(weight.shape[1], device=weight.device)  # that got better: the others would only do so again
         for _ in range(self.iterations):
             tried = to_scale(self._least_squares(codes, weight, h))
-            tried_codes, tried_error = self._assess(tried, weight, h)
-            better = tried_error < error  # [out]
-            if not better.any():
+            codes, tried_error = self._assess(tried, weight, h)
+            better = tried_error < error
+            rows, codes, error, weight = rows[better], codes[:, better], tried_error[better], weight[:, better]
+            if not len(rows):
                 break
-            scale = torch.where(better, tried, scale)
-            codes, error = torch.where(better, tried_codes, codes), torch.where(better, tried_error, error)
+            scale[:, rows] = tried[:, better]
         return scale
 
     def _plane(self, codes: Tensor, p: int) -> Tensor:

@@ -15,8 +15,9 @@ of the paper are the signs and the residuals.
 
 Differences from the published code: it chooses c and p by the errors on s, here it is W as in the paper, and binarises
 all columns twice while it searches c; it keeps the two mu of a salient row apart, only their sum matters; quantiles
-here are elements of |w|, not between them. E is the paper's and the code's, which leaves the block's own columns out:
-`compensation: exact` is E = (W - Q) U_bb^-1, what column after column would have come to.
+here are elements of |w|, not between them; of more than 512 rows a sample chooses c and p. E is the paper's and the
+code's, which leaves the block's own columns out: `compensation: exact` is E = (W - Q) U_bb^-1, what column after column
+would have come to.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from ultralowbit.stats import Factor, InputStats
 
 MOST_SALIENT = 49
 QUANTILES = tuple(q / 100 for q in range(10, 91))
+SEARCH_ROWS = 256
+"""About so many rows choose c and p, which are the same for all of them."""
 
 
 @fields
@@ -131,10 +134,15 @@ def _explained(weight: Tensor, zone: Tensor) -> Tensor:
     return ((mean.square() + distance.square()) * zone.sum(-1)).sum(dtype=torch.float64)
 
 
+def _sample(weight: Tensor) -> Tensor:
+    """Some rows of weight [out, columns], evenly spread: what is searched is one number for all of them."""
+    return weight[:: max(1, len(weight) // SEARCH_ROWS)]
+
+
 def salient_columns(weight: Tensor, pivots: Tensor) -> Tensor:
     """[columns] bool."""
     order = (weight / pivots).square_().sum(0).argsort(descending=True, stable=True)
-    best, chosen = -1.0, None
+    best, chosen, weight = -1.0, None, _sample(weight)
     for count in range(1, min(MOST_SALIENT, len(order)) + 1):
         salient = torch.zeros_like(pivots, dtype=torch.bool).index_fill_(0, order[:count], True)
         explained = (_explained(weight, salient) + _explained(weight, ~salient)).item()
@@ -145,12 +153,14 @@ def salient_columns(weight: Tensor, pivots: Tensor) -> Tensor:
 
 def beyond_break(weight: Tensor) -> Tensor:
     """|w| >= p [out, columns], with the best p."""
-    size = weight.abs()
+    sample = _sample(weight)
+    size = sample.abs()
     ordered = size.flatten().sort().values
-    best, chosen = -1.0, torch.zeros_like(size, dtype=torch.bool)
+    best, p = -1.0, torch.inf
     for q in QUANTILES if len(ordered) else ():
-        sparse = size >= ordered[round(q * (len(ordered) - 1))]
-        explained = (_explained(weight, sparse) + _explained(weight, ~sparse)).item()
+        tried = ordered[round(q * (len(ordered) - 1))]
+        sparse = size >= tried
+        explained = (_explained(sample, sparse) + _explained(sample, ~sparse)).item()
         if explained > best:
-            best, chosen = explained, sparse
-    return chosen
+            best, p = explained, tried
+    return weight.abs() >= p

@@ -8,7 +8,7 @@ which is the nearest of the four levels a_2 < 0 < a_1 + a_2 < a_1. It starts fro
 a_2 = -s: the levels -s, 0, s, 2 s. The paper then trains the scales, end to end and with a frozen teacher, by its
 deviation-aware distillation (the recipe's `distill` stage, `tune/objectives.py`).
 
-Where the paper is silent or differs: the authors published no code. s is the one of 40 shares of max |w| / 2 that
+Where the paper is silent or differs: the authors published no code. s is the share of max |w| / 2, to a fortieth, that
 leaves the least sum h (w - q)^2 (h from the Hessian where there is compensation, else 1), not all of it, which is far
 too large. A group whose longer tail is the negative one takes the mirrored grid. `iterations` of alternating least
 squares free the scales before any training, and `compensation` makes up for the error of each column in the later ones
@@ -27,7 +27,8 @@ from ultralowbit.format import Format, PackedWeight, Planes, to_scale
 from ultralowbit.methods.base import MIN_SCALE, Need, SignRounding, compensate, fields, round_to_nearest
 from ultralowbit.stats import InputStats
 
-_STEPS = 40
+_COARSE, _FINE = 8, 4
+"""Steps of the grid that are tried evenly, and then on each side of the best one."""
 
 
 @fields
@@ -66,15 +67,25 @@ class DualRounding(SignRounding):
         return ((codes >> p) & 1).float()
 
     def _start(self, weight: Tensor, h: Tensor) -> Tensor:
-        largest = weight.abs().amax(0)  # [out]
-        best = torch.full_like(largest, torch.inf)
+        half = weight.abs().amax(0) / 2  # [out]
+        best = torch.full_like(half, torch.inf)
         found = weight.new_zeros(2, weight.shape[1])
-        for i in range(1, _STEPS + 1):
-            s = to_scale(largest * (i / (2 * _STEPS))).clamp_min_(MIN_SCALE)
-            for scale in (torch.stack([2 * s, -s]), torch.stack([-2 * s, s])):
-                error = self._assess(scale, weight, h)[1]
-                better = error < best
-                best, found = torch.where(better, error, best), torch.where(better, scale, found)
+
+        def attempt(s: Tensor, sign: Tensor | int) -> None:
+            nonlocal best, found
+            s = to_scale(s).clamp_min_(MIN_SCALE) * sign
+            scale = torch.stack([2 * s, -s])
+            error = self._assess(scale, weight, h)[1]
+            better = error < best
+            best, found = torch.where(better, error, best), torch.where(better, scale, found)
+
+        for i in range(1, _COARSE + 1):
+            for sign in (1, -1):
+                attempt(half * (i / _COARSE), sign)
+        middle, sign = found[1].abs(), found[0].sign()
+        for i in range(1, _FINE + 1):
+            for side in (1, -1):
+                attempt(middle + side * i / (_FINE + 1) * half / _COARSE, sign)
         return found
 
     def _ordered(self, scale: Tensor) -> Tensor:
