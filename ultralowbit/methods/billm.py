@@ -15,7 +15,7 @@ of the paper are the signs and the residuals.
 
 Differences from the published code: it chooses c and p by the errors on s, here it is W as in the paper, and binarises
 all columns twice while it searches c; it keeps the two mu of a salient row apart, only their sum matters; quantiles
-here are elements of |w|, not between them; of more than 512 rows a sample chooses c and p. E is the paper's and the
+here are elements of |w|, not between them; of more than 256 rows a sample chooses c and p. E is the paper's and the
 code's, which leaves the block's own columns out: `compensation: exact` is E = (W - Q) U_bb^-1, what column after column
 would have come to.
 """
@@ -35,7 +35,7 @@ from ultralowbit.stats import Factor, InputStats
 
 MOST_SALIENT = 49
 QUANTILES = tuple(q / 100 for q in range(10, 91))
-SEARCH_ROWS = 256
+SEARCH_ROWS = 128
 """About so many rows choose c and p, which are the same for all of them."""
 
 
