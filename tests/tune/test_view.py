@@ -18,6 +18,8 @@ from ultralowbit.methods.pb_llm import PBLLM
 from ultralowbit.methods.sign import Sign
 from ultralowbit.text import InputError
 from ultralowbit.tune.estimators import STE, BiPer, Clip, ReSTE
+from ultralowbit.tune.loop import TrainSpec, fit
+from ultralowbit.tune.objectives import MSE
 from ultralowbit.tune.view import KINDS, TrainableLinear, parameter_groups, set_progress
 
 
@@ -114,7 +116,7 @@ def formats(draw) -> Format:
 # --- values ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     formats(),
     st.integers(1, 4),
@@ -177,6 +179,22 @@ def test_training_a_latent_weight_starts_from_the_packed_one(method, weight):
         with torch.no_grad():
             weight = view.dense()
         assert weight.isfinite().all()
+
+
+@pytest.mark.parametrize("group", [None, 16])
+def test_planes_in_any_order_become_serial(group):
+    """A refined weight can have its larger scale in the second plane, or a negative one."""
+    generator = torch.Generator().manual_seed(0)
+    segment, groups = Planes(50, 2, group), 1 if group is None else 4
+    scale = (0.05 * torch.randn(2, 6, groups, generator=generator)).half().float()
+    bits = torch.randint(2, (2, 6, 50), generator=generator).bool()
+    packed = PackedWeight.encode(Format((segment,)), {"bits": bits, "scale": scale})
+    view = TrainableLinear(packed, {"latent", "scale"}, latent=0.02 * normal(6, 50))
+    assert torch.equal(view.dense(), packed.dequantize())
+    first, second = view.views[0].scale.detach().unbind(1)
+    assert (first >= second).all() and (second >= 0).all()
+    disturb(view)
+    agrees(view)
 
 
 def dual(weight: Tensor, group: int | None = None, mirror: bool = False) -> PackedWeight:
@@ -539,6 +557,28 @@ def tuned(method, train: set[str], lr: float, steps: int = 100, **options) -> tu
 def test_training_lowers_the_error_of_the_packed_block(method, train, lr, gain):
     before, after = tuned(method, train, lr)
     assert after < gain * before
+
+
+def test_the_loop_fits_what_is_packed(tmp_path):
+    """A block of views through `fit`: the objective it reports is that of the packed block, to the last digit."""
+    teacher, student, x = block()
+    for i in (0, 2):
+        packed = Sign(bases=2).quantize(teacher[i].weight, None)
+        student[i] = TrainableLinear(packed, {"scale", "latent"}, latent=teacher[i].weight, bias=teacher[i].bias)
+    target = teacher(x)
+
+    def loss(rows: list[int]) -> Tensor:
+        return MSE()(student(x[rows]), target[rows])
+
+    spec = TrainSpec(lr={"scale": 3e-4, "latent": 3e-4}, epochs=10, batch=32, clip_norm=None)
+    found = fit(
+        parameter_groups(student), loss, spec, 192, lambda: loss(list(range(192, 256))).item(),
+        state=tmp_path / "state", on_progress=lambda share: set_progress(student, share),
+    )  # fmt: skip
+    assert found.accepted and found.after < 0.8 * found.before
+    weights = [student[i].pack().dequantize() for i in (0, 2)]
+    hidden = F.gelu(F.linear(x[192:], weights[0], teacher[0].bias))
+    assert F.mse_loss(F.linear(hidden, weights[1], teacher[2].bias), target[192:]).item() == found.after
 
 
 @pytest.mark.parametrize("estimator", [STE(), Clip(), ReSTE(), BiPer()], ids=str)

@@ -48,7 +48,8 @@ class TrainableLinear(nn.Module):
     train: some of `KINDS`; what the format has none of is passed over.
     latent [out, in]: the original weight. Two 0/1 planes follow it also where "latent" is not trained; -1/+1 planes and
         Ints use it only where it is. A weight whose own code is not the packed one (the method has made up for the
-        errors of other columns) starts at its packed value instead: training starts from `packed`.
+        errors of other columns) starts at its packed value instead: training starts from `packed`, unless it has three
+        or more planes with levels that no serial code reaches.
     bias [out]: added as it is, not trained.
     scales: "free" trains them; "analytic" takes mean |w - c| of a group's binarised latent weights at every step,
         without a gradient (PB-LLM). That is for -1/+1 planes with a trained latent weight.
@@ -79,8 +80,9 @@ class TrainableLinear(nn.Module):
         self.bias = None if bias is None else bias.detach()
         self._overlay()
         self.input = _InputView(packed, "column" in train)
-        latent = None if latent is None else self.input.stored(latent.detach().float())
         planes = any(isinstance(segment, Planes) for segment in format.segments)
+        follows = "latent" in train or any(_is_dual(segment) for segment in format.segments)
+        latent = self.input.stored(latent.detach().float()) if latent is not None and follows else None
         self.views = nn.ModuleList()
         for (prefix, first, segment), _ in zip(format._parts(), format.segments, strict=False):
             parts = {suffix: packed.tensors[prefix + suffix] for suffix in segment.tensors(self.out_features)}
@@ -443,7 +445,7 @@ class _FollowingView(_PlanesView):
         self.register_buffer("keep", None if keep is None else _grouped(keep.to(torch.uint8), segment.group))
 
     def _follow(self, latent: Tensor, parts: Mapping[str, Tensor], train: bool) -> None:
-        """Take the latent weight in the place of the fixed bits, which it is changed to have."""
+        """Take the latent weight in the place of the fixed bits, changed where those are not its own."""
         packed, self.bits = self.bits.unbind(1), None
         bits, _ = self._derive({**_own(self), "latent": latent}, self._hard)
         differs = torch.stack([a != b for a, b in zip(bits, packed, strict=True)]).any(0)
@@ -493,8 +495,6 @@ class _SignsView(_FollowingView):
     ) -> None:
         super().__init__(segment, parts, {*train} - {"scale"} if analytic else train, keep, estimator)
         self.analytic = False  # which bits the packed scales give is what counts at first
-        self._follow(latent, parts, True)
-        self.analytic = analytic
         units: list[Tensor] = []
 
         def measure(p: int, x: Tensor) -> Tensor:
@@ -502,8 +502,20 @@ class _SignsView(_FollowingView):
             return self._hard(p, x)
 
         with torch.no_grad():
+            self._order()
+            self._follow(latent, parts, True)
+            self.analytic = analytic
             self._derive(_own(self), measure)
         self.register_buffer("units", torch.stack(units, dim=1)[..., None])
+
+    def _order(self) -> None:
+        """Make the scales positive and falling from plane to plane, without another meaning: a plane has what the ones
+        before it leave."""
+        negative = (self.scale < 0)[..., None]
+        self.bits = self.bits * torch.where(negative, -1, 1).to(torch.int8)
+        scale, order = self.scale.abs().sort(dim=1, descending=True, stable=True)
+        self.scale.copy_(scale)
+        self.bits = self.bits.gather(1, order[..., None].expand_as(self.bits))
 
     def _unit(self, own: Mapping[str, Tensor], p: int) -> Tensor:
         return own["units"][:, p]
@@ -564,6 +576,10 @@ class _DualView(_FollowingView):
         return [b1, H(1, a1 * b1 + a2 / 2 - w)], own["scale"].unbind(1)
 
 
+def _is_dual(segment: Segment) -> bool:
+    return isinstance(segment, Planes) and segment.alphabet == "01" and segment.planes == 2
+
+
 def _planes_view(
     segment: Planes,
     parts: Mapping[str, Tensor],
@@ -578,7 +594,7 @@ def _planes_view(
         raise InputError(f"analytic scales need -1/+1 planes with a trained latent weight, found {segment.summary}")
     if signs:
         return _SignsView(segment, parts, train, latent, keep, estimator, scales == "analytic")
-    if latent is not None and segment.alphabet == "01" and segment.planes == 2:
+    if latent is not None and _is_dual(segment):
         return _DualView(segment, parts, train, latent, keep, estimator)
     return _PlanesView(segment, parts, train)
 
