@@ -5,7 +5,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCES = [f"kernels/cpu/{name}.cpp" for name in ("avx2", "avx512", "native", "neon", "portable")]
+SOURCES = [f"kernels/cpu/{name}.cpp" for name in ("avx2", "avx512", "native", "neon", "neon_dotprod", "portable")]
 HEADERS = [f"kernels/cpu/{name}.h" for name in ("kernel", "native")]
 
 root = Path(__file__).parent

@@ -161,10 +161,9 @@ def _plan(format: Format) -> tuple[_Plan, bool] | None:
         direct &= group >= 16 or group_count(segment.columns, group) == 1  # each smaller group is a pass of its own
         column += segment.columns
     if (overlay := format.overlay) is not None:
-        fixed = isinstance(overlay, Overlay)
         index, mask = names.get("weight_overlay_index", -1), names.get("weight_overlay_mask", -1)
         values, scale, zero = (names[f"weight_overlay_{part}"] for part in ("value", "scale", "zero"))
-        size = (overlay.count, overlay.block) if fixed else (0, 0)
+        size = (overlay.count, overlay.block) if isinstance(overlay, Overlay) else (overlay.capacity, 0)
         overlays.append(_Overlay(index, mask, values, scale, zero, *size))
     transform = format.transform
     plan = _Plan(

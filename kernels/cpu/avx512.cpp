@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #if defined(__clang__)
@@ -41,22 +42,26 @@ struct Avx512 {
   template <bool Bytes>
   static void transpose(const uint16_t* words, int64_t stride, I to[16]) {
     I r[16], t[16];
+#pragma GCC unroll 16
     for (int i = 0; i < 16; i++) {
       r[i] = _mm512_loadu_si512(words + i * stride);
       if (Bytes)
         r[i] = _mm512_shuffle_epi8(
             r[i], _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)));
     }
+#pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
       t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
       t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 16; i += 4) {
       r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
       r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
       r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
       r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
     }
+#pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {  // 128-bit lanes of rows 0-3, 4-7, 8-11, 12-15
       const I low = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x44), low2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x44);
       const I high = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xEE), high2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xEE);

@@ -9,6 +9,10 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 #if !defined(__GNUC__)
 #error "the CPU kernels need GCC or Clang"
@@ -44,7 +48,7 @@ const Isa* const kIsas[] = {  // best first
 #if defined(__x86_64__)
     &kAvx512, &kAvx2,
 #elif defined(__aarch64__)
-    &kNeon,
+    &kNeonDotprod, &kNeon,
 #endif
     &kPortable};
 
@@ -56,8 +60,10 @@ bool runs_here(const Isa* isa) {
            __builtin_cpu_supports("avx512vnni");
   if (isa == &kAvx2)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#elif defined(__aarch64__) && defined(__linux__)
+  if (isa == &kNeonDotprod) return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #endif
-  return true;
+  return true;  // every 64-bit ARM of Apple has dot products
 }
 
 // Runs job(i) for i in [0, count). Threads take the next i when they are free; what each i computes does not depend on
@@ -162,8 +168,8 @@ int ultralowbit_product(int64_t isa_index, const Plan* plan, void* const* tensor
                   reinterpret_cast<float*>(memory + sums_at[i]) + token * groups_of(plan->table[i]));
   };
   parallel(tokens, threads, prepare);
-  const Job job{plan, tensors, out, tokens, bool(int8), layouts.data(), passes.data(), sums.data(), y, dtype};
   const int64_t chunk = std::min(kRows, ceil_div(ceil_div(out, threads), 16) * 16);
+  const Job job{plan, tensors, out, tokens, chunk * threads, bool(int8), layouts.data(), passes.data(), sums.data(), y, dtype};
   std::atomic<bool> failed{false};
   auto product = [&](int64_t i) {
     try {

@@ -27,7 +27,8 @@ struct Offset {
   int64_t values, scale, table, width, middle;
 };
 
-// Single weights of a row in the place of the others: by index in blocks, or where mask words have bits.
+// Single weights of a row in the place of the others: `count` by index in each block, or at most `count` in all, where
+// mask words have bits.
 struct Overlay {
   int64_t index, mask, values, scale, zero, count, block;
 };
@@ -76,7 +77,7 @@ struct alignas(64) Int8Pass {
 struct Job {
   const Plan* plan;
   void* const* tensors;
-  int64_t out, tokens;
+  int64_t out, tokens, ahead;      // rows to where a thread's next words may be
   bool int8;
   const Layout* layouts;
   const char* const* passes;       // of each table: [passes, tokens], Int8Pass or kExactPass bytes
@@ -97,6 +98,6 @@ struct Isa {
   void (*decode)(const Plan&, void* const* tensors, int64_t out, int64_t row, float* scratch, int64_t dtype, void* to);
 };
 
-extern const Isa kPortable, kAvx2, kAvx512, kNeon;
+extern const Isa kPortable, kAvx2, kAvx512, kNeon, kNeonDotprod;
 
 }  // namespace ultralowbit

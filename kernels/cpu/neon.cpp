@@ -1,8 +1,16 @@
-// NEON, which every 64-bit ARM has: 4 rows at a time.
+// NEON, which every 64-bit ARM has: 4 rows at a time. Compiled again by neon_dotprod.cpp, with products of bytes.
 #include "native.h"
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#if defined(DOTPROD) && defined(__clang__)
+#pragma clang attribute push(__attribute__((target("arch=armv8.2-a+dotprod"))), apply_to = function)
+#elif defined(DOTPROD)
+#pragma GCC target("arch=armv8.2-a+dotprod")
+#endif
 #include "kernel.h"
 
 namespace ultralowbit {
@@ -73,7 +81,7 @@ struct Neon {
   }
   static I dot4(I sum, I field, int8x16_t x) {
     const int8x16_t bytes = vreinterpretq_s8_s32(field);
-#if defined(__ARM_FEATURE_DOTPROD)
+#if defined(DOTPROD)
     return vdotq_s32(sum, bytes, x);
 #else
     const int16x8_t low = vmull_s8(vget_low_s8(bytes), vget_low_s8(x)), high = vmull_high_s8(bytes, x);
@@ -95,7 +103,14 @@ struct Neon {
 
 }  // namespace
 
+#if defined(DOTPROD)
+const Isa kNeonDotprod = isa<Neon>("neon-dotprod");
+#else
 const Isa kNeon = isa<Neon>("neon");
+#endif
 
 }  // namespace ultralowbit
+#if defined(DOTPROD) && defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

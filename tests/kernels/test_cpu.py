@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
+import struct
+import subprocess
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -258,6 +261,46 @@ def test_zeros_and_columns_beyond_the_end(isa):
     x = torch.zeros(1, 1100)
     assert torch.equal(cpu.exact_matmul(x, packed.tensors, packed.format), torch.zeros(1, 20))
     assert torch.equal(cpu.int8_matmul(x, packed.tensors, packed.format), torch.zeros(1, 20))
+
+
+ARM = {"compiler": "aarch64-linux-gnu-g++", "emulator": "qemu-aarch64"}
+
+
+@pytest.fixture(scope="module")
+def arm_program(tmp_path_factory) -> Path:
+    """The kernels for 64-bit ARM, in a program that reads a product and writes its result."""
+    if not ISAS or not all(map(shutil.which, ARM.values())):
+        pytest.skip("needs a compiler for ARM and an emulator: apt install g++-aarch64-linux-gnu qemu-user")
+    sources, program = Path(cpu.__file__).parent, tmp_path_factory.mktemp("arm") / "product"
+    files = [*sources.glob("*.cpp"), Path(__file__).with_name("product_main.cpp")]
+    options = ["-O1", "-std=c++17", "-static", "-pthread", "-w", "-ffp-contract=off", '-DSOURCES=""', f"-I{sources}"]
+    subprocess.run([ARM["compiler"], *options, *map(str, files), "-o", str(program)], check=True)
+    return program
+
+
+@pytest.mark.parametrize("index, name", [(0, "neon-dotprod"), (1, "neon")], ids=str)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_on_arm(arm_program, index, name, kind, monkeypatch):
+    def call(function, tensors, format, x, dtype, tokens, y, int8):
+        plan, size = cpu._plan(format)[0], 2 if dtype else 4
+        out, data = tensors["weight"].shape[-2], ctypes.string_at(x, tokens * format.in_features * size)
+        parts = [struct.pack("7q", index, len(tensors), out, dtype, tokens, int8, len(data)), bytes(plan)]
+        counts = {"table": plan.tables, "stream": plan.streams, "offset": plan.offsets}
+        parts += [bytes(getattr(plan, part)[i]) for part, count in counts.items() for i in range(count)]
+        for tensor in tensors.values():
+            stored = ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+            parts += [struct.pack("q", len(stored)), stored]
+        command = [ARM["emulator"], "-cpu", "max", str(arm_program)]
+        done = subprocess.run(command, input=b"".join([*parts, data]), capture_output=True, check=True)
+        assert done.stderr.decode() == name
+        ctypes.memmove(y, done.stdout, tokens * out * size)
+
+    monkeypatch.setattr(cpu, "_call", call)
+    packed = random_weight(FORMATS[kind], 21)
+    dtype = list(UNIT)[list(FORMATS).index(kind) % len(UNIT)]
+    x = torch.randn(3, 1100, generator=generator(1)).to(dtype)
+    assert_exact(packed, x)
+    assert_int8(packed, x)
 
 
 OVERLAYS = {
