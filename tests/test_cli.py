@@ -259,6 +259,7 @@ def test_inspect_verify_eval_generate(run, model, text, tmp_path):
     for folder in ("p", model):
         greedy = run("generate", folder, "w1 w2 w3", "--max-new-tokens", "5")
         assert greedy.exit_code == 0 and len(greedy.stdout) > len("w1 w2 w3 \n"), greedy.output
+    assert run("generate", "p", "w1 w2 w3", "--max-new-tokens", "5", "--int8").exit_code == 0
     sampled = ["generate", "p", "w1", "--max-new-tokens", "8", "--temperature", "2", "--seed"]
     assert run(*sampled, "1").stdout == run(*sampled, "1").stdout != run(*sampled, "2").stdout
     assert torch.equal(state, torch.random.get_rng_state())

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCa
 import ultralowbit
 from ultralowbit.format import FormatError, Ints, PackedWeight, Planes
 from ultralowbit.hf import CheckpointError, UltraLowBitConfig, pack_model
+from ultralowbit.kernels import cpu
 from ultralowbit.kernels.packed_matmul import packed_matmul
 from ultralowbit.linear import PackedLinear
 from ultralowbit.methods.gptq import GPTQ
@@ -584,6 +585,17 @@ def test_a_packed_linear_takes_only_weights_of_its_own_format():
         PackedLinear.replacing(torch.nn.Linear(41, 6), packed.format)
     assert isinstance(packed, PackedWeight)
     assert {type(s) for s in packed.format.segments} <= {Planes, Ints}
+
+
+def test_activations_of_8_bits_only_where_they_are_asked_for(llama):
+    exact, rounded = ultralowbit.load(llama), ultralowbit.load(llama, activations="int8")
+    assert not any(m.int8 for m in exact.modules() if isinstance(m, PackedLinear))
+    assert all(m.int8 for m in rounded.modules() if isinstance(m, PackedLinear))
+    assert "format=40x2sign/row, int8=True)" in repr(rounded)
+    difference = (logits(rounded) - logits(exact)).abs().max() / logits(exact).abs().max()
+    assert 0 < difference < 0.1 if cpu.instruction_sets() else difference == 0
+    with pytest.raises(ValueError, match="activations is 'int4', expected 'exact' or 'int8'"):
+        ultralowbit.load(llama, activations="int4")
 
 
 def test_a_packed_linear_says_what_it_is(llama):

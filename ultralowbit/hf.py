@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -210,13 +210,16 @@ def pack_model(
     return model
 
 
-def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+def load(path: str | Path, activations: Literal["exact", "int8"] = "exact", **kwargs: Any) -> PreTrainedModel:
     """Load a packed checkpoint, from a folder or the hub, ready to run.
 
-    kwargs go to `AutoModelForCausalLM.from_pretrained` (`device_map`, `dtype`, `attn_implementation`, ...); the dtype
-    is the one that config.json names unless given. Raises `CheckpointError` or `FormatError`, naming what is missing,
-    truncated, of the wrong shape or from a newer release; never returns a model with a weight that was not loaded.
+    activations: "int8" lets packed Linears round their inputs to 8 bits where that is faster (on a CPU). kwargs go to
+    `AutoModelForCausalLM.from_pretrained` (`device_map`, `dtype`, `attn_implementation`, ...); the dtype is the one that
+    config.json names unless given. Raises `CheckpointError` or `FormatError`, naming what is missing, truncated, of the
+    wrong shape or from a newer release; never returns a model with a weight that was not loaded.
     """
+    if activations not in ("exact", "int8"):
+        raise ValueError(f"activations is {activations!r}, expected 'exact' or 'int8'")
     folder = Path(path)
     if folder.exists():
         try:
@@ -230,7 +233,11 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
                 f"{folder} is not a packed checkpoint (its quant_method is {method!r}): make one with "
                 f"`ultralowbit compress {folder} --recipe NAME --out DIR`"
             )
-    return AutoModelForCausalLM.from_pretrained(path, **{"dtype": "auto", **kwargs}).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, **{"dtype": "auto", **kwargs}).eval()
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.int8 = activations == "int8"
+    return model
 
 
 __all__ = ["CheckpointError", "FormatError", "UltraLowBitConfig", "UltraLowBitQuantizer", "load", "pack_model"]

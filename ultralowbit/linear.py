@@ -24,8 +24,11 @@ class PackedLinear(nn.Module):
     """y = x @ decode(packed).T + bias, for x [..., in] and y [..., out].
 
     Its state holds the packed tensors under their own names (`weight`, `weight_scale`, ...) and `bias` if there is one.
-    `transposed` remembers that the module stands for a Conv1D, whose dense weight is [in, out].
+    `transposed` remembers that the module stands for a Conv1D, whose dense weight is [in, out]. With `int8`, x may be
+    rounded to 8 bits for the sake of speed; `kernel_for` says whether it is.
     """
+
+    int8 = False
 
     def __init__(
         self, out_features: int, in_features: int, format: Format, bias: nn.Parameter | None, transposed: bool = False
@@ -54,7 +57,7 @@ class PackedLinear(nn.Module):
             setattr(self, name, tensor)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = packed_matmul(x, [getattr(self, name) for name in self._names], self._layout)
+        y = packed_matmul(x, [getattr(self, name) for name in self._names], self._layout, self.int8)
         return y if self.bias is None else y + self.bias
 
     def dense(self, dtype: torch.dtype) -> nn.Module:
@@ -72,7 +75,8 @@ class PackedLinear(nn.Module):
         return module
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format.summary}"
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, format={self.format.summary}{', int8=True' if self.int8 else ''}"
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self._names}
