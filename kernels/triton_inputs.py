@@ -1,4 +1,7 @@
-"""The inputs of packed matrices, as their kernel takes them.
+"""The inputs of packed matrices: in the order and basis of their columns, and as their kernel takes them.
+
+`transform` does what `InputTransform` says in one launch; where the Hadamard blocks are not all of one size, in one for
+each size.
 
 `prologue` cuts the columns of a `Matrix` into its blocks. In each block of a token
 
@@ -11,13 +14,55 @@ group in it, zero outside the group.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ultralowbit.format import LANES
+from ultralowbit.format import LANES, Format
+from ultralowbit.kernels.triton_dequantize import field, words_of
 from ultralowbit.kernels.triton_fields import Matrix
-from ultralowbit.kernels.triton_launch import tl, triton
+from ultralowbit.kernels.triton_launch import Launch, cdiv, tl, triton
+
+PIECE = 1024
+"""Channels that one program transforms, at least."""
+
+
+@triton.jit
+def _sums_and_differences(v, half: tl.constexpr, size: tl.constexpr):
+    a, b = tl.split(tl.permute(tl.reshape(v, [size // half // 2, 2, half]), [0, 2, 1]))
+    return tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [size])
+
+
+@triton.jit
+def transform(
+    x, out, marks, scale,
+    token_stride, column_stride, start, stop, columns, first_columns, full, lanes,
+    rounds: tl.constexpr, root: tl.constexpr, has_marks: tl.constexpr, has_scale: tl.constexpr, size: tl.constexpr,
+):  # fmt: skip
+    """out [tokens, columns] = T(x) of the channels from start to stop, in Hadamard blocks of 2^rounds. Grid (pieces of
+    `size`, a multiple of that, tokens)."""
+    token = tl.program_id(1)
+    k = start + tl.program_id(0) * size + tl.arange(0, size)
+    v = tl.load(x + token.to(tl.int64) * token_stride + k * column_stride, mask=k < stop, other=0.0).to(tl.float32)
+    for i in tl.static_range(rounds):
+        v = _sums_and_differences(v, 1 << i, size)
+    if rounds:
+        v *= root
+    place = k
+    if has_marks:
+        before = 0
+        here = start + tl.program_id(0) * size
+        for i in range(0, here, 1024):
+            j = i + tl.arange(0, 1024)[None, :]
+            before += tl.sum(field(marks, 0, j, j < here, full, lanes, 1))
+        marked = tl.reshape(field(marks, 0, k[None, :], k[None, :] < stop, full, lanes, 1), [size])
+        rank = before + tl.cumsum(marked, axis=0) - marked  # of the marked channels
+        place = tl.where(marked > 0, rank, first_columns + k - rank)
+    if has_scale:
+        v *= tl.load(scale + place, mask=k < stop, other=0.0).to(tl.float32)
+    tl.store(out + token.to(tl.int64) * columns + place, v.to(out.dtype.element_ty), mask=k < stop)
 
 
 @triton.jit
@@ -58,6 +103,33 @@ def prologue(
         tl.store(units + line, e)
         v = (v - kept) * 2048.0
         e *= 1.0 / 2048.0
+
+
+def transformed(
+    x: Tensor, tensors: Mapping[str, Tensor], format: Format, dtype: torch.dtype
+) -> tuple[list[Launch], Tensor]:
+    """The launches that transform x [tokens, in], and T(x) in `dtype` that they leave; of a format without a transform
+    none, and x. The reference is `Format.transformed`."""
+    steps, columns = format.transform, format.in_features
+    if steps is None:
+        return [], x
+    out = x.new_empty(len(x), columns, dtype=dtype)
+    marks, scale = tensors.get("weight_input_partition", out), tensors.get("weight_input_scale", out)
+    launches, start = [], 0
+    while start < columns:
+        block = min(steps.hadamard or 1, 1 << (columns - start).bit_length() - 1)
+        stop, size = columns - (columns - start) % block, max(block, PIECE)
+        args = (
+            x, out, marks, scale, *x.stride(), start, stop, columns, format.segments[0].columns, *words_of(columns, 1),
+        )  # fmt: skip
+        constants = {
+            "rounds": block.bit_length() - 1, "root": block**-0.5, "has_marks": steps.partition,
+            "has_scale": steps.column_scale, "size": size,
+        }  # fmt: skip
+        grid = cdiv(stop - start, size), len(x)
+        launches.append(Launch(transform, grid, args, constants, warps=min(16, max(1, size // 256))))
+        start = stop
+    return launches, out
 
 
 def prologue_ref(x: Tensor, matrix: Matrix, digits: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Which Triton kernels multiply by a format on a GPU, and with which tiles.
 
 Up to `gemv_tokens` and `gemm_tokens` tokens fields are multiplied as they are stored (`gemv`, `gemm`: the same kernels
-with tiles of 8 and of 16 tokens), where the format is a sum of `matrices`. More tokens, and what else there is, are
-left to the reference.
+with tiles of 8 and of 16 tokens), where the format is a sum of `matrices`. For more tokens, and for all other formats,
+the weight is written out and multiplied by cuBLAS (`dequantized`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,22 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ultralowbit.format import Format, PackedWeight, Planes
+from ultralowbit.format import Format, Overlay, PackedWeight, Planes
+from ultralowbit.kernels.triton_dequantize import dequantize, words_of
 from ultralowbit.kernels.triton_fields import Matrix, matrices, multiply, reduce
-from ultralowbit.kernels.triton_inputs import prologue
+from ultralowbit.kernels.triton_inputs import prologue, transformed
 from ultralowbit.kernels.triton_launch import Launch, cdiv, run
+from ultralowbit.kernels.triton_overlay import correct
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 REDUCE_ROWS = 256
+OVERLAY_ROWS, OVERLAY_SPLITS = 128, 8
+DENSE_WEIGHTS = 1 << 26
+"""Weights that are written out at a time: 128 MiB in 16 bits."""
+LARGEST_HADAMARD = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -68,37 +75,59 @@ def read_tuning(name: str, processors: int) -> Tuning:
 
 def choose(format: Format, device: torch.device, dtype: torch.dtype, tokens: int) -> Callable[..., Tensor] | None:
     """The `packed_matmul.Chooser` of CUDA devices."""
-    if dtype not in DTYPES or not has_tensor_cores(device):
+    hadamard = format.transform and format.transform.hadamard
+    if dtype not in DTYPES or not has_tensor_cores(device) or (hadamard or 0) > LARGEST_HADAMARD:
         return None
     tuning = tuning_of(device)
-    if tokens > tuning.gemm_tokens or not is_product(format):
-        return None
-    return gemv if tokens <= tuning.gemv_tokens else gemm
+    if matrices(format) is None or tokens > tuning.gemm_tokens:
+        return dequantized
+    if tokens <= tuning.gemv_tokens and (format.overlay is None or lies_on_planes(format)):
+        return gemv
+    return gemm if format.overlay is None else dequantized
 
 
 @lru_cache
 def has_tensor_cores(device: torch.device) -> bool:
-    """Of NVIDIA's, from Ampere on: the kernels are written in their assembly."""
+    """NVIDIA's, from Ampere on: the kernels are written for their assembly."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def is_product(format: Format) -> bool:
-    return format.overlay is None and format.transform is None and matrices(format) is not None
+def lies_on_planes(format: Format) -> bool:
+    """Whether the overlay is one that a kernel corrects the product of the segments for."""
+    return isinstance(format.overlay, Overlay) and [type(part) for part in format.segments] == [Planes]
 
 
 def gemv(x: Tensor, tensors: Mapping[str, Tensor], format: Format) -> Tensor:
-    """For a tile of 8 tokens: bound by reading and unpacking the fields."""
+    """For one tile of tokens: bound by reading and unpacking the fields."""
     return _run_product(x, tensors, format)
 
 
 def gemm(x: Tensor, tensors: Mapping[str, Tensor], format: Format) -> Tensor:
-    """For some tiles of 16 tokens, each of which unpacks the fields again: bound by the tensor cores."""
+    """For some tiles of tokens, each of which unpacks the fields again: bound by the tensor cores."""
     return _run_product(x, tensors, format)
 
 
 def _run_product(x: Tensor, tensors: Mapping[str, Tensor], format: Format) -> Tensor:
     launches, y = product(x, tensors, format, tuning_of(x.device), subnormals_are_exact(x.device))
     run(launches, x.device)
+    return y
+
+
+def dequantized(x: Tensor, tensors: Mapping[str, Tensor], format: Format) -> Tensor:
+    """For many tokens and for every format: rows of the weight, at most `DENSE_WEIGHTS` weights at a time, are written
+    out in x's dtype and multiplied by cuBLAS."""
+    launches, x = transformed(x, tensors, format, x.dtype)
+    run(launches, x.device)
+    out_rows = tensors["weight"].shape[-2]
+    step = min(out_rows, max(1, DENSE_WEIGHTS // format.in_features))
+    weight = x.new_empty(step, format.in_features)
+    y = x.new_empty(len(x), out_rows)
+    for row in range(0, out_rows, step):
+        rows = weight[: out_rows - row]
+        run(list(dequantize(tensors, format, row, rows)), x.device)
+        if step == out_rows:
+            return F.linear(x, rows)
+        y[:, row : row + step] = F.linear(x, rows)
     return y
 
 
@@ -141,23 +170,27 @@ def product(
     out_rows, tokens = tensors["weight"].shape[-2], len(x)
     digits = 2 if x.dtype == torch.float32 else 1
     y = x.new_empty(tokens, out_rows)
+    launches, x = transformed(x, tensors, format, torch.float32)
     found = matrices(format)
     lines = digits * tokens
     size, tile = tuning.tile(lines)
-    tiles = cdiv(lines, size), cdiv(out_rows, tile.rows)
-    wanted = tuning.programs * tuning.processors
-    splits = [max(1, min(m.blocks, cdiv(wanted, tiles[0] * tiles[1] * m.planes * len(found)))) for m in found]
-    parts = [m.planes * s for m, s in zip(found, splits, strict=True)]
+    programs = cdiv(lines, size) * cdiv(out_rows, tile.rows) * sum(m.planes for m in found)
+    splits = cdiv(tuning.programs * tuning.processors, programs)
+    parts = [m.planes * min(m.blocks, splits) for m in found]
+    if format.overlay is not None:
+        parts.append(OVERLAY_SPLITS)
     partial = x.new_empty(sum(parts), lines, out_rows, dtype=torch.float32)
-    launches = []
-    for matrix, split, out in zip(found, splits, partial.split(parts), strict=True):
+    partials = partial.split(parts)
+    for matrix, out in zip(found, partials, strict=False):
         x16 = x.new_empty(lines, matrix.blocks * matrix.block, dtype=torch.float16)
         sums = x.new_empty(lines, matrix.blocks * matrix.groups_in_block, dtype=torch.float32)
         units = x.new_empty(lines, matrix.blocks, dtype=torch.float32)
         launches += [
             _prologue(x, x16, sums, units, matrix, digits),
-            _multiply(x16, sums, units, tensors, out, matrix, split, size, tile, subnormal),
+            _multiply(x16, sums, units, tensors, out, matrix, size, tile, subnormal),
         ]
+    if format.overlay is not None:
+        launches.append(_correct(x, tensors, partials[-1], format))
     grid = cdiv(out_rows, REDUCE_ROWS), tokens
     constants = {"digits": digits, "BN": REDUCE_ROWS}
     return [*launches, Launch(reduce, grid, (partial, y, len(partial), tokens, out_rows), constants)], y
@@ -173,8 +206,8 @@ def _prologue(x: Tensor, x16: Tensor, sums: Tensor, units: Tensor, matrix: Matri
 
 
 def _multiply(
-    x16: Tensor, sums: Tensor, units: Tensor, tensors: Mapping[str, Tensor], partial: Tensor, matrix: Matrix,
-    splits: int, size: int, tile: Tile, subnormal: bool,
+    x16: Tensor, sums: Tensor, units: Tensor, tensors: Mapping[str, Tensor], partial: Tensor, matrix: Matrix, size: int,
+    tile: Tile, subnormal: bool,
 ) -> Launch:  # fmt: skip
     words, scale = tensors[matrix.prefix], tensors[f"{matrix.prefix}_scale"]
     zero = tensors[f"{matrix.prefix}_zero"] if matrix.zero_width else scale
@@ -185,7 +218,7 @@ def _multiply(
     args = (
         x16, sums, units, words[..., matrix.start :], scale, zero, offset, partial, lines, out_rows, matrix.planes,
         out_rows * matrix.stride, stride, matrix.blocks, matrix.full, lanes, matrix.groups, matrix.blocks_in_group,
-        splits,
+        len(partial) // matrix.planes,
     )  # fmt: skip
     row_scale = matrix.groups == 1
     constants = {
@@ -196,3 +229,22 @@ def _multiply(
     }  # fmt: skip
     grid = cdiv(lines, size), cdiv(out_rows, tile.rows), len(partial)
     return Launch(multiply, grid, args, constants, tile.warps, tile.stages)
+
+
+def _correct(x: Tensor, tensors: Mapping[str, Tensor], partial: Tensor, format: Format) -> Launch:
+    (part,), overlay = format.segments, format.overlay
+    words, scale = tensors["weight"], tensors["weight_scale"]
+    stored = [tensors[f"weight_overlay_{name}"] for name in ("index", "value", "scale", "zero")]
+    entries, out_rows = stored[0].shape
+    splits, lines, _ = partial.shape
+    size = min(8, 1 << (lines - 1).bit_length())
+    args = (
+        x, *stored, words, scale, tensors.get("weight_offset", scale), partial, len(x), lines, *x.stride(), out_rows,
+        entries, overlay.count, overlay.block, *words_of(part.columns, 1), words.shape[-1], scale.shape[1],
+        part.group or part.columns, splits,
+    )  # fmt: skip
+    constants = {
+        "planes": part.planes, "sign": part.alphabet == "pm1", "has_offset": part.offset, "BM": size,
+        "BN": OVERLAY_ROWS,
+    }  # fmt: skip
+    return Launch(correct, (cdiv(lines, size), cdiv(out_rows, OVERLAY_ROWS), splits), args, constants)

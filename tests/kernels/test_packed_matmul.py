@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
 
-from ultralowbit.format import Format, Ints, PackedWeight, Planes
+from ultralowbit.format import Bitmap, Format, InputTransform, Ints, Overlay, PackedWeight, Planes, Zones
 from ultralowbit.kernels import packed_matmul as op
 from ultralowbit.kernels.packed_matmul import kernel_for, packed_matmul, packed_matmul_ref
 
@@ -57,3 +58,53 @@ def test_the_chooser_is_told_what_there_is(monkeypatch):
     multiply(torch.zeros(2, 3, 63, dtype=torch.bfloat16), packed)
     assert seen == [(FORMAT, torch.device("cpu"), torch.bfloat16, 6)]
     assert kernel_for(FORMAT, "meta") is packed_matmul_ref
+
+
+PLANES = Format((Planes(512, 2, 128),))
+ON_CUDA = [
+    (PLANES, torch.bfloat16, 1, "gemv"),
+    (PLANES, torch.float32, 8, "gemv"),
+    (PLANES, torch.float16, 9, "gemm"),
+    (PLANES, torch.float16, 64, "gemm"),
+    (PLANES, torch.float16, 65, "dequantized"),
+    (PLANES, torch.float64, 1, "packed_matmul_ref"),
+    (FORMAT, torch.bfloat16, 1, "gemv"),
+    (Format((Planes(512, 1),), None, InputTransform(512, partition=True, hadamard=32768)), torch.bfloat16, 1, "gemv"),
+    (Format((Planes(512, 1),), None, InputTransform(512, hadamard=65536)), torch.bfloat16, 1, "packed_matmul_ref"),
+    (Format((Planes(512, 1),), Overlay(512, 8)), torch.bfloat16, 8, "gemv"),
+    (Format((Planes(512, 1),), Overlay(512, 8)), torch.bfloat16, 9, "dequantized"),
+    (Format((Ints(512, 4),), Overlay(512, 8)), torch.bfloat16, 1, "dequantized"),
+    (Format((Planes(512, 1),), Bitmap(512, 8, 0.01)), torch.bfloat16, 1, "dequantized"),
+    (Format((Planes(512, 1, 96),)), torch.bfloat16, 1, "dequantized"),
+    (Format((Zones(512, 8),)), torch.bfloat16, 1, "dequantized"),
+]
+
+
+@pytest.mark.parametrize(("format", "dtype", "tokens", "name"), ON_CUDA, ids=lambda v: getattr(v, "summary", str(v)))
+def test_the_path_on_cuda(monkeypatch, format, dtype, tokens, name):
+    triton_matmul = pytest.importorskip("ultralowbit.kernels.triton_matmul")
+    monkeypatch.setattr(triton_matmul, "has_tensor_cores", lambda device: True)
+    monkeypatch.setattr(triton_matmul, "tuning_of", lambda device: triton_matmul.read_tuning("", 132))
+    assert kernel_for(format, "cuda", dtype, tokens).__name__ == name
+
+
+def test_old_gpus_have_the_reference(monkeypatch):
+    triton_matmul = pytest.importorskip("ultralowbit.kernels.triton_matmul")
+    monkeypatch.setattr(triton_matmul, "has_tensor_cores", lambda device: False)
+    assert kernel_for(PLANES, "cuda") is packed_matmul_ref
+
+
+def test_without_triton_there_is_the_reference(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ultralowbit.kernels.triton_matmul", None)
+    op._triton.cache_clear()
+    try:
+        assert kernel_for(PLANES, "cuda") is packed_matmul_ref
+    finally:
+        op._triton.cache_clear()
+
+
+def test_tuning_is_by_name_with_the_rest_from_the_default():
+    triton_matmul = pytest.importorskip("ultralowbit.kernels.triton_matmul")
+    tuning = triton_matmul.read_tuning("no such GPU", 7)
+    assert tuning.processors == 7 and tuning.gemv_tokens <= max(tuning.tiles)
+    assert [tuning.tile(n)[0] for n in (1, 8, 9, 16, 17)] == [8, 8, 16, 16, 16]

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ultralowbit.format import Format, Ints, Planes
+from ultralowbit.format import Bitmap, Format, InputTransform, Ints, Overlay, Planes, Zones
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET"):
@@ -27,9 +27,10 @@ if os.environ.get("TRITON_INTERPRET"):
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from ultralowbit.kernels.triton_fields import multiply  # noqa: E402
+from ultralowbit.kernels.triton_dequantize import dequantize  # noqa: E402
+from ultralowbit.kernels.triton_fields import matrices, multiply  # noqa: E402
 from ultralowbit.kernels.triton_launch import Launch  # noqa: E402
-from ultralowbit.kernels.triton_matmul import product, read_tuning  # noqa: E402
+from ultralowbit.kernels.triton_matmul import lies_on_planes, product, read_tuning  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
@@ -144,3 +145,36 @@ def test_fields(code, segment, tokens, capability):
     print(f"sm_{capability} {segment.summary} M{tokens}: {each:.3f} a bit, {found.registers} registers")
     names = Counter(name.partition(".")[0] for name, _ in found.loop).most_common(8)
     assert each <= BUDGET[segment, tokens], f"{each:.3f} instructions a packed bit: {names}"
+
+
+TRANSFORM = InputTransform(11008, partition=True, column_scale=True, hadamard=4096)
+OTHERS = [
+    Format((Planes(11008, 2, 128, offset=True),), Overlay(11008, 26), TRANSFORM),
+    Format((Ints(4096, 3, 128),), Bitmap(4096, 600, 0.1)),
+    Format((Zones(4096, 200, third=True, column_scale=True, offset=True),)),
+]
+
+
+def launches_of(format: Format) -> list[Launch]:
+    """All but the products of fields."""
+    x, tensors = torch.empty(1, format.in_features, dtype=torch.bfloat16, device="meta"), stored(format, 4096)
+    weight = torch.empty(4096, format.in_features, dtype=torch.bfloat16, device="meta")
+    found = list(dequantize(tensors, format, 0, weight))
+    if matrices(format) is not None and (format.overlay is None or lies_on_planes(format)):
+        found += product(x, tensors, format, read_tuning("", 132))[0]
+    return list({launch.kernel: launch for launch in found if launch.kernel is not multiply}.values())
+
+
+@pytest.mark.parametrize("capability", SHARED, ids=lambda c: f"sm_{c}")
+@pytest.mark.parametrize("format", OTHERS, ids=lambda f: f.kinds)
+def test_other_kernels_keep_to_registers(code, format, capability):
+    found = {launch.kernel.__name__: code(launch, capability) for launch in launches_of(format)}
+    print(f"sm_{capability}", {name: f"{each.registers} registers" for name, each in found.items()})
+    assert len(found) >= format.kinds.count("+") + 1
+    for name, each in found.items():
+        assert each.stack == 0, name
+        assert each.shared <= SHARED[capability], name
+        if name in ("planes", "ints", "zones"):
+            assert any(re.match(r"STG\S*\.128", operation) for operation, _ in each.instructions), (
+                f"{name} stores narrow"
+            )
