@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ultralowbit.checkpoint import Activations
-from ultralowbit.eval.perplexity import CHUNK, Bos, Perplexity, cut, dtype_of, forward, from_losses, window_losses
+from ultralowbit.eval.perplexity import Bos, Perplexity, chunk_rows, cut, dtype_of, forward, from_losses, window_losses
 from ultralowbit.text import InputError
 
 
@@ -69,8 +69,12 @@ def divergence(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """
     log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
     prob = log_p.exp()
-    kl = (prob * (log_p - log_q)).masked_fill_(prob == 0, 0).sum(-1).clamp_(min=0)  # rounding can take it below
-    kl[log_q.isnan().any(-1)] = torch.nan  # not only where p is 0
+    kl = torch.linalg.vecdot(prob, log_p - log_q)
+    odd = kl.isnan()
+    if odd.any():  # 0 times infinity, unless q is nan
+        terms = (prob[odd] * (log_p[odd] - log_q[odd])).masked_fill_(prob[odd] == 0, 0)
+        kl[odd] = torch.where(log_q[odd].isnan().any(-1), torch.nan, terms.sum(-1))
+    kl.clamp_(min=0)  # rounding can take it below
     return kl, (p.argmax(-1) == q.argmax(-1)) & ~kl.isnan()
 
 
@@ -130,7 +134,7 @@ class _Seen:
                 f"the models' vocabularies differ ({p.shape[-1]} and {q.shape[-1]} tokens), so their predictions "
                 "cannot be compared: give the original that the model was made from"
             )
-        rows = max(1, CHUNK // p.shape[-1])
+        rows = chunk_rows(q)
         for a, b in zip(p, q, strict=True):
             for pair in zip(a[:-1].split(rows), b[:-1].split(rows), strict=True):
                 kl, same = divergence(pair[0].to(b.device), pair[1])

@@ -17,7 +17,8 @@ from ultralowbit.text import InputError, token_sha256
 Bos = Literal["none", "text"]
 
 _BATCH_TOKENS = 2048
-CHUNK = 1 << 24  # logits upcast at a time: 64 MB in fp32
+_CHUNK = 1 << 20  # logits upcast at a time: larger fp32 buffers come as fresh pages, which cost more than the work
+_CHUNK_ELSEWHERE = 1 << 24  # on a device where each chunk costs a launch and a wait
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,16 @@ def forward(model: nn.Module, windows: Tensor, batch_size: int | None = None) ->
     training = model.training
     model.eval()
     try:
-        for batch in windows.split(batch_size or max(1, _BATCH_TOKENS // context)):
+        for batch in windows.split(batch_size or batch_windows(context)):
             batch = batch.to(device)
             yield batch, model(batch, use_cache=False).logits
     finally:
         model.train(training)
+
+
+def batch_windows(context: int) -> int:
+    """Windows in a batch unless it is said."""
+    return max(1, _BATCH_TOKENS // context)
 
 
 def window_losses(logits: Tensor, ids: Tensor) -> list[float]:
@@ -169,9 +175,14 @@ def dtype_of(model: nn.Module, logits: Tensor) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), logits.dtype)
 
 
+def chunk_rows(logits: Tensor) -> int:
+    """How many rows of logits [..., vocab] to work on at a time."""
+    return max(1, (_CHUNK if logits.device.type == "cpu" else _CHUNK_ELSEWHERE) // logits.shape[-1])
+
+
 def _loss(logits: Tensor, ids: Tensor) -> float:
     """Summed loss, in nats, of one window: logits [context, vocab], ids [context]."""
-    rows = max(1, CHUNK // logits.shape[-1])
+    rows = chunk_rows(logits)
     pairs = zip(logits[:-1].split(rows), ids[1:].split(rows), strict=True)
     return sum(F.cross_entropy(part.float(), target, reduction="none").double().sum().item() for part, target in pairs)
 

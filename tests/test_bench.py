@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ultralowbit.bench import (
     TUNED,
     Shape,
+    eval_bench,
     forget_peak_memory,
     packing_bench,
     peak_memory,
@@ -67,6 +68,24 @@ def test_solve_bench(tmp_path):
     assert all(row["ratio"] == row["seconds"] / rows[0]["seconds"] > 0 for row in rows)
     assert json.loads((tmp_path / "solve.json").read_text())["rows"] == rows
     assert len(said) == 4
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_eval_bench(tmp_path, given):
+    said = []
+    model = write_model(tmp_path / "model", 1, TINY) if given else None
+    found = eval_bench(
+        model, layers=1, context=64, tokens=4200, repeat=2, device="cpu", json_file=tmp_path / "bench.json",
+        shape=TINY, say=said.append,
+    )  # fmt: skip
+    assert (found["tokens"], found["context"]) == (4160, 64) and str(model or "random Llama") in found["model"]
+    assert all(seconds > 0 for seconds in found["seconds"].values())
+    assert found["perplexity_ratio"] == found["seconds"]["perplexity"] / found["seconds"]["forward"]
+    assert found["divergence_ratio"] == found["seconds"]["divergence"] / found["seconds"]["two forwards"]
+    assert (
+        f"{found['perplexity_ratio']:.3f} times" in said[1]
+        and json.loads((tmp_path / "bench.json").read_text()) == found
+    )
 
 
 def test_packing_and_bare_products():

@@ -30,7 +30,7 @@ import ultralowbit
 from ultralowbit import compare as comparisons
 from ultralowbit import evaluation
 from ultralowbit import report as reports
-from ultralowbit.bench import SOLVED, Shape, pipeline_bench, solve_bench, tune_bench
+from ultralowbit.bench import SOLVED, Shape, eval_bench, pipeline_bench, solve_bench, tune_bench
 from ultralowbit.checkpoint import DiskFull
 from ultralowbit.console import Watch, err, out
 from ultralowbit.demo import run as demos
@@ -679,6 +679,29 @@ def bench_tune(
     tune_bench(
         length, batch, repeat, Shape.wide(hidden), device, json_file, say=lambda line: out.print(line, markup=False)
     )
+
+
+@bench_app.command("eval")
+def bench_eval(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="packed or original; else a random one")
+    ] = None,
+    layers: Annotated[int, typer.Option(min=1, help="of the random model, in TinyLlama-1.1B's shape")] = 4,
+    context: Annotated[int, typer.Option(min=2, help="tokens in a window")] = 2048,
+    tokens: Annotated[int, typer.Option(min=2, help="to measure on")] = 8192,
+    repeat: Annotated[int, typer.Option(min=1, help="times each batch is run; the fastest counts")] = 3,
+    device: DeviceOption = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the results here too")] = None,
+) -> None:
+    """What measuring perplexity and divergence costs beside the forward passes that it needs.
+
+    [bold]ultralowbit bench eval model-sign-2[/]
+    """
+    folder = _download(model, quiet=False) if model else None
+    eval_bench(
+        folder, layers, context, tokens, repeat, device, json_file,
+        say=lambda line: out.print(line, markup=False, soft_wrap=True),
+    )  # fmt: skip
 
 
 @recipes_app.command("list")

@@ -97,7 +97,7 @@ def test_batches_and_chunks_do_not_matter(base, other, stream, monkeypatch):
     _, (one,) = observe(base, [other], stream, context=31, batch_size=1)
     _, (many,) = observe(base, [other], stream, context=31, batch_size=1000)
     assert many.kl_mean == pytest.approx(one.kl_mean, rel=1e-5) and many.top1 == pytest.approx(one.top1, abs=2 / 960)
-    monkeypatch.setitem(observe.__globals__, "CHUNK", 5 * VOCAB)
+    monkeypatch.setitem(perplexity.__globals__, "_CHUNK", 5 * VOCAB)
     _, (chunked,) = observe(base, [other], stream, context=31, batch_size=1)
     assert chunked == one
 

@@ -83,7 +83,7 @@ def test_batch_size_and_chunks_do_not_matter(llama, stream, monkeypatch):
     found = perplexity(llama, stream, context=31, batch_size=1)
     for batch_size in (3, 32, 1000, None):
         assert perplexity(llama, stream, context=31, batch_size=batch_size).nll == pytest.approx(found.nll, abs=1e-7)
-    monkeypatch.setitem(perplexity.__globals__, "CHUNK", 5 * VOCAB)
+    monkeypatch.setitem(perplexity.__globals__, "_CHUNK", 5 * VOCAB)
     assert perplexity(llama, stream, context=31, batch_size=1).nll == pytest.approx(found.nll, abs=1e-9)
 
 
