@@ -181,6 +181,20 @@ def test_training_a_latent_weight_starts_from_the_packed_one(method, weight):
         assert weight.isfinite().all()
 
 
+@pytest.mark.parametrize("method", [Sign(bases=1), Sign(bases=2), GPTQ(bits=2, group=32)], ids=str)
+def test_a_weight_with_another_code_starts_just_inside_the_packed_one(method):
+    """Between its own value and the packed one, close to where the codes change; the others are as they were."""
+    weight = 0.02 * normal(8, 96)
+    packed = method.quantize(weight, None)
+    value, other = packed.dequantize(), weight + 0.01 * normal(8, 96, seed=1)
+    found = TrainableLinear(packed, {"latent"}, latent=other).views[0].latent.detach()
+    moved = found != other
+    assert 0.05 < moved.float().mean() < 0.6
+    assert ((found - value).abs() <= (other - value).abs() + 1e-7).all()
+    share = ((found - value) / (other - value))[moved]
+    assert ((share >= 0) & (share < 1)).all() and share.mean() > 0.3
+
+
 @pytest.mark.parametrize("group", [None, 16])
 def test_planes_in_any_order_become_serial(group):
     """A refined weight can have its larger scale in the second plane, or a negative one."""

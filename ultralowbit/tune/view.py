@@ -48,8 +48,8 @@ class TrainableLinear(nn.Module):
     train: some of `KINDS`; what the format has none of is passed over.
     latent [out, in]: the original weight. Two 0/1 planes follow it also where "latent" is not trained; -1/+1 planes and
         Ints use it only where it is. A weight whose own code is not the packed one (the method has made up for the
-        errors of other columns) starts at its packed value instead: training starts from `packed`, unless it has three
-        or more planes with levels that no serial code reaches.
+        errors of other columns) is first moved to where it is: training starts from `packed`, unless that has three or
+        more planes with levels that no serial code reaches.
     bias [out]: added as it is, not trained.
     scales: "free" trains them; "analytic" takes mean |w - c| of a group's binarised latent weights at every step,
         without a gradient (PB-LLM). That is for -1/+1 planes with a trained latent weight.
@@ -283,6 +283,19 @@ def _decoded(segment: Segment, parts: Mapping[str, Tensor]) -> Tensor:
     return weight
 
 
+def _moved(latent: Tensor, value: Tensor, coded: Callable[[Tensor], Tensor], near: bool = True) -> Tensor:
+    """The latent weight where `coded` says that it has the packed code. Elsewhere it is moved towards the packed value,
+    whose code that is: `near` its own, so that training can soon take it back, or all the way."""
+    low, high = torch.zeros_like(latent), torch.ones_like(latent)  # shares of the way from the value to the latent
+    kept = coded(latent)
+    for _ in range(4 if near else 0):
+        middle = (low + high) / 2
+        inside = coded(value.lerp(latent, middle))
+        low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+    moved = value.lerp(latent, 0.9 * low)
+    return torch.where(kept, latent, torch.where(coded(moved), moved, value))
+
+
 def _grouped(x: Tensor, group: int | None) -> Tensor:
     """x [rows, columns] -> [rows, groups, group], the last group filled up with zeros."""
     group = group or x.shape[1]
@@ -444,13 +457,16 @@ class _FollowingView(_PlanesView):
             keep = torch.ones(rows, segment.columns, dtype=torch.bool, device=parts[""].device)
         self.register_buffer("keep", None if keep is None else _grouped(keep.to(torch.uint8), segment.group))
 
-    def _follow(self, latent: Tensor, parts: Mapping[str, Tensor], train: bool) -> None:
+    def _follow(self, latent: Tensor, parts: Mapping[str, Tensor], train: bool, near: bool = True) -> None:
         """Take the latent weight in the place of the fixed bits, changed where those are not its own."""
         packed, self.bits = self.bits.unbind(1), None
-        bits, _ = self._derive({**_own(self), "latent": latent}, self._hard)
-        differs = torch.stack([a != b for a, b in zip(bits, packed, strict=True)]).any(0)
-        latent = torch.where(_ungrouped(differs, self.segment.columns), _decoded(self.segment, parts), latent)
-        _learn(self, "latent", latent, train)
+
+        def coded(latent: Tensor) -> Tensor:
+            bits, _ = self._derive({**_own(self), "latent": latent}, self._hard)
+            same = torch.stack([a == b for a, b in zip(bits, packed, strict=True)]).all(0)
+            return _ungrouped(same, self.segment.columns)
+
+        _learn(self, "latent", _moved(latent, _decoded(self.segment, parts), coded, near), train)
 
     def _derive(
         self, own: Mapping[str, Tensor], sign: Callable[[int, Tensor], Tensor]
@@ -503,7 +519,8 @@ class _SignsView(_FollowingView):
 
         with torch.no_grad():
             self._order()
-            self._follow(latent, parts, True)
+            # many weights close to zero would make the mean of all too small
+            self._follow(latent, parts, True, near=not analytic)
             self.analytic = analytic
             self._derive(_own(self), measure)
         self.register_buffer("units", torch.stack(units, dim=1)[..., None])
@@ -614,10 +631,12 @@ class _IntsView(nn.Module):
         centred = _grouped(_decoded(segment, unscaled), segment.group)  # code - zero [out, groups, group]
         self.register_buffer("centred", centred.to(torch.int16) if latent is None else None)
         if latent is not None:
-            with torch.no_grad():
-                differs = self._nearest(_own(self), latent, self.scale) != centred
-            latent = torch.where(_ungrouped(differs, segment.columns), _decoded(segment, parts), latent)
-            _learn(self, "latent", latent, True)
+
+            def coded(latent: Tensor) -> Tensor:
+                same = self._nearest(_own(self), latent, self.scale.detach()) == centred
+                return _ungrouped(same, segment.columns)
+
+            _learn(self, "latent", _moved(latent, _decoded(segment, parts), coded), True)
 
     def _nearest(self, own: Mapping[str, Tensor], latent: Tensor, scale: Tensor) -> Tensor:
         """code - zero of the nearest code [rows, groups, group]."""
