@@ -127,7 +127,10 @@ def test_nothing_imports_the_command_line():
     "name", ["format", "stats", "methods", "tune", "kernels", "linear", "hf", "model", "pipeline", "recipe"]
 )
 def test_the_lower_floors_do_not_look_up(name):
-    upper = {"cli", "evaluation", "console", "report", "plan", "measure", "verify", "bench", "demo"}
+    upper = {
+        "cli", "evaluation", "console", "report", "compare", "plots", "card", "plan", "measure", "verify", "bench",
+        "bench_methods", "demo",
+    }  # fmt: skip
     for module in MODULES:
         if module == f"ultralowbit.{name}" or module.startswith(f"ultralowbit.{name}."):
             assert not {n.partition(".")[0] for n in ours(module)} & upper, module

@@ -95,6 +95,8 @@ def run(tmp_path):
             },
             "layers": layers,
         }  # fmt: skip
+        if more.get("no_text"):
+            del manifest["fingerprint"]["recipe"]["calibration"]
         (folder / "manifest.json").write_text(json.dumps(manifest))
         original = [{**p, "perplexity": 50.0, "nll": math.log(50)} for p in measured]
         row = {"label": recipe, "perplexity": measured, "not_measured": None}
@@ -398,6 +400,19 @@ def test_names_of_points_do_not_overlap(width):
     assert len(boxes) == 21 and not covered
     frame = figure.bbox
     assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)
+
+
+@pytest.mark.parametrize("width", [plots.WIDE, plots.NARROW])
+@pytest.mark.parametrize("count", [1, 5, 8, 9, 13, 14])
+def test_legends_fit(width, count):
+    labels = [("sign-2-g128", "gptq-3bit", "billm", "arb-rc")[i % 4] + str(i) for i in range(count)]
+    rows = [("mlp.up_proj", [0.01 * (i + 1) for i in range(count)]), ("self_attn.o_proj", [0.02] * count)]
+    figure = plots.dots(rows, labels, "error")(width)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= width and [text.get_text() for text in legend.get_texts()] == labels
+    assert box.y0 >= figure.axes[0].bbox.y1 - 1
 
 
 def test_long_names_leave_room():

@@ -27,6 +27,7 @@ from transformers.utils import logging
 from typer.core import TyperGroup
 
 import ultralowbit
+from ultralowbit import bench_methods as methods_bench
 from ultralowbit import compare as comparisons
 from ultralowbit import evaluation
 from ultralowbit import report as reports
@@ -98,7 +99,7 @@ def command_line(args: list[str]) -> str:
 
 def _interrupted(args: list[str]) -> None:
     err.print("[bold yellow]interrupted[/]")
-    if {"compress", "demo"} & {*args[:2]}:  # --debug may come first
+    if {"compress", "demo", "methods"} & {*args[:2]}:  # --debug may come first
         again = command_line([arg for arg in args if arg != "--restart"])  # which would discard what is done
         err.print("finished blocks are kept; to go on, run:")
         err.print(f"  {again}", markup=False, soft_wrap=True)
@@ -702,6 +703,92 @@ def bench_eval(
         folder, layers, context, tokens, repeat, device, json_file,
         say=lambda line: out.print(line, markup=False, soft_wrap=True),
     )  # fmt: skip
+
+
+@bench_app.command("methods")
+def bench_methods(
+    ctx: typer.Context,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="originals: folders or hub names")],
+    recipes: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="with commas between them; all shipped ones by default")
+    ] = None,
+    seeds: Annotated[str, typer.Option(metavar="NUMBERS", help="of the calibration windows, with commas")] = "0,1,2",
+    calib: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SOURCE",
+            help="calibration text, the recipe's own by default; those after the first are run with the first seed, "
+            "for the robustness track",
+        ),
+    ] = [],  # noqa: B006
+    eval_sources: Annotated[
+        list[str],
+        typer.Option("--eval", metavar="SOURCE", help="text to measure perplexity on, repeatable; as compress --eval"),
+    ] = ["auto"],  # noqa: B006
+    context: ContextOption = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="of each text that perplexity is measured on")] = None,
+    samples: Annotated[int | None, typer.Option(help="calibration windows")] = None,
+    length: Annotated[int | None, typer.Option(help="tokens in a calibration window")] = None,
+    settings: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="a value of every recipe, such as solve.bits=3")
+    ] = [],  # noqa: B006
+    out_folder: Annotated[Path, typer.Option("--out", help="folder to write")] = Path("bench-methods"),
+    tracks: Annotated[
+        bool, typer.Option("--tracks/--no-tracks", help="measure robustness and speed too, and print the tracks")
+    ] = True,
+    device: DeviceOption = "auto",
+    restart: Annotated[bool, typer.Option("--restart", help="discard what an earlier run has written")] = False,
+    trust_remote_code: TrustOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run recipes on models and seeds: one table, mean ± standard deviation beside fp16, and the page of compare.
+
+    Killed at any moment, the same command goes on where it stopped; a run that fails is noted and the others go on.
+    Tracks say what is left of a model in ratios to the original: language, tasks (where `eval --tasks --json` left
+    results in a run's folder), robustness to corrupted text, cost, size, speed.
+
+    [bold]ultralowbit bench methods model --recipes sign-2,gptq-2bit --calib wikitext2 --eval wikitext2 --out bench[/]
+    """
+    shortcuts = {"samples": samples, "length": length}
+    given = [f"calibration.{key}={value}" for key, value in shortcuts.items() if value is not None]
+    wanted = methods_bench.Methods(
+        models=tuple(models), recipes=tuple(_listed(recipes)) if recipes else tuple(shipped()),
+        seeds=tuple(_numbers(seeds)), settings=(*settings, *given), calibrations=tuple(calib),
+        texts=reports.Texts(_sources(eval_sources), context, max_tokens), with_tracks=tracks,
+    )  # fmt: skip
+    for model in models:
+        _download(model, quiet)
+    with Watch(quiet) as watch:
+        comparison = methods_bench.run(
+            wanted, out_folder, device=device, restart=restart, trust_remote_code=trust_remote_code, watch=watch,
+            command=command_line(ctx.obj),
+        )  # fmt: skip
+    show_comparison(comparison)
+    for found in (comparison["tracks"] or {"models": []})["models"]:
+        table = _table(f"{found['model']}: what is left", *found["rows"][0]["tracks"], left=1)
+        for row in found["rows"]:
+            cells = (f"{t['geometric']:.3f}" if t["ratios"] else "-" for t in row["tracks"].values())
+            table.add_row(escape(row["label"]), *cells)
+        out.print(table)
+        out.print("[dim]geometric means of ratios to the original, which are in report.json[/]")
+    for entry in comparison["failed"]:
+        shout("FAILED", f"{entry['model']}, {entry['label']}: {entry['error']}")
+    out.print(f"{out_folder / 'report.html'}  [dim]report.md, report.json, plots, runs[/]", soft_wrap=True)
+    if comparison["failed"]:
+        raise typer.Exit(FAILED)
+    if any(run["fallbacks"] for s in comparison["sections"] for row in s["rows"] for run in row["runs"]):
+        raise typer.Exit(FELL_BACK)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = _listed(text)
+    if not numbers or not all(number.isdecimal() for number in numbers):
+        raise InputError(f"--seeds is {text!r}, expected numbers with commas between them, such as 0,1,2")
+    return [*dict.fromkeys(map(int, numbers))]
 
 
 @recipes_app.command("list")

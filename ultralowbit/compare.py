@@ -9,7 +9,7 @@ import re
 import statistics
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -90,7 +90,9 @@ class Run:
     def but_for_the_seed(self) -> str:
         """Digest of all that its bytes depend on, except the seed."""
         fingerprint = self.manifest["fingerprint"]
-        recipe = {**fingerprint["recipe"], "calibration": {**fingerprint["recipe"]["calibration"], "seed": None}}
+        recipe = fingerprint["recipe"]
+        if "calibration" in recipe:  # not of those that read no text
+            recipe = {**recipe, "calibration": {**recipe["calibration"], "seed": None}}
         return _digest([{**fingerprint, "recipe": recipe, "calibration": None}, self.recipe])
 
 
@@ -136,7 +138,7 @@ def read_run(folder: Path) -> Run:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         digest = sha256_file(folder / MANIFEST)
-        _ = manifest["fingerprint"]["model"], manifest["fingerprint"]["recipe"]["calibration"]["seed"]
+        _ = manifest["fingerprint"]["model"], {**manifest["fingerprint"]["recipe"]}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f"{folder / MANIFEST} is not one that `ultralowbit compress` wrote: copy it again") from e
     try:
@@ -150,7 +152,7 @@ def read_run(folder: Path) -> Run:
             raise InputError(f"{folder / 'report.json'} is of another checkpoint than the {MANIFEST} there: {again}")
     except (KeyError, TypeError) as e:
         raise InputError(f"{folder / 'report.json'} is not one that `ultralowbit compress` wrote: {again}") from e
-    readings, original = _evaluated(folder, Path(report["model"]).name)
+    readings, original = map(_readings, evaluated(folder, Path(report["model"]).name))
     for row, into in (("packed", readings), (ORIGINAL, original)):
         for stored in report[row]["perplexity"]:
             into |= _perplexity(stored)
@@ -161,7 +163,7 @@ def read_run(folder: Path) -> Run:
 
 def read_plain(folder: Path) -> Reference:
     """An unpacked model, measured by `ultralowbit eval`."""
-    readings, _ = _evaluated(folder)
+    readings = _readings(evaluated(folder)[0])
     if not readings:
         raise InputError(
             f"{folder} is no compressed model and holds no eval.json: measure it first with "
@@ -173,52 +175,54 @@ def read_plain(folder: Path) -> Reference:
 # --- what was measured -----------------------------------------------------------------------------------------------
 
 
-def _evaluated(folder: Path, original: str | None = None) -> tuple[Readings, Readings]:
+def evaluated(folder: Path, original: str | None = None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What the eval*.json in a folder, which `ultralowbit eval --json` writes, hold of its model and of the original.
 
-    A file with one model is of the folder's, whatever its name; in one with several they go by their folders' names.
+    Rows of their "results", each with the "base" of its divergences. A file with one model is of the folder's, whatever
+    its name; in one with several they go by their folders' names. Raises `InputError` for other files.
     """
-    own: Readings = {}
-    before: Readings = {}
+    own: list[dict[str, Any]] = []
+    before: list[dict[str, Any]] = []
+    here = folder.resolve().name
     for path in sorted(folder.glob("eval*.json")):
-        found: dict[str, Readings] = defaultdict(dict)
         try:
-            for name, readings in _records(json.loads(path.read_text(encoding="utf-8"))):
-                found[Path(name).resolve().name] |= readings
+            found = json.loads(path.read_text(encoding="utf-8"))
+            rows = [{**row, "base": found["fidelity_to"]} for row in found["results"]]
+            names = [Path(row["model"]).resolve().name for row in rows]
+            _readings(rows)
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise InputError(
                 f"{path} is not what `ultralowbit eval --json` writes ({reason(e)}): measure again, or remove it"
             ) from e
-        here = folder.resolve().name
-        if len(found) > 1 and here not in found:
-            raise InputError(f"{path} is of {', '.join(found)}, none of which is this folder: put it into theirs")
-        for name, readings in found.items():
-            if name == here or len(found) == 1:
-                own |= readings
+        if len({*names}) > 1 and here not in names:
+            raise InputError(f"{path} is of {', '.join(names)}, none of which is this folder: put it into theirs")
+        for name, row in zip(names, rows, strict=True):
+            if name == here or len({*names}) == 1:
+                own.append(row)
             elif name == original:
-                before |= readings
+                before.append(row)
     return own, before
 
 
-def _records(evaluation: dict[str, Any]) -> Iterator[tuple[str, Readings]]:
-    """Every measurement that `ultralowbit eval --json` wrote, with the model that it is of."""
-    base = evaluation["fidelity_to"]
-    for row in evaluation["results"]:
+def _readings(rows: Iterable[dict[str, Any]]) -> Readings:
+    found: Readings = {}
+    for row in rows:
         for stored in row["perplexity"]:
-            yield row["model"], _perplexity(stored)
+            found |= _perplexity(stored)
         for stored in row["fidelity"]:
-            yield row["model"], _fidelity(stored, base)
+            found |= _fidelity(stored, row["base"])
         for stored in row["noise_floor"]:  # the original's own distance from itself, when it is rounded
-            yield row["model"], _fidelity({**stored, "dtype": stored["base_dtype"]}, base)
+            found |= _fidelity({**stored, "dtype": stored["base_dtype"]}, row["base"])
         if row["tasks"]:
-            yield row["model"], _tasks(row["tasks"])
+            found |= _tasks(row["tasks"])
+    return found
 
 
 def _perplexity(stored: dict[str, Any]) -> Readings:
     """It compares where the tokens in the windows agree, and the arithmetic."""
     key = f"perplexity:{stored['sha256'][:16]}:{stored['dtype']}:{stored['bos']}"
     name = Path(stored["source"]).name
-    how = protocol([stored])[0]
+    how = f"perplexity, {protocol([stored])[0]}"
     column = Column(key, "perplexity", name, "perplexity", "lower", how, f"perplexity on {name}")
     return {key: (column, float(stored["perplexity"]))}
 
@@ -244,7 +248,7 @@ def _tasks(stored: dict[str, Any]) -> Readings:
         if score["metric"].partition(",")[0] in ("acc", "acc_norm"):
             chance = "" if score["chance"] is None else f", chance {score['chance']:.1%}"
             asked = f"{score['documents']} of {score['of']} documents, {score['shots'] or 0} shots"
-            how = f"{score['task']} {score['metric']}, version {score['version']}, {asked}{chance}"
+            how = f"accuracy, {score['task']} {score['metric']}, version {score['version']}, {asked}{chance}"
             title = f"{score['task']} {score['metric']}"
             column = Column(f"task:{how}", "accuracy", title, "percent", "higher", how)
             found[column.key] = (column, score["value"])
@@ -269,13 +273,15 @@ def compare(
     command: str | None = None,
     failed: Sequence[dict[str, str]] = (),
     title: str | None = None,
+    tracks: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write report.html, report.md, report.json and the plots of the runs in `folders` into `out`.
 
-    `failed` are runs that gave no result: {"label", "model", "error"}. Returns what report.json holds, see `collect`.
+    `failed` are runs that gave no result: {"label", "model", "error"}; `tracks` are those of `bench methods`. Returns
+    what report.json holds, see `collect`.
     """
     out = Path(out).expanduser()
-    _may_write(out)
+    may_write(out)
     plots.require()
     sections = collect(folders, out, references)
     comparison = {
@@ -286,6 +292,7 @@ def compare(
         "title": title or " and ".join(section["model"]["name"] for section in sections),
         "sections": sections,
         "failed": list(failed),
+        "tracks": tracks,
     }
     write(out, comparison)
     return comparison
@@ -315,7 +322,7 @@ def collect(folders: Sequence[Path | str], out: Path, references: Sequence[Path 
     return sections
 
 
-def _may_write(out: Path) -> None:
+def may_write(out: Path) -> None:
     """Raise `InputError` if `out` holds something that the report would replace."""
     try:
         there = json.loads((out / "report.json").read_text(encoding="utf-8"))
@@ -642,7 +649,7 @@ def _spent(section: dict[str, Any]) -> list[Plot]:
     ]  # fmt: skip
     whole = [(row["label"], {kind: count / unit for kind, count in budget(row).items()}) for row in rows]
     panels = [("bits a linear weight", linear), (f"file, {name}", whole)]
-    caption = "Left, what a weight of the packed Linears costs; right, the whole file, embeddings and head included."
+    caption = "What a weight of the packed Linears costs, and the whole file, embeddings and head included."
     return [Plot("bit-budget", "What the bits are spent on", caption, plots.stacked(panels, _BUDGET, "{:.2f}"))]
 
 
@@ -716,6 +723,8 @@ def cell(row: dict[str, Any], column: dict[str, Any]) -> str:
         std = cell_text(value["std"], column["unit"])
         if column["unit"] == "perplexity":
             std = f"{value['std']:.{len(text.partition('.')[2])}f}"
+        elif column["unit"] == "nats":
+            std = f"{value['std']:.2g}"
         text = f"{text.removesuffix(' %')} ± {std}"
     return text
 

@@ -157,7 +157,7 @@ def short(name: str, most: int) -> str:
 
 def _room(width: float) -> int:
     """Letters of a name that a figure has room for."""
-    return max(14, int(width) // 27)
+    return max(16, int(width) // 27)
 
 
 # --- quality against size --------------------------------------------------------------------------------------------
@@ -487,11 +487,13 @@ def _names(ax: Axes, names: Sequence[str]) -> None:
 
 
 def _legend_columns(labels: Sequence[str], width: int) -> int:
-    """As many as fit: names fill one column after the other."""
+    """As many as fit: names fill one column after the other, the first ones of which may hold one more."""
     for columns in range(len(labels), 1, -1):
-        rows = -(-len(labels) // columns)
-        longest = [max(map(len, labels[i : i + rows])) for i in range(0, len(labels), rows)]
-        if sum(6.4 * n + 34 for n in longest) < width - 10:
+        rows, longer = divmod(len(labels), columns)
+        rest = iter(labels)
+        sizes = [rows + (i < longer) for i in range(columns)]
+        longest = [max(len(label) for label in itertools.islice(rest, size)) for size in sizes]
+        if sum(6.6 * n + 36 for n in longest) < width - 10:
             return columns
     return 1
 

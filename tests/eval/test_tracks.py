@@ -1,0 +1,164 @@
+"""Tracks: the original against itself is 1 everywhere, ratios are those of the definition, corruption is seeded."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from tests.conftest import random_model
+from ultralowbit.eval.perplexity import perplexity, token_stream
+from ultralowbit.eval.tracks import CORRUPTIONS, Observed, Track, across, corrupt, robustness, speed, tracks
+
+WORDS = "The quick brown Fox jumps over 13 lazy dogs, and nobody minds at all. " * 20
+CONFIG = LlamaConfig(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=2, max_position_embeddings=64,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(CONFIG)
+
+
+FULL = Observed(
+    nll={"a": 3.1, "b": 2.7},
+    accuracy={"piqa": (0.61, 0.5), "lambada": (0.3, 0.0)},
+    robustness={"clean": 1.3, "typos": 1.5, "casing": 1.37, "whitespace": 1.301, "long": 3.1, "short": 3.3},
+    recalibrated={"other": 3.1},
+    seconds=12.7,
+    spread=0.0,
+    bits={"linear": 16.0, "model": 16.0},
+    speed={"prompt": 911.3, "decoding": 40.7},
+)
+
+
+def test_the_original_against_itself_is_exactly_1():
+    found = tracks(FULL, FULL)
+    assert [len(track.ratios) for track in found.values()] == [2, 2, 5, 2, 2, 2]
+    for track in (*found.values(), across({"llama": [found], "opt": [found, found]})):
+        assert {*track.ratios.values(), track.quadratic, track.geometric, track.minimum} == {1.0}
+        assert not track.missing
+
+
+def test_a_measured_model_against_itself_is_exactly_1(model, tokenizer):
+    seen = [robustness(model, tokenizer, WORDS, context=16, max_tokens=300) for _ in range(2)]
+    found = tracks(Observed(robustness=seen[0]), Observed(robustness=seen[1]))["robustness"]
+    assert {*found.ratios.values()} == {1.0} and {*CORRUPTIONS} <= {*found.ratios}
+
+
+def test_ratios_by_hand():
+    packed = Observed(
+        nll={"a": 6.2, "b": math.inf},
+        accuracy={"piqa": (0.555, 0.5), "lambada": (0.0, 0.0), "new": (0.5, 0.25)},
+        robustness={"clean": 2.0, "typos": 2.4, "casing": 1.9, "whitespace": 2.001, "long": 6.2, "short": 6.3},
+        recalibrated={"other": 12.4},
+        seconds=25.4,
+        spread=6.2,
+        bits={"linear": 2.0, "model": 4.0},
+        speed={"decoding": 81.4},
+    )
+    found = {name: track.ratios for name, track in tracks(FULL, packed).items()}
+    assert found["language"] == {"a": 0.5, "b": 0.0}
+    assert found["tasks"] == {"piqa": pytest.approx(0.5), "lambada": 0.0}
+    # the floor: casing makes it better, which counts as nothing; whitespace costs neither anything
+    assert found["robustness"] == {
+        "typos": pytest.approx(0.5), "casing": pytest.approx(7.0), "whitespace": 1.0,
+        "long windows": pytest.approx(0.5), "calibration on other": 0.5,
+    }  # fmt: skip
+    assert found["cost"] == {"time": 0.5, "seeds": 0.5}
+    assert found["complexity"] == {"linear": 8.0, "model": 4.0}
+    assert found["inference"] == {"decoding": 2.0}
+
+
+def test_a_collapsed_model_has_nothing_left():
+    broken = dict.fromkeys(FULL.robustness, math.nan)
+    found = tracks(FULL, Observed(nll={"a": math.nan}, robustness=broken))
+    assert found["language"].ratios == {"a": 0.0} and found["language"].geometric == 0.0
+    assert all(math.isfinite(r) for r in found["robustness"].ratios.values())
+    assert found["robustness"].ratios["long windows"] == 0.0 == found["robustness"].ratios["typos"]
+
+
+def test_what_has_no_ratio_says_why():
+    no_gain = Observed(robustness={"clean": 1.0, "long": 3.0, "short": 3.001}, accuracy={"piqa": (0.49, 0.5)})
+    found = tracks(no_gain, no_gain)
+    assert found["robustness"].missing.keys() == {"long windows"} and found["tasks"].missing.keys() == {"piqa"}
+    assert found["language"].ratios == {}
+    assert "quadratic" not in found["language"].to_dict()
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6))
+def test_means_are_ordered(values):
+    track = Track({str(i): v for i, v in enumerate(values)})
+    assert track.minimum <= track.geometric * (1 + 1e-9) and track.geometric <= track.quadratic * (1 + 1e-9)
+    assert track.to_dict()["quadratic"] == pytest.approx(math.sqrt(sum(v * v for v in values) / len(values)))
+    json.dumps(track.to_dict(), allow_nan=False)
+
+
+def test_families_count_alike():
+    def of(*ratios: float) -> dict[str, Track]:
+        return {"language": Track({str(i): r for i, r in enumerate(ratios)}), "tasks": Track({})}
+
+    assert across({"llama": [of(1.0), of(0.5)], "opt": [of(0.5)], "none": [of()]}).ratios == {"llama": 0.75, "opt": 0.5}
+
+
+# -- corruption
+
+
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_corruption_is_seeded_and_touches_a_tenth(kind):
+    state = random.getstate()
+    found = corrupt(WORDS, kind, 1)
+    assert found == corrupt(WORDS, kind, 1) != corrupt(WORDS, kind, 2)
+    assert random.getstate() == state
+    words, changed = WORDS.split(), found.split()
+    if kind == "typos":
+        assert len(words) == len(changed)
+        different = sum(a != b for a, b in zip(words, changed, strict=True))
+        assert 0.03 * len(words) < different < 0.12 * len(words)
+        assert not any("1" in a and a != b for a, b in zip(words, changed, strict=True))  # numbers stay
+    elif kind == "casing":
+        assert found.lower() == WORDS.lower() and found != WORDS
+    else:
+        assert "".join(found.split()) == "".join(words) and len(changed) < len(words)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(max_size=60), st.sampled_from(CORRUPTIONS))
+def test_any_text_can_be_corrupted(text, kind):
+    assert isinstance(corrupt(text, kind), str)
+
+
+def test_nats_a_byte_and_windows(model, tokenizer):
+    steps = []
+    found = robustness(model, tokenizer, WORDS, context=16, progress=lambda done, total: steps.append((done, total)))
+    ids = token_stream(tokenizer, WORDS)
+    clean = perplexity(model, ids, context=16)
+    assert found["clean"] == clean.nll * len(ids) / len(WORDS.encode()) and found["long"] == clean.nll
+    assert found["short"] == perplexity(model, ids[: len(ids) // 16 * 16], context=4).nll
+    assert steps == [(i, 4) for i in (1, 2, 3, 4)]
+
+
+def test_speed_is_measured_in_turns(model):
+    calls = []
+
+    class Counted(torch.nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.name, self.inner, self.device = name, model, model.device
+
+        def forward(self, input_ids, **kwargs):
+            calls.append((self.name, input_ids.shape[1]))
+            return self.inner(input_ids=input_ids, **kwargs)
+
+    found = speed([Counted("a"), Counted("b")], torch.arange(12), new_tokens=3, repeats=1)
+    assert all(rate > 0 for one in found for rate in one.values()) and len(found) == 2
+    turn = [(name, n) for name in "ab" for n in (12, 1, 1, 1)]
+    assert calls == 2 * turn
