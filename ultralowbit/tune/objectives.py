@@ -22,8 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ultralowbit.methods.base import fields
 
-CHUNK = 1 << 24
-"""Logits whose fp32 forms are held at a time: 64 MB each."""
+CHUNK = 1 << 20
+"""Logits whose fp32 forms are held at a time on a CPU, 4 MB each; elsewhere, where every chunk costs a launch, 16 times
+as many."""
 
 
 class Outputs(NamedTuple):
@@ -106,7 +107,8 @@ BLOCK_OBJECTIVES: dict[str, type[BlockObjective]] = {"mse": MSE, "mse_nlc": MSEN
 def _in_chunks(f: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     """f of rows [positions, ...], a few positions at a time, recomputed for the gradient: what f makes of [positions,
     vocab] in fp32 never lies in memory as a whole."""
-    size = max(1, CHUNK // rows[0].shape[-1])
+    first = rows[0]
+    size = max(1, (CHUNK if first.device.type == "cpu" else 16 * CHUNK) // first.shape[-1])
     chunks = zip(*(r.split(size) for r in rows), strict=True)
     return torch.cat([checkpoint(f, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks])
 
