@@ -208,7 +208,7 @@ def test_a_model_that_repeats_a_token_is_called_collapsed(run, model, text, tmp_
 
 
 def test_fallbacks_are_loud_and_exit_3(run, model, text, tmp_path, monkeypatch):
-    def broken(self, damp, act_order):
+    def broken(self, *key):
         raise SingularHessian("its Hessian is broken")
 
     monkeypatch.setattr(InputStats, "_factorise", broken)

@@ -219,7 +219,8 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
     return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
 
 
-def test_a_compressed_model_loads_as_the_model_it_means(folder, text, tmp_path):
+def test_a_compressed_model_loads_as_the_model_it_means(folder, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("ultralowbit.kernels.packed_matmul.KERNELS", {})  # faster paths sum in another order
     decoder = Decoder(folder, torch.float32, CPU)
     recipe = recipe_for(decoder, text)
     done = ultralowbit.compress(str(folder), recipe, tmp_path / "out")
