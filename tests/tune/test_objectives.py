@@ -109,7 +109,7 @@ def test_lowrank(pair):
     terms = []
     for s, t in zip(student.hidden, teacher.hidden, strict=True):
         s, t = s[:, 1:].double().flatten(0, 1), t[:, 1:].double().flatten(0, 1)
-        limit = t.norm(dim=1).sort().values[round(0.999 * len(t)) - 1]
+        limit = t.norm(dim=1).sort().values[int(0.999 * len(t)) - 1]
         factor = (limit / t.norm(dim=1)).clamp(max=1)[:, None]
         s, t = s * factor, t * factor
         basis = torch.linalg.svd(t - t.mean(0)).Vh[:2].T

@@ -217,7 +217,7 @@ class DAD(_WithBase):
 @fields
 class Direction(_WithBase):
     """Direction matching of BiBERT (Qin et al., ICLR 2022, arXiv 2203.06390): base + weight * the mean of 1 - cos of
-    the students' and teachers' token similarities H H^T, each sample, layer and head on its own.
+    student's and teacher's token similarities H H^T, each sample, layer and head on its own.
 
     For a causal model only the similarities to earlier tokens and to itself count, on the first `window` tokens after
     the first one, an attention sink that would outshine the others.
@@ -232,10 +232,9 @@ class Direction(_WithBase):
 
     def term(self, student: Outputs, teacher: Outputs) -> Tensor:
         """The mean of 1 - cos over the hidden states [..., length, d]."""
-        pairs = _pairs(student, teacher)
-        return sum((1 - F.cosine_similarity(self._gram(s), self._gram(t), dim=-1)).mean() for s, t in pairs) / len(
-            pairs
-        )
+        grams = ((self._gram(s), self._gram(t)) for s, t in _pairs(student, teacher))
+        cosines = torch.stack([F.cosine_similarity(s, t, dim=-1).mean() for s, t in grams])
+        return 1 - cosines.mean()
 
     def _gram(self, hidden: Tensor) -> Tensor:
         """hidden [..., length, d] -> the lower triangle [..., pairs] of its similarities."""
@@ -300,7 +299,7 @@ def _basis(hidden: Tensor, rank: float, seed: int) -> Basis:
     published code, but along the hidden dimension."""
     rows = hidden[..., 1:, :].detach().float().flatten(0, -2)  # [tokens, d]
     norms = rows.norm(dim=1, keepdim=True)
-    limit = norms.flatten().kthvalue(max(1, round(0.999 * len(norms)))).values
+    limit = norms.flatten().kthvalue(max(1, int(0.999 * len(norms)))).values.clamp_min(torch.finfo(norms.dtype).tiny)
     rows = rows * (limit / norms.maximum(limit))
     rows = rows - rows.mean(0)
     width = max(1, round(rank * rows.shape[1]))
