@@ -214,7 +214,7 @@ def load(path: str | Path, activations: Literal["exact", "int8"] = "exact", **kw
     """Load a packed checkpoint, from a folder or the hub, ready to run.
 
     activations: "int8" lets packed Linears round their inputs to 8 bits where that is faster (on a CPU). kwargs go to
-    `AutoModelForCausalLM.from_pretrained` (`device_map`, `dtype`, `attn_implementation`, ...); the dtype is the one that
+    `AutoModelForCausalLM.from_pretrained` (`device_map`, `dtype`, `attn_implementation`, ...); the dtype is what
     config.json names unless given. Raises `CheckpointError` or `FormatError`, naming what is missing, truncated, of the
     wrong shape or from a newer release; never returns a model with a weight that was not loaded.
     """
