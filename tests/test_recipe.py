@@ -245,3 +245,9 @@ def test_recipes_do_not_change():
         recipe.name = "x"
     with pytest.raises((ValueError, AttributeError)):
         recipe.solve.bits = 4
+
+
+@pytest.mark.parametrize(("name", "reads"), [("rtn-4bit", False), ("gptq-2bit", True), ("db-llm", True)])
+def test_what_reads_text(name, reads):
+    """Statistics for the method, or windows to train on."""
+    assert Recipe.load(name).reads_text is reads

@@ -11,7 +11,6 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from ultralowbit.methods import Need
 from ultralowbit.recipe import Recipe
 
 REPEATS = 0.5
@@ -121,7 +120,7 @@ def advice(recipe: Recipe) -> str:
         if hasattr(solve, key):
             value = next((v for v in values(getattr(solve, key)) if _takes(solve, key, v)), None)
             found += [] if value is None else [f"{words} (--set solve.{key}={value})"]
-    if any(method.needs is not Need.NOTHING for method in (solve, *(o.solve for o in recipe.overrides))):
+    if recipe.reads_text:
         found.append(f"more calibration text (--samples {2 * recipe.calibration.samples})")
     if larger := _next_recipe(recipe):
         found.append(f"another recipe (--recipe {larger})")

@@ -131,6 +131,12 @@ class Recipe(_Model):
         matching = [override.solve for override in self.overrides if fnmatch(name, override.match)]
         return (matching or [self.solve])[-1]
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether a stage trains, or a method asks for statistics of inputs."""
+        methods = (self.solve, *(override.solve for override in self.overrides))
+        return any((self.prepare, self.tune, self.distill)) or any(method.needs for method in methods)
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 

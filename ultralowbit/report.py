@@ -37,7 +37,6 @@ from ultralowbit.measure import (
     too_large,
     unknown,
 )
-from ultralowbit.methods import Need
 from ultralowbit.pipeline import compress, pick_device
 from ultralowbit.quality import Continuation, Limits, advice, continuation, exceeded
 from ultralowbit.recipe import Recipe
@@ -68,10 +67,8 @@ class Texts:
 def default_source(recipe: Recipe) -> str:
     """The calibration's own dataset, if on the hub (perplexity reads its test split), else the text always there."""
     source = recipe.calibration.source
-    methods = [recipe.solve, *(override.solve for override in recipe.overrides)]
-    calibrated = any(method.needs is not Need.NOTHING for method in methods)
     hub = source not in ("python-docs", "self") and not Path(source).expanduser().exists()
-    return source if calibrated and hub and (source in SOURCES or "/" in source) else "python-docs"
+    return source if recipe.reads_text and hub and (source in SOURCES or "/" in source) else "python-docs"
 
 
 def run(
