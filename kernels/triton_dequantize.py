@@ -21,6 +21,7 @@ from ultralowbit.format import (
     Overlay,
     Planes,
     Segment,
+    TiedPlanes,
     Zones,
     unpack_fields,
     word_count,
@@ -29,7 +30,7 @@ from ultralowbit.kernels.triton_launch import Launch, cdiv, tl, triton
 
 COLUMNS = 128
 """Of the weight that one program writes."""
-ROWS = {Planes: 32, Ints: 32, Overlay: 32, Zones: 16, Bitmap: 16}
+ROWS = {Planes: 32, TiedPlanes: 32, Ints: 32, Overlay: 32, Zones: 16, Bitmap: 16}
 """Of the weight that one program writes; more of them need more registers than there are."""
 
 
@@ -76,11 +77,12 @@ def planes(
 @triton.jit
 def ints(
     words, high, scale, zero, weight, first_row, rows, out_rows, in_columns, first, columns, full, lanes, high_full,
-    high_lanes, row_stride, group, width: tl.constexpr, high_width: tl.constexpr, z: tl.constexpr,
-    zero_width: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    high_lanes, row_stride, group,
+    width: tl.constexpr, high_width: tl.constexpr, multiplier: tl.constexpr, z: tl.constexpr, zero_width: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """weight [rows, in], columns `first` on = (code - zero) scale, codes of `width` bits and `high_width` above them.
-    Grid (tiles of rows, tiles of columns)."""
+    """weight [rows, in], columns `first` on = (code - stored zero) scale, codes of `width` bits and `high_width` above
+    them; or without zero_width (multiplier code - z) scale. Grid (tiles of rows, tiles of columns)."""
     n, k, there = _tile(first_row, rows, columns, BN, BK)
     code = field(words, n * row_stride, k, there, full, lanes, width)
     if high_width:
@@ -91,7 +93,7 @@ def ints(
         packed = tl.load(zero + at // 8 * out_rows + n, mask=there, other=0).to(tl.int32)
         code -= packed >> at % 8 & ((1 << zero_width) - 1)
     else:
-        code -= z
+        code = multiplier * code - z
     w = code.to(tl.float32) * tl.load(scale + g * out_rows + n, mask=there, other=0.0).to(tl.float32)
     at = (n - first_row).to(tl.int64) * in_columns + first + k
     tl.store(weight + at, w.to(weight.dtype.element_ty), mask=there)
@@ -227,7 +229,17 @@ def _ints(part: Ints, parts: Mapping[str, Tensor], weight: Tensor, where: tuple[
         *words_of(part.columns, high or width), words.shape[-1], part.group or part.columns,
     )  # fmt: skip
     zero = {"z": 1 << part.bits - 1, "zero_width": 0 if part.symmetric else part.zero_width}
-    return _launch(ints, ROWS[Ints], part.columns, weight, args, width=width, high_width=high, **zero)
+    return _launch(ints, ROWS[Ints], part.columns, weight, args, width=width, high_width=high, multiplier=1, **zero)
+
+
+def _tied(part: TiedPlanes, parts: Mapping[str, Tensor], weight: Tensor, where: tuple[int, int], column: int) -> Launch:
+    words, scale, full = parts[""], parts["_scale"], words_of(part.columns, part.planes)
+    args = (
+        words, words, scale, words, weight, *where, len(words), weight.shape[1], column, part.columns, *full, *full,
+        words.shape[-1], part.group or part.columns,
+    )  # fmt: skip
+    constants = {"width": part.planes, "high_width": 0, "multiplier": 2, "z": 2**part.planes - 1, "zero_width": 0}
+    return _launch(ints, ROWS[TiedPlanes], part.columns, weight, args, **constants)
 
 
 def _zones(part: Zones, parts: Mapping[str, Tensor], weight: Tensor, where: tuple[int, int], column: int) -> Launch:
@@ -263,4 +275,4 @@ def _bitmap(part: Bitmap, parts: Mapping[str, Tensor], weight: Tensor, where: tu
     return _launch(bitmap, ROWS[Bitmap], 1, weight, args)
 
 
-_LAUNCHES = {Planes: _planes, Ints: _ints, Zones: _zones, Overlay: _overlay, Bitmap: _bitmap}
+_LAUNCHES = {Planes: _planes, TiedPlanes: _tied, Ints: _ints, Zones: _zones, Overlay: _overlay, Bitmap: _bitmap}

@@ -27,7 +27,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ultralowbit.format import LANES, WORD_BITS, Format, Ints, Planes, Segment, group_count, word_count
+from ultralowbit.format import LANES, WORD_BITS, Format, Ints, Planes, Segment, TiedPlanes, group_count, word_count
 from ultralowbit.kernels.triton_launch import ASSEMBLY, cdiv, tl, triton
 
 
@@ -121,6 +121,13 @@ def _matrices_of(prefix: str, column: int, part: Segment) -> Iterator[Matrix]:
             multiplier=multiplier, zero=zero, offset=part.offset,
         )  # fmt: skip
         return
+    if isinstance(part, TiedPlanes):
+        # s (2 code - (2^planes - 1)): the same between two odd numbers
+        yield Matrix(
+            **shared, width=part.planes, planes=1, start=0, stride=word_count(part.columns, part.planes),
+            multiplier=2, zero=2.0**part.planes - 1,
+        )  # fmt: skip
+        return
     stride, start, multiplier = sum(word_count(part.columns, w) for w in part.widths), 0, 1
     zero = {"zero": float(1 << part.bits - 1)} if part.symmetric else {"zero": 0.0, "zero_width": part.zero_width}
     for width in part.widths:  # 3 bits: the low two, then the high one without a zero point
@@ -135,7 +142,7 @@ def matrices(format: Format) -> tuple[Matrix, ...] | None:
     found: list[Matrix] = []
     column = 0
     for i, part in enumerate(format.segments):
-        if not isinstance(part, Planes | Ints):
+        if not isinstance(part, Planes | TiedPlanes | Ints):
             return None
         found += _matrices_of(f"weight_{i}" if i else "weight", column, part)
         column += part.columns

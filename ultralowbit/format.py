@@ -1,10 +1,10 @@
 """The packed format: how one weight `[out, in]` is stored, shared by methods, files, kernels and the loader.
 
-A weight is a row of *segments*, each a run of consecutive input columns: sign planes (`Planes`), integer codes
-(`Ints`), or sign planes with several scales (`Zones`). An *overlay* (`Overlay`, `Bitmap`) may replace single weights of
-the row by 8-bit values, and an `InputTransform` may bring the inputs into the order and basis of the row's columns. All
-of them keep their bits in one word layout, fixed by what a GPU unpacks with one AND: fields of `w` bits lie in int16
-words, `16 / w` fields a word, and in a super-block of `16 / w * 32` columns
+A weight is a row of *segments*, each a run of consecutive input columns: sign planes (`Planes`, or `TiedPlanes` that
+share a scale), integer codes (`Ints`), or sign planes with several scales (`Zones`). An *overlay* (`Overlay`, `Bitmap`)
+may replace single weights of the row by 8-bit values, and an `InputTransform` may bring the inputs into the order and
+basis of the row's columns. All of them keep their bits in one word layout, fixed by what a GPU unpacks with one AND:
+fields of `w` bits lie in int16 words, `16 / w` fields a word, and in a super-block of `16 / w * 32` columns
 
     word c, field f   <->   column f * 32 + c            (c = 0..31; a field's 32 columns are contiguous)
 
@@ -262,6 +262,49 @@ class Ints:
 
 
 @dataclass(frozen=True)
+class TiedPlanes:
+    """`columns` inputs as sign planes whose scales halve from one to the next, so that one is stored:
+    w = scale * (2^(planes - 1) b_1 + ... + 2 b_(planes - 1) + b_planes), b in {-1, +1}; an odd number times the scale.
+
+    Stored: words int16 [out, words] with fields of `planes` bits, that of b_1 the highest; scale fp16 [groups, out].
+    """
+
+    kind: ClassVar[str] = "tied"
+    row_axis: ClassVar[Mapping[str, int | None]] = {"": -2}
+    columns: int
+    planes: int
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_segment(self, planes=(2, 4))
+
+    @property
+    def code_bits(self) -> int:
+        return self.planes
+
+    @property
+    def summary(self) -> str:
+        scale = "row" if self.group is None else f"g{self.group}"
+        return f"{self.columns}x{self.planes}tied/{scale}"
+
+    def tensors(self, out_features: int) -> dict[str, TensorSpec]:
+        return {
+            "": TensorSpec(torch.int16, (out_features, word_count(self.columns, self.planes))),
+            "_scale": TensorSpec(torch.float16, (group_count(self.columns, self.group), out_features)),
+        }
+
+    def encode(self, codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        """codes [out, columns] uint8, the bits of a weight from b_1 down; scale [out, groups] fp16-exact."""
+        return {"": pack_fields(codes, self.planes), "_scale": scale.T.half().contiguous()}
+
+    def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+        """Write the meaning of the stored rows into out [rows, columns] fp32."""
+        out.copy_(unpack_fields(parts[""], self.planes, self.columns)).mul_(2).sub_(2**self.planes - 1)
+        for view, scale in _groups(out, parts["_scale"], self.group):
+            view.mul_(scale)
+
+
+@dataclass(frozen=True)
 class Zones:
     """`columns` inputs as signs s, t = -1 or +1 whose scales depend on the zone of a weight: is its column one of the
     `salient` ones, which all rows share, and is it in group g = 0 or 1 by a bit of its own?
@@ -380,9 +423,9 @@ def _of_group(values: Tensor, g: Tensor) -> Tensor:
     return values[0].clone() if len(values) == 1 else torch.where(g.bool(), values[1], values[0])
 
 
-Segment = Planes | Ints | Zones
+Segment = Planes | Ints | TiedPlanes | Zones
 """`row_axis` says where a stored tensor has its rows: the last axis unless named, None for what all rows share."""
-SEGMENTS: dict[str, type[Segment]] = {s.kind: s for s in (Planes, Ints, Zones)}
+SEGMENTS: dict[str, type[Segment]] = {s.kind: s for s in (Planes, Ints, TiedPlanes, Zones)}
 
 
 @dataclass(frozen=True)

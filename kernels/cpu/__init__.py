@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ultralowbit.format import Format, Ints, Overlay, Planes, group_count, word_count
+from ultralowbit.format import Format, Ints, Overlay, Planes, TiedPlanes, group_count, word_count
 
 if TYPE_CHECKING:
     from ultralowbit.kernels.packed_matmul import Kernel
@@ -146,6 +146,11 @@ def _plan(format: Format) -> tuple[_Plan, bool] | None:
             if segment.offset:
                 offsets.append(_Offset(names[f"{prefix}_offset"], scale, len(tables), 0, 0))
             tables.append(_Table(column, segment.columns, 1, group, mul, add))
+        elif isinstance(segment, TiedPlanes):
+            streams.append(
+                _Stream(len(tables), names[prefix], 0, 0, word_count(segment.columns, segment.planes), scale, 0)
+            )
+            tables.append(_Table(column, segment.columns, segment.planes, group, 2, 1 - 2**segment.planes))
         elif isinstance(segment, Ints):
             middle, widths = 2 ** (segment.bits - 1), segment.widths
             if not segment.symmetric:

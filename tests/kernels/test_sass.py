@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ultralowbit.format import Bitmap, Format, InputTransform, Ints, Overlay, Planes, Zones
+from ultralowbit.format import Bitmap, Format, InputTransform, Ints, Overlay, Planes, TiedPlanes, Zones
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET"):
@@ -44,7 +44,7 @@ BUDGET = {
     (Planes(4096, 1), 1): 0.80,
     (Planes(4096, 1, 128), 1): 1.05,
     (Planes(11008, 1, None, offset=True), 1): 0.82,  # with a tail, whose loads have a mask
-    (Ints(4096, 2, 128, symmetric=True), 1): 0.60,
+    (TiedPlanes(4096, 2, 128), 1): 0.60,
     (Ints(4096, 2, 128), 1): 0.70,
     (Ints(4096, 4), 1): 0.30,
     (Planes(4096, 1), 16): 1.10,

@@ -10,7 +10,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from ultralowbit.format import Format, Ints, PackedWeight, Planes, group_count, to_scale
+from ultralowbit.format import Format, Ints, PackedWeight, Planes, TiedPlanes, group_count, to_scale
 from ultralowbit.stats import Factor, InputStats, Need
 
 MIN_SCALE = 2.0**-24
@@ -212,6 +212,28 @@ class SignRounding:
     def pack(self, codes: Tensor) -> PackedWeight:
         bits = torch.stack([(codes >> p) & 1 for p in range(self.bases)])
         return PackedWeight.encode(Format((self.segment,)), {"bits": bits, "scale": self.scale.permute(1, 2, 0)})
+
+
+class TiedSignRounding(SignRounding):
+    """K sign planes whose scales halve from one to the next: the nearest odd multiple of one scale of a group."""
+
+    def __init__(self, out: int, columns: int, bases: int, group: int | None, iterations: int, device) -> None:
+        super().__init__(out, columns, bases, group, iterations, device)
+        self.segment = TiedPlanes(columns, bases, group)
+        self.ratios = 2.0 ** torch.arange(bases - 1, -1, -1, device=device)[:, None]  # [K, 1]
+
+    def _start(self, weight: Tensor, h: Tensor) -> Tensor:
+        return self.ratios * to_scale(
+            (h @ weight.abs()) / (h.sum() * self.ratios[0])
+        )  # levels as large as |w| on average
+
+    def _least_squares(self, codes: Tensor, weight: Tensor, h: Tensor) -> Tensor:
+        odd = sum(ratio * self._plane(codes, p) for p, ratio in enumerate(self.ratios))  # [columns, out]
+        return self.ratios * to_scale((h @ (odd * weight)).abs() / (h @ odd.square()))
+
+    def pack(self, codes: Tensor) -> PackedWeight:
+        bits = [(codes >> p & 1) << self.bases - 1 - p for p in range(self.bases)]
+        return PackedWeight.encode(Format((self.segment,)), {"codes": sum(bits), "scale": self.scale[:, -1].T})
 
 
 class PartlyBinary:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ultralowbit.format import Bitmap, Format, InputTransform, Ints, Overlay, Planes, Zones
+from ultralowbit.format import Bitmap, Format, InputTransform, Ints, Overlay, Planes, TiedPlanes, Zones
 from ultralowbit.kernels import triton_matmul
 from ultralowbit.kernels.triton_dequantize import dequantize
 from ultralowbit.kernels.triton_inputs import transformed
@@ -20,7 +20,8 @@ FORMATS = [
     Format((Planes(45, 4, None, "01"),)),
     Format((Planes(600, 1, 96),)),  # a group that ends inside a field
     Format((Ints(40, 4), Planes(550, 1, None, offset=True))),
-    Format((Ints(300, 2, 48),)),
+    Format((Ints(300, 2, 48), TiedPlanes(55, 2, 32))),
+    Format((TiedPlanes(300, 4),)),
     Format((Ints(600, 3, 128),)),
     Format((Ints(545, 3, None, True),)),
     Format((Ints(70, 4, 7, True), Ints(33, 8, 32))),

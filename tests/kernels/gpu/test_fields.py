@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ultralowbit.format import Format, Ints, Planes, Zones
+from ultralowbit.format import Format, Ints, Planes, TiedPlanes, Zones
 from ultralowbit.kernels.triton_fields import matrices
 from ultralowbit.kernels.triton_inputs import prologue, prologue_ref
 from ultralowbit.kernels.triton_matmul import product, read_tuning
@@ -22,6 +22,8 @@ SEGMENTS = [
     Planes(172, 3, None, "01"),
     Planes(33, 4, 32, "01", offset=True),
     Planes(544, 2, 32),
+    TiedPlanes(600, 2, 128),
+    TiedPlanes(172, 4),
     Ints(512, 2, 128),
     Ints(600, 2, 128, True),
     Ints(172, 2),
