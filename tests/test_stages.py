@@ -224,3 +224,16 @@ def test_a_format_without_what_is_to_be_trained_is_refused_in_words(source, reci
     with pytest.raises(InputError, match="x1sign/row has none of what is to be trained: offset"):
         compress(str(source), recipe(tune=stage), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_training_that_makes_nothing_better_changes_nothing(source, recipe, tmp_path):
+    """A rate so large that the first step spoils all."""
+    stage = {"training": SCALES | {"lr": {"scale": 1e3}}}
+    plain = compress(str(source), recipe(), tmp_path / "plain")
+    result = compress(str(source), recipe(tune=TUNE | stage, distill=DISTILL | stage), tmp_path / "out")
+    assert result.manifest["distill"]["best_step"] == 0
+    assert result.manifest["distill"]["after"] == result.manifest["distill"]["before"]
+    expected, found = tensors(plain.folder), tensors(result.folder)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    errors = [[layer["error"] for layer in r.manifest["layers"].values()] for r in (plain, result)]
+    assert errors[0] == errors[1] and None not in errors[0]

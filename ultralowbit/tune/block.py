@@ -48,7 +48,8 @@ def tune_block(
 ) -> tuple[dict[str, PackedWeight], Fitted]:
     """Tune the packed Linears of a block, which are named as in `model`; weights: the original ones, as stored.
 
-    `state` is the file that a killed run goes on from. The block is left as it was found.
+    Returns those that training has made better. `state` is the file that a killed run goes on from. The block is left
+    as it was found.
     """
     device = next(block.parameters()).device
     batches = range(len(streams.inputs))
@@ -70,7 +71,7 @@ def tune_block(
             parameter_groups(block), loss, spec.loop, len(training), evaluate, state=state, progress=progress,
             on_progress=lambda share: set_progress(block, share),
         )  # fmt: skip
-        return {name: view.pack() for name, view in found.items()}, fitted
+        return {name: view.pack() for name, view in found.items()} if fitted.accepted else {}, fitted
 
 
 @contextmanager

@@ -39,7 +39,8 @@ def distill(
 ) -> tuple[dict[str, PackedWeight], Fitted]:
     """Train the packed Linears of the model in `folder` on windows of tokens [windows, length].
 
-    weights: what latent weights start from, by Linear. `state` is the file that a killed run goes on from.
+    weights: what latent weights start from, by Linear. Returns those that training has made better. `state` is the file
+    that a killed run goes on from.
     """
     teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
     teacher.to(device).eval().requires_grad_(False)
@@ -71,4 +72,4 @@ def distill(
             parameter_groups(student), loss, spec.training, len(training), evaluate, state=state, progress=progress,
             what="distilling", on_progress=lambda share: set_progress(student, share),
         )  # fmt: skip
-        return {name: view.pack() for name, view in found.items()}, fitted
+        return {name: view.pack() for name, view in found.items()} if fitted.accepted else {}, fitted
