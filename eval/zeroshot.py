@@ -95,7 +95,8 @@ class ZeroShot:
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON values; lm-eval's results are under "lm_eval"."""
         found = asdict(self)
-        return {**found, "lm_eval": found.pop("results")}
+        results = found.pop("results")
+        return {**found, "lm_eval": results}
 
     @property
     def version(self) -> str:
@@ -208,7 +209,7 @@ def _scored(name: str, found: Mapping[str, Any]) -> list[str]:
     if group.has_aggregation:
         return [name]
     inner = {child.name: child for child in group.get_all_groups()}
-    return [unit for child in group.child_names for unit in (_scored(child, {"groups": inner, "tasks": [child]}))]
+    return [unit for child in group.child_names for unit in _scored(child, {"groups": inner, "tasks": [child]})]
 
 
 def evaluate(

@@ -77,6 +77,8 @@ def tasks_dir(tmp_path_factory) -> Path:
         group = {"group": name, "task": ["toy_part_one", "toy_part_two"]}
         group["aggregate_metric_list"] = [{"metric": "acc", "aggregation": "mean", "weight_by_size": weigh}]
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(group))
+    nested = {"group": "toy_loose", "task": ["toy_group", "toy_choice"]}  # with no score of its own
+    (folder / "toy_loose.yaml").write_text(yaml.safe_dump(nested))
     write("toy_several", 12, **{**choice, "doc_to_target": "{{[0, 1]}}"}, metric_list=both[:1])
     free = [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}, {"metric": "acc", **MEAN}]
     write("toy_free", 12, output_type="loglikelihood", doc_to_target=" {{choices[0]}}", metric_list=free)
@@ -148,6 +150,7 @@ def test_numbers_are_those_of_lm_eval_alone(ask, dense, tokenizer, tasks_dir):
     assert (pages.stderr, pages.chance, pages.higher_is_better) == (None, None, False)
     # the familiar table and everything behind it
     assert all(part in found.table for part in ("toy_choice", "Groups", "acc_norm", "Stderr"))
+    assert "results" not in found.to_dict()
     kept = found.to_dict()["lm_eval"]
     assert {"configs", "versions", "n-shot", "n-samples", "config", "lm_eval_version"} <= kept.keys()
     assert "samples" not in kept and kept["versions"]["toy_choice"] == 3.0
@@ -249,6 +252,14 @@ def test_samples_on_request(ask):
 def test_names_may_be_patterns(ask):
     found = ask("toy_part_*", limit=2)
     assert [s.task for s in found.scores] == ["toy_part_one", "toy_part_two"]
+
+
+def test_a_group_without_a_score_stands_for_its_members(ask):
+    found = ask("toy_loose", limit=4)
+    assert [(s.task, s.metric) for s in found.scores] == [
+        ("toy_group", "acc"), ("toy_choice", "acc"), ("toy_choice", "acc_norm")
+    ]  # fmt: skip
+    assert found.averages[0].metrics == {"toy_group": "acc", "toy_choice": "acc"}
 
 
 def test_mistakes(tasks_dir, tmp_path, monkeypatch, ask):
