@@ -340,7 +340,7 @@ from ultralowbit.cli import _keep_interrupts
 _keep_interrupts()
 class Finalized:
     def __del__(self):
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
 try:
     Finalized()
     time.sleep(30)

@@ -814,19 +814,20 @@ def recipes_show(name: Annotated[str, typer.Argument(help="a shipped recipe or a
 
 def main() -> None:
     """Run the command of this process's arguments."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     _keep_interrupts()
     _quiet_libraries()
     app()
 
 
 def _keep_interrupts() -> None:
-    """An interrupt that lands in a finalizer is swallowed there: send it again until it gets through."""
+    """SIGTERM is an interrupt too; one that lands in a finalizer is swallowed there, and sent again until it is not."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     show = sys.unraisablehook
 
     def hook(found: Any) -> None:
         if found.exc_type is KeyboardInterrupt:
-            threading.Timer(0.1, _thread.interrupt_main).start()
+            # not SIGINT, which background jobs ignore
+            threading.Timer(0.1, _thread.interrupt_main, [signal.SIGTERM]).start()
         else:
             show(found)
 
