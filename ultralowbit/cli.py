@@ -624,6 +624,9 @@ def demo(
         if row["collapsed"]:
             shout("COLLAPSED", f"{row['label']} predicts worse than a guess among the tokens of the vocabulary.")
     out.print(f"{out_folder}  [dim]report.md, report.json and a folder for each recipe[/]", soft_wrap=True)
+    out.print(
+        f"[dim]to see them as plots on one page: ultralowbit compare {escape(str(out_folder))}[/]", soft_wrap=True
+    )
     if any(row["fallbacks"] for row in result["rows"]):
         shout("FELL BACK", "Some Linears were rounded to nearest instead: see the recipes' report.md.")
         raise typer.Exit(FELL_BACK)

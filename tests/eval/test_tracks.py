@@ -10,9 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.conftest import random_model
 from ultralowbit.eval.perplexity import perplexity, token_stream
 from ultralowbit.eval.tracks import CORRUPTIONS, Observed, Track, across, corrupt, robustness, speed, tracks
 
@@ -25,7 +24,9 @@ CONFIG = LlamaConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model(CONFIG)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(CONFIG).eval()
 
 
 FULL = Observed(
