@@ -415,6 +415,24 @@ def test_legends_fit(width, count):
     assert box.y0 >= figure.axes[0].bbox.y1 - 1
 
 
+def test_blocks_without_a_packed_linear_are_gaps(run, tmp_path):
+    folder = run("a", "sign-2", 2.1, [perplexity(62.5)])
+    for name in ("manifest.json", "report.json"):
+        stored = json.loads((folder / name).read_text())
+        if name == "manifest.json":
+            stored["layers"] = {n: layer for n, layer in stored["layers"].items() if ".1." not in n}
+            (folder / name).write_text(json.dumps(stored))
+        else:
+            stored["layers"] = [layer for layer in stored["layers"] if ".1." not in layer["name"]]
+            stored["manifest"]["sha256"] = sha256_file(folder / "manifest.json")
+            (folder / name).write_text(json.dumps(stored))
+    (section,) = collect([folder], tmp_path)
+    (plot,) = (plot for plot in pictures(section) if plot.name == "error-by-depth")
+    (axes,) = plot.draw(plots.WIDE).axes
+    first, gap, last = axes.get_lines()[0].get_ydata()
+    assert math.isnan(gap) and axes.get_ylim()[0] < first < last < axes.get_ylim()[1]
+
+
 def test_long_names_leave_room():
     name = "a-recipe-with-a-very-long-name-" * 4
     assert plots.short("sign-2", 6) == "sign-2"

@@ -349,7 +349,8 @@ def _as_reference(run: Run) -> Reference:
 
 
 def _model_name(run: Run) -> str:
-    return run.report["model"].partition("@")[0].rstrip("/").rpartition("/")[2]
+    name = Path(run.report["model"].partition("@")[0]).name
+    return name if name not in ("", "..") else f"model {run.base[:8]}"
 
 
 def _section(base: str, runs: list[Run], others: Sequence[Reference], out: Path) -> dict[str, Any]:
@@ -550,7 +551,12 @@ def pictures(section: dict[str, Any]) -> list[Plot]:
     """The plots of a section, those that there is something to draw for."""
     columns = [Column(**column) for column in section["columns"]]
     found = [plot for column in columns if column.drawn for plot in _quality(section, column)]
-    return [*found, *_errors(section), *_spent(section), *_cost(section)]
+    found += [*_errors(section), *_spent(section), *_cost(section)]
+    names = [plot.name for plot in found]
+    return [
+        replace(plot, name=f"{name}-{i}") if name in names[:i] else plot
+        for i, (plot, name) in enumerate(zip(found, names, strict=True))
+    ]
 
 
 def _mean(row: dict[str, Any], key: str) -> float:

@@ -214,6 +214,7 @@ def _scale(axis: Any, values: Sequence[float], log: bool) -> None:
     """A logarithmic axis where the values span more than a factor of 2.5, with ticks that people count in."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+    values = [value for value in values if math.isfinite(value)]
     low, high = min(values), max(values)
     set_limits = axis.axes.set_ylim if axis.axis_name == "y" else axis.axes.set_xlim
     if log and low > 0 and high / low > 2.5:
