@@ -6,7 +6,7 @@ The fifth of the input channels whose largest |x_j| over the calibration text is
     salient columns   4-bit integers between the smallest and the largest weight of the whole row
     other columns     q_ij = r1_i r2_j (alpha_i sign(w_ij - mu_i) + mu_i),   mu = mean w over them
 
-At 4096 x 4096 that is 1.616 bits with everything stored. What is here is the start, r1 = r2 = 1; the paper then learns
+At 4096 x 4096 that is 1.615 bits with everything stored. What is here is the start, r1 = r2 = 1; the paper then learns
 alpha, r1 and r2 block by block, and keeps the signs and mu.
 
 Differences from the published code: it starts at alpha = mean |w|; mean |w - mu| is the least-squares alpha, the same
