@@ -11,8 +11,8 @@ alpha, r1 and r2 block by block, and keeps the signs and mu.
 
 Differences from the published code: it starts at alpha = mean |w|; mean |w - mu| is the least-squares alpha, the same
 where rows have no mean, and exact for constant rows. Its threshold lets one channel more in than a fifth; here the
-share is the nearest that fills whole words. r1 is no vector of its own: r1 alpha and r1 mu are stored. The channels are
-measured where the packed model will have them, after the packed blocks before.
+share is the nearest that fills whole words. r1 is no vector of its own: r1 alpha and r1 mu are stored. Where blocks are
+tuned the channels are those of the original's activations, as there; else of what the packed blocks before pass on.
 
 `compensation: gptq` is not in the paper. It rounds the columns one by one in the same format, as in GPTQ: first the
 others by falling diag H, then the salient columns, which are fine enough to make up for what the signs have left.
