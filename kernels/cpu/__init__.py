@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.machinery
+import math
 import os
 import warnings
 from functools import lru_cache
@@ -35,8 +36,12 @@ if TYPE_CHECKING:
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-EXACT_TOKENS = 64
-"""Above so many tokens, decoding tiles and multiplying by them is faster than `exact_matmul`."""
+EXACT_WORK = {torch.float32: 128, torch.bfloat16: 64, torch.float16: 64}
+"""Tokens times bits of a weight above which decoding tiles and multiplying by them is faster than `exact_matmul`, which
+does a lookup for each nibble and token. Measured on 2048 x 2048 with AVX-512, whose bf16 instructions torch uses."""
+
+INT8_TOKENS = {torch.float32: 512, torch.bfloat16: 128, torch.float16: 128}
+"""The same for `int8_matmul`, whose work hardly depends on the bits."""
 
 _TILE = 1 << 20  # weights decoded at a time
 
@@ -131,11 +136,12 @@ def isa() -> str:
 
 
 @lru_cache(maxsize=4096)
-def _plan(format: Format) -> tuple[_Plan, bool] | None:
-    """How the native code sees a format, and whether its product needs no decoded weight; None where it cannot."""
+def _plan(format: Format) -> tuple[_Plan, float] | None:
+    """How the native code sees a format, and the bits of a weight that a product looks up, infinite where it needs the
+    decoded weight; None where the format has a part that the native code does not know."""
     names = {name: i for i, name in enumerate(format.tensors(1, format.in_features))}
     tables, streams, offsets, overlays = [], [], [], []
-    column, direct = 0, True
+    column, bits, direct = 0, 0, format.overlay is None
     for i, segment in enumerate(format.segments):
         prefix, group = "weight" if i == 0 else f"weight_{i}", getattr(segment, "group", None) or segment.columns
         scale = names[f"{prefix}_scale"]
@@ -164,6 +170,7 @@ def _plan(format: Format) -> tuple[_Plan, bool] | None:
         else:
             return None
         direct &= group >= 16 or group_count(segment.columns, group) == 1  # each smaller group is a pass of its own
+        bits += segment.columns * segment.code_bits / format.in_features
         column += segment.columns
     if (overlay := format.overlay) is not None:
         index, mask = names.get("weight_overlay_index", -1), names.get("weight_overlay_mask", -1)
@@ -177,21 +184,21 @@ def _plan(format: Format) -> tuple[_Plan, bool] | None:
         len(overlays), (_Table * len(tables))(*tables), (_Stream * len(streams))(*streams),
         (_Offset * len(offsets))(*offsets), (_Overlay * len(overlays))(*overlays),
     )  # fmt: skip
-    return plan, direct and not overlays
+    return plan, bits if direct else math.inf
 
 
 def choose(format: Format, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel | None:
     """The fp32-exact path for a case: what `KERNELS` asks."""
     if _isa is None or dtype not in DTYPES or (found := _plan(format)) is None:
         return None
-    return exact_matmul if found[1] and tokens <= EXACT_TOKENS else tiled_matmul
+    return exact_matmul if tokens * found[1] <= EXACT_WORK[dtype] else tiled_matmul
 
 
 def choose_int8(format: Format, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel | None:
     """The path for a case whose activations may be rounded to 8 bits, or None."""
-    if _isa is None or dtype not in DTYPES or (found := _plan(format)) is None or not found[1]:
+    if _isa is None or dtype not in DTYPES or (found := _plan(format)) is None:
         return None
-    return int8_matmul
+    return int8_matmul if found[1] < math.inf and tokens <= INT8_TOKENS[dtype] else None
 
 
 def exact_matmul(x: Tensor, tensors: dict[str, Tensor], format: Format) -> Tensor:

@@ -396,13 +396,15 @@ struct Kernel {
     for (int64_t at = 0; at < t.columns; at += span, words += kLanes) {
       const int64_t rest = t.columns - at, lanes = rest >= span ? kLanes : ceil_div(rest, per_word);
       for (int64_t f = 0; f * lanes < rest && f < per_word; f++) {
-        const int64_t n = rest - f * lanes < lanes ? rest - f * lanes : lanes;
         const int shift = t.width * f;
         float* here = to + at + f * lanes;
-        if (more)
-          for (int64_t c = 0; c < n; c++) here[c] += float(mul * (words[c] >> shift & mask) + add);
-        else
-          for (int64_t c = 0; c < n; c++) here[c] = float(mul * (words[c] >> shift & mask) + add);
+        auto meaning = [=](int64_t c) { return float(mul * (words[c] >> shift & mask) + add); };
+        if (lanes == kLanes && !more) {  // a constant count unrolls
+          for (int64_t c = 0; c < kLanes; c++) here[c] = meaning(c);
+        } else {
+          const int64_t n = std::min(lanes, rest - f * lanes);
+          for (int64_t c = 0; c < n; c++) here[c] = more ? here[c] + meaning(c) : meaning(c);
+        }
       }
     }
   }

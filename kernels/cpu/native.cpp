@@ -112,6 +112,7 @@ struct Slices {  // aligned parts of a workspace, added up
 };
 
 constexpr int64_t kRows = 128;  // of a chunk: their words stay in L2 while one superblock after the other passes
+constexpr int64_t kTables = 4 << 20;  // bytes of tables at a time: more tokens take their turn
 
 }  // namespace
 }  // namespace ultralowbit
@@ -141,13 +142,23 @@ static const Isa* isa_at(int64_t i) {
 int ultralowbit_product(int64_t isa_index, const Plan* plan, void* const* tensors, int64_t out, const void* x,
                         int64_t dtype, int64_t tokens, void* y, int64_t int8, int64_t threads) try {
   const Isa& isa = *isa_at(isa_index);
-  const size_t pass_bytes = int8 ? sizeof(Int8Pass) : kExactPass;
+  const int64_t pass_bytes = int8 ? sizeof(Int8Pass) : kExactPass, element = dtype ? 2 : 4;
   std::vector<Layout> layouts;
+  int64_t token_bytes = 0;
+  for (int64_t i = 0; i < plan->tables; i++) {
+    layouts.emplace_back(plan->table[i]);
+    token_bytes += layouts[i].passes.size() * pass_bytes;
+  }
+  const int64_t slab = std::max<int64_t>(2, kTables / token_bytes / 2 * 2);  // tokens are multiplied in pairs
+  for (; tokens > slab; tokens -= slab) {
+    if (int status = ultralowbit_product(isa_index, plan, tensors, out, x, dtype, slab, y, int8, threads)) return status;
+    x = static_cast<const char*>(x) + slab * plan->columns * element;
+    y = static_cast<char*>(y) + slab * out * element;
+  }
   Slices slices;
   std::vector<size_t> passes_at, sums_at;
   const size_t input_at = slices.add(tokens * 2 * plan->columns * sizeof(float));
   for (int64_t i = 0; i < plan->tables; i++) {
-    layouts.emplace_back(plan->table[i]);
     passes_at.push_back(slices.add(layouts[i].passes.size() * tokens * pass_bytes));
     sums_at.push_back(slices.add(tokens * groups_of(plan->table[i]) * sizeof(float)));
   }
@@ -160,7 +171,7 @@ int ultralowbit_product(int64_t isa_index, const Plan* plan, void* const* tensor
   }
   auto prepare = [&](int64_t token) {
     float* input = reinterpret_cast<float*>(memory + input_at) + token * 2 * plan->columns;
-    const auto* from = static_cast<const char*>(x) + token * plan->columns * (dtype ? 2 : 4);
+    const auto* from = static_cast<const char*>(x) + token * plan->columns * element;
     isa.input(*plan, tensors, from, dtype, input, input + plan->columns);
     for (int64_t i = 0; i < plan->tables; i++)
       isa.prepare(plan->table[i], layouts[i], input, int8, memory + passes_at[i] + token * pass_bytes,
@@ -169,7 +180,8 @@ int ultralowbit_product(int64_t isa_index, const Plan* plan, void* const* tensor
   };
   parallel(tokens, threads, prepare);
   const int64_t chunk = std::min(kRows, ceil_div(ceil_div(out, threads), 16) * 16);
-  const Job job{plan, tensors, out, tokens, chunk * threads, bool(int8), layouts.data(), passes.data(), sums.data(), y, dtype};
+  const Job job{plan, tensors, out, tokens, chunk * threads, bool(int8), layouts.data(), passes.data(), sums.data(), y,
+                dtype};
   std::atomic<bool> failed{false};
   auto product = [&](int64_t i) {
     try {

@@ -333,6 +333,14 @@ def test_tiles_multiply_like_the_reference(isa, kind, dtype, tokens, monkeypatch
     assert (found.double() - exact).abs().max() <= 2 * (reference.double() - exact).abs().max() + scale
 
 
+def test_more_tokens_than_tables_fit_in_memory(isa):
+    packed = random_weight(Format((Ints(1100, 4, 64),)), 20)  # 80 KB of tables a token
+    x = torch.randn(131, 1100, generator=generator(1))
+    assert_exact(packed, x)
+    alone = [cpu.exact_matmul(row[None], packed.tensors, packed.format) for row in x[::10]]
+    assert torch.equal(cpu.exact_matmul(x, packed.tensors, packed.format)[::10], torch.cat(alone))
+
+
 def test_slices_of_rows_and_strided_inputs(isa):
     packed = random_weight(FORMATS["int3, g64"], 64)
     x = torch.randn(1100, 2, 3, generator=generator(1)).permute(2, 1, 0)
@@ -347,8 +355,9 @@ def test_slices_of_rows_and_strided_inputs(isa):
 def test_the_path_is_told():
     plain, small, overlay = FORMATS["int2, g128"], Format((Planes(100, 1, 8),)), OVERLAYS["overlay"]
     assert kernel_for(plain, "cpu", torch.bfloat16, 1) is cpu.exact_matmul
-    assert kernel_for(plain, "cpu", torch.bfloat16, cpu.EXACT_TOKENS + 1) is cpu.tiled_matmul
+    assert kernel_for(plain, "cpu", torch.bfloat16, cpu.EXACT_WORK[torch.bfloat16] // 2 + 1) is cpu.tiled_matmul
     assert kernel_for(plain, "cpu", torch.bfloat16, 1, int8=True) is cpu.int8_matmul
+    assert kernel_for(plain, "cpu", torch.float32, cpu.INT8_TOKENS[torch.float32] + 1, int8=True) is cpu.tiled_matmul
     assert kernel_for(plain, "cpu", torch.float64) is packed_matmul_ref
     for format in (small, overlay):  # groups of 8 columns would need 16 tables for a nibble
         assert kernel_for(format, "cpu") is cpu.tiled_matmul is kernel_for(format, "cpu", int8=True)
