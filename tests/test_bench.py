@@ -9,8 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ultralowbit.bench import (
+    DECODED,
     TUNED,
     Shape,
+    decode_bench,
     eval_bench,
     forget_peak_memory,
     packing_bench,
@@ -117,3 +119,16 @@ def test_shapes_have_whole_heads():
     assert Shape.wide(2048) == Shape() and Shape.wide(64).linears["mlp.down_proj"] == (64, 176)
     with pytest.raises(InputError, match=r"200 wide .* multiple of 64"):
         Shape.wide(200)
+
+
+def test_decode_bench(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.delitem(DECODED, "gptq-2bit")
+    monkeypatch.delitem(DECODED, "sign-2-g128")
+    result = decode_bench(1, tokens=2, rounds=1, shape=TINY, json_file=tmp_path / "decode.json", say=said.append)
+    assert list(result["models"]) == ["bf16", *(f"{name}{way}" for name in DECODED for way in ("", " int8"))]
+    dense, packed = result["models"]["bf16"], result["models"]["sign-1"]
+    assert dense["ratio"] == 1 and packed["file_bytes"] < dense["file_bytes"]
+    assert all(model["tokens_per_second"] > 0 and model["peak_bytes"] > 1e8 for model in result["models"].values())
+    assert json.loads((tmp_path / "decode.json").read_text()) == result
+    assert len(said) == 1 + len(result["models"])

@@ -1,4 +1,5 @@
-"""What compressing and measuring cost, against what they must cost: `bench pipeline`, `solve`, `tune` and `eval`."""
+"""What compressing, measuring and writing cost, against what they must cost: `bench pipeline`, `solve`, `tune`, `eval`
+and `decode`."""
 
 from __future__ import annotations
 
@@ -29,7 +30,10 @@ from torch import Tensor, nn
 from ultralowbit.eval.fidelity import observe
 from ultralowbit.eval.perplexity import batch_windows, perplexity
 from ultralowbit.format import Format, Ints, PackedWeight, Planes, Segment, group_count
-from ultralowbit.linear import swap
+from ultralowbit.hf import UltraLowBitConfig
+from ultralowbit.kernels import cpu
+from ultralowbit.kernels.bench import processor, random_weight
+from ultralowbit.linear import PackedLinear, swap
 from ultralowbit.measure import open_model, pick_dtype
 from ultralowbit.model import run_block
 from ultralowbit.pipeline import _batched, compress, open_decoder, pick_device
@@ -71,8 +75,13 @@ class Shape:
         }
 
 
-def write_model(folder: Path, layers: int, shape: Shape = Shape(), seed: int = 0) -> Path:
-    """A random Llama in bf16 with a tokenizer whose words are w0, w1, ...; one block is in memory at a time."""
+def write_model(
+    folder: Path, layers: int, shape: Shape = Shape(), seed: int = 0, segment: Callable[[int], Segment] | None = None
+) -> Path:
+    """A random Llama in bf16 with a tokenizer whose words are w0, w1, ...; one block is in memory at a time.
+
+    With `segment`, which is told the columns, its Linears are packed: random words and scales, which no weight had.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -82,6 +91,13 @@ def write_model(folder: Path, layers: int, shape: Shape = Shape(), seed: int = 0
         num_hidden_layers=layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
         vocab_size=shape.vocab, max_position_embeddings=2048, tie_word_embeddings=False,
     )  # fmt: skip
+    if segment:
+        formats = {
+            f"model.layers.{i}.{name}": Format((segment(columns),))
+            for i in range(layers)
+            for name, (_, columns) in shape.linears.items()
+        }
+        config.quantization_config = UltraLowBitConfig.of(formats).to_dict()
     config.save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(shape.vocab)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -92,6 +108,11 @@ def write_model(folder: Path, layers: int, shape: Shape = Shape(), seed: int = 0
     def random(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=generator).div_(math.sqrt(columns)).bfloat16()
 
+    def linear(rows: int, columns: int) -> dict[str, Tensor]:
+        if segment is None:
+            return {"weight": random(rows, columns)}
+        return random_weight(Format((segment(columns),)), rows, seed).tensors
+
     def norm() -> Tensor:
         return torch.ones(shape.hidden, dtype=torch.bfloat16)
 
@@ -99,7 +120,11 @@ def write_model(folder: Path, layers: int, shape: Shape = Shape(), seed: int = 0
     for i in range(layers + 1):
         if i < layers:
             block = f"model.layers.{i}"
-            tensors = {f"{block}.{name}.weight": random(*size) for name, size in shape.linears.items()}
+            tensors = {
+                f"{block}.{name}.{part}": tensor
+                for name, size in shape.linears.items()
+                for part, tensor in linear(*size).items()
+            }
             tensors |= {f"{block}.{name}_layernorm.weight": norm() for name in ("input", "post_attention")}
         else:
             tensors = {"model.embed_tokens.weight": random(shape.vocab, shape.hidden), "model.norm.weight": norm()}
@@ -470,6 +495,95 @@ def eval_bench(
     if json_file is not None:
         Path(json_file).write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+DECODED: dict[str, Callable[[int], Segment]] = {
+    "sign-1": lambda columns: Planes(columns, 1),
+    "sign-2-g128": lambda columns: Planes(columns, 2, 128),
+    "gptq-2bit": lambda columns: Ints(columns, 2, 128),
+}
+"""The segments that a recipe of this name makes of a weight."""
+
+
+def decode_bench(
+    layers: int = 22,
+    tokens: int = 8,
+    rounds: int = 4,
+    threads: int = 1,
+    shape: Shape = Shape(),
+    json_file: Path | str | None = None,
+    say: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Tokens a second that random models write on the CPU: in bf16, and packed, exactly and with activations of 8 bits.
+
+    The models write `tokens` in turns, `rounds` times after one that warms up; the fastest counts, by the thread's own
+    clock where there is one. Peak memory is that of a new process which loads one model and writes.
+    """
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    result: dict[str, Any] = {
+        "shape": asdict(shape), "layers": layers, "threads": threads, "torch": torch.__version__, "isa": cpu.isa(),
+        "processor": processor(), "models": {},
+    }  # fmt: skip
+    say(f"{processor()}, {cpu.isa()}, {threads} thread{'s' if threads > 1 else ''}, Llama of {layers} x {shape}")
+    kept = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            folders = {name: write_model(Path(temporary) / name, layers, shape, segment=DECODED.get(name))
+                       for name in ("bf16", *DECODED)}  # fmt: skip
+            peaks = {name: _fresh_peak(folder, threads) for name, folder in folders.items()}
+            bytes_of = {name: sum(f.stat().st_size for f in d.glob("*.safetensors")) for name, d in folders.items()}
+            nets = {name: open_model(folder, torch.device("cpu"), torch.bfloat16) for name, folder in folders.items()}
+        runs = [("bf16", False), *((name, int8) for name in DECODED for int8 in (False, True))]
+        seconds: dict[tuple[str, bool], list[float]] = {run: [] for run in runs}
+        for turn in range(rounds + 1):
+            for name, int8 in runs:
+                for module in nets[name].modules():
+                    if isinstance(module, PackedLinear):
+                        module.int8 = int8
+                found = _seconds_a_token(nets[name], tokens, clock)
+                seconds[name, int8] += [found] if turn else []
+    finally:
+        torch.set_num_threads(kept)
+    base = min(seconds["bf16", False])
+    for (name, int8), times in seconds.items():
+        label = name + (" int8" if int8 else "")
+        best = min(times)
+        result["models"][label] = {
+            "tokens_per_second": 1 / best, "ratio": base / best, "spread": max(times) / best - 1,
+            "file_bytes": bytes_of[name], "peak_bytes": peaks[name],
+        }  # fmt: skip
+        say(
+            f"{label:>18}: {1 / best:7.2f} tokens a second (slowest turn {max(times) / best - 1:.0%} more), "
+            f"{base / best:5.2f} times bf16; file {bytes_of[name] / 1e6:.0f} MB, peak memory {peaks[name] / 1e6:.0f} MB"
+        )
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _seconds_a_token(model: nn.Module, tokens: int, clock: Callable[[], float]) -> float:
+    """Of `generate` after a prompt of one token."""
+    prompt = torch.tensor([[1]])
+    fixed = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
+    started = clock()
+    model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, **fixed)
+    return (clock() - started) / tokens
+
+
+def _fresh_peak(folder: Path, threads: int) -> int:
+    """Bytes of the largest resident set of a process that loads a model and writes two tokens."""
+    script = (
+        "import sys, time, torch; from pathlib import Path; from transformers.utils import logging\n"
+        "from ultralowbit import bench\n"
+        "logging.disable_progress_bar()\n"
+        "torch.set_num_threads(int(sys.argv[2]))\n"
+        "model = bench.open_model(Path(sys.argv[1]), torch.device('cpu'), torch.bfloat16)\n"
+        "bench._seconds_a_token(model, 2, time.perf_counter)\n"
+        "print(bench.peak_memory())"
+    )
+    command = [sys.executable, "-c", script, str(folder), str(threads)]
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
 
 
 def _random_parts(segment: Segment, out: int) -> dict[str, Tensor]:

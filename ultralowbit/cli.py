@@ -31,7 +31,7 @@ from ultralowbit import bench_methods as methods_bench
 from ultralowbit import compare as comparisons
 from ultralowbit import evaluation
 from ultralowbit import report as reports
-from ultralowbit.bench import SOLVED, Shape, eval_bench, pipeline_bench, solve_bench, tune_bench
+from ultralowbit.bench import SOLVED, Shape, decode_bench, eval_bench, pipeline_bench, solve_bench, tune_bench
 from ultralowbit.checkpoint import DiskFull
 from ultralowbit.console import Watch, err, out
 from ultralowbit.demo import run as demos
@@ -41,6 +41,7 @@ from ultralowbit.format import FormatError
 from ultralowbit.generation import generate as write_text
 from ultralowbit.hf import CheckpointError
 from ultralowbit.hub import check_push, open_tokenizer, push, resolve_model
+from ultralowbit.kernels.bench import SHAPES, kernel_bench
 from ultralowbit.measure import open_model, pick_dtype
 from ultralowbit.pipeline import pick_device
 from ultralowbit.plan import plan
@@ -792,6 +793,48 @@ def _numbers(text: str) -> list[int]:
     if not numbers or not all(number.isdecimal() for number in numbers):
         raise InputError(f"--seeds is {text!r}, expected numbers with commas between them, such as 0,1,2")
     return [*dict.fromkeys(map(int, numbers))]
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    shape: Annotated[list[str], typer.Option(metavar="OUTxIN", help="of weights, repeatable")] = list(SHAPES),  # noqa: B006
+    tokens: Annotated[list[int], typer.Option(min=1, help="of x, repeatable")] = [1, 4, 16],  # noqa: B006
+    rounds: Annotated[int, typer.Option(min=1, help="times that each product is run")] = 30,
+    threads: Annotated[int, typer.Option(min=1, help="of the CPU")] = 1,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="append the rows, and the machine, here")
+    ] = None,
+) -> None:
+    """Time products with packed weights on this CPU beside torch's own, in bf16, fp32 and 4-bit integers.
+
+    [bold]ultralowbit bench kernels --shape 4096x4096 --tokens 1[/]
+    """
+    for wanted in shape:
+        parts = wanted.split("x")
+        if len(parts) != 2 or not all(part.isdecimal() for part in parts) or int(parts[1]) % 128 or not int(parts[0]):
+            raise InputError(f"--shape is {wanted!r}, expected OUTxIN with IN a multiple of 128, as in {SHAPES[0]}")
+    kernel_bench(
+        shape, tokens, rounds, threads, csv_file,
+        say=lambda line: out.print(line, markup=False, highlight=False, soft_wrap=True),
+    )  # fmt: skip
+
+
+@bench_app.command("decode")
+def bench_decode(
+    layers: Annotated[int, typer.Option(min=1, help="of random models in TinyLlama-1.1B's shape")] = 22,
+    tokens: Annotated[int, typer.Option(min=1, help="to write in a turn")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="turns; the fastest counts")] = 4,
+    threads: Annotated[int, typer.Option(min=1, help="of the CPU")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the results here too")] = None,
+) -> None:
+    """Tokens a second and peak memory of random packed models on this CPU, beside the same model in bf16.
+
+    [bold]ultralowbit bench decode --layers 4[/]
+    """
+    decode_bench(
+        layers, tokens, rounds, threads, json_file=json_file,
+        say=lambda line: out.print(line, markup=False, soft_wrap=True),
+    )  # fmt: skip
 
 
 @recipes_app.command("list")

@@ -23,7 +23,7 @@ import os
 import warnings
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +36,9 @@ if TYPE_CHECKING:
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-EXACT_WORK = {torch.float32: 128, torch.bfloat16: 64, torch.float16: 64}
-"""Tokens times bits of a weight above which decoding tiles and multiplying by them is faster than `exact_matmul`, which
-does a lookup for each nibble and token. Measured on 2048 x 2048 with AVX-512, whose bf16 instructions torch uses."""
-
-INT8_TOKENS = {torch.float32: 512, torch.bfloat16: 128, torch.float16: 128}
-"""The same for `int8_matmul`, whose work hardly depends on the bits."""
+DENSE = {torch.float32: (1.5, 48), torch.bfloat16: (0.6, 32), torch.float16: (5.8, 50)}
+"""What multiplying by a decoded weight costs for each token, and decoding it once: in bits of a weight that are looked
+up for one token in the same time. Measured on 2048 x 2048 with AVX-512, whose bf16 instructions torch uses."""
 
 _TILE = 1 << 20  # weights decoded at a time
 
@@ -135,16 +132,24 @@ def isa() -> str:
     return "reference (ULTRALOWBIT_CPU)"
 
 
+class _Planned(NamedTuple):
+    """A plan, and what a token costs in the unit of `DENSE`, infinite where only a decoded weight will do: exactly, a
+    lookup for each nibble; in int8, mainly a word of rows for each stream of fields."""
+
+    plan: _Plan
+    exact: float
+    int8: float
+
+
 @lru_cache(maxsize=4096)
-def _plan(format: Format) -> tuple[_Plan, float] | None:
-    """How the native code sees a format, and the bits of a weight that a product looks up, infinite where it needs the
-    decoded weight; None where the format has a part that the native code does not know."""
+def _plan(format: Format) -> _Planned | None:
+    """How the native code sees a format; None where it has a part that the native code does not know."""
     names = {name: i for i, name in enumerate(format.tensors(1, format.in_features))}
     tables, streams, offsets, overlays = [], [], [], []
-    column, bits, direct = 0, 0, format.overlay is None
+    column, exact, int8, direct = 0, 0, 0, format.overlay is None
     for i, segment in enumerate(format.segments):
         prefix, group = "weight" if i == 0 else f"weight_{i}", getattr(segment, "group", None) or segment.columns
-        scale = names[f"{prefix}_scale"]
+        scale, first = names[f"{prefix}_scale"], len(tables)
         if isinstance(segment, Planes):
             mul, add = (2, -1) if segment.alphabet == "pm1" else (1, 0)
             words = word_count(segment.columns, 1)
@@ -170,7 +175,9 @@ def _plan(format: Format) -> tuple[_Plan, float] | None:
         else:
             return None
         direct &= group >= 16 or group_count(segment.columns, group) == 1  # each smaller group is a pass of its own
-        bits += segment.columns * segment.code_bits / format.in_features
+        share, fields = segment.columns / format.in_features, len(streams) - sum(s.table < first for s in streams)
+        exact += share * segment.code_bits
+        int8 += share * (0.55 * fields + 0.18 * segment.code_bits)
         column += segment.columns
     if (overlay := format.overlay) is not None:
         index, mask = names.get("weight_overlay_index", -1), names.get("weight_overlay_mask", -1)
@@ -184,21 +191,26 @@ def _plan(format: Format) -> tuple[_Plan, float] | None:
         len(overlays), (_Table * len(tables))(*tables), (_Stream * len(streams))(*streams),
         (_Offset * len(offsets))(*offsets), (_Overlay * len(overlays))(*overlays),
     )  # fmt: skip
-    return plan, bits if direct else math.inf
+    return _Planned(plan, exact, int8) if direct else _Planned(plan, math.inf, math.inf)
 
 
 def choose(format: Format, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel | None:
     """The fp32-exact path for a case: what `KERNELS` asks."""
     if _isa is None or dtype not in DTYPES or (found := _plan(format)) is None:
         return None
-    return exact_matmul if tokens * found[1] <= EXACT_WORK[dtype] else tiled_matmul
+    return exact_matmul if _beats_decoding(found.exact, dtype, tokens) else tiled_matmul
 
 
 def choose_int8(format: Format, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel | None:
     """The path for a case whose activations may be rounded to 8 bits, or None."""
     if _isa is None or dtype not in DTYPES or (found := _plan(format)) is None:
         return None
-    return int8_matmul if found[1] < math.inf and tokens <= INT8_TOKENS[dtype] else None
+    return int8_matmul if _beats_decoding(found.int8, dtype, tokens) else None
+
+
+def _beats_decoding(cost: float, dtype: torch.dtype, tokens: int) -> bool:
+    dense, decoding = DENSE[dtype]
+    return tokens * (cost - dense) <= decoding
 
 
 def exact_matmul(x: Tensor, tensors: dict[str, Tensor], format: Format) -> Tensor:
@@ -238,7 +250,7 @@ def _product(x: Tensor, tensors: dict[str, Tensor], format: Format, int8: bool) 
 def _call(name: str, tensors: dict[str, Tensor], format: Format, *arguments: int) -> None:
     kept = [t.contiguous() for t in tensors.values()]  # a caller may hand over slices of rows
     pointers = (ctypes.c_void_p * len(kept))(*[t.data_ptr() for t in kept])
-    plan, out = ctypes.addressof(_plan(format)[0]), tensors["weight"].shape[-2]
+    plan, out = ctypes.addressof(_plan(format).plan), tensors["weight"].shape[-2]
     function = getattr(_library, f"ultralowbit_{name}")
     if function(_isa, plan, pointers, out, *arguments, torch.get_num_threads()):
         raise MemoryError("no memory for the tables of a product: use fewer tokens at a time")

@@ -225,6 +225,8 @@ struct Kernel {
   template <int T>
   static void apply(const F (&units)[T][4], const Pass& pass, const uint16_t* scale, int64_t out, int64_t rows,
                     float* y, int64_t step) {
+    F sum[T];
+    for (int t = 0; t < T; t++) sum[t] = V::loadf(y + t * step);
     for (int q = 0; q < 4; q++) {
       const int64_t group = pass.group[q];
       if (group < 0) continue;
@@ -233,8 +235,9 @@ struct Kernel {
       for (; q < 3 && pass.group[q + 1] == group; q++)
         for (int t = 0; t < T; t++) total[t] = V::add(total[t], units[t][q + 1]);
       const F factor = V::halves_n(scale + group * out, rows);
-      for (int t = 0; t < T; t++) V::storef(y + t * step, V::fma(factor, total[t], V::loadf(y + t * step)));
+      for (int t = 0; t < T; t++) sum[t] = V::fma(factor, total[t], sum[t]);
     }
+    for (int t = 0; t < T; t++) V::storef(y + t * step, sum[t]);
   }
 
   template <int T>

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ultralowbit.format import Bitmap, Format, InputTransform, Ints, Overlay, PackedWeight, Planes, Segment
+from ultralowbit.format import Bitmap, Format, InputTransform, Ints, Overlay, PackedWeight, Planes, Segment, TiedPlanes
 from ultralowbit.kernels import cpu
 from ultralowbit.kernels import packed_matmul as op
 from ultralowbit.kernels.packed_matmul import kernel_for, packed_matmul, packed_matmul_ref
@@ -75,7 +75,10 @@ def magnitudes(packed: PackedWeight) -> Tensor:
         group = segment.group or segment.columns
         of_column = torch.arange(segment.columns) // group
         scale = packed.tensors[f"{name}_scale"].double().abs()[..., of_column, :]
-        largest = 1 if isinstance(segment, Planes) else 2**segment.bits  # |code - middle| + |middle - zero|
+        if isinstance(segment, Ints):
+            largest = 2**segment.bits  # |code - middle| + |middle - zero|
+        else:
+            largest = 2**segment.planes - 1 if isinstance(segment, TiedPlanes) else 1
         total = (scale if isinstance(segment, Planes) else scale[None]).sum(0).T * largest
         if isinstance(segment, Planes) and segment.offset:
             total += packed.tensors[f"{name}_offset"].double().abs()[of_column].T
@@ -146,7 +149,10 @@ def assert_int8(packed: PackedWeight, x: Tensor) -> None:
 def segments(draw) -> Segment:
     columns = draw(st.one_of(st.integers(1, 70), st.integers(1, 1300), st.sampled_from([512, 1024, 768])))
     group = draw(st.one_of(st.none(), st.sampled_from([32, 64, 128, 256]), st.integers(16, 200)))
-    if draw(st.booleans()):
+    kind = draw(st.sampled_from([Planes, Ints, TiedPlanes]))
+    if kind is TiedPlanes:
+        return TiedPlanes(columns, draw(st.sampled_from([2, 4])), group)
+    if kind is Planes:
         planes, alphabet = draw(st.integers(1, 4)), draw(st.sampled_from(["pm1", "01"]))
         return Planes(columns, planes, group, alphabet, draw(st.booleans()))
     return Ints(columns, draw(st.sampled_from([2, 3, 4, 8])), group, draw(st.booleans()))
@@ -185,6 +191,7 @@ FORMATS = {
     "1 plane, row": Format((Planes(1100, 1),)),
     "2 planes, g128": Format((Planes(1100, 2, 128),)),
     "4 bool planes, g64, offset": Format((Planes(1100, 4, 64, "01", True),)),
+    "2 tied planes, row": Format((TiedPlanes(1100, 2),)),
     "int2, g128": Format((Ints(1100, 2, 128),)),
     "int3, g64": Format((Ints(1100, 3, 64),)),
     "int4, g32": Format((Ints(1100, 4, 32),)),
@@ -282,7 +289,7 @@ def arm_program(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_on_arm(arm_program, index, name, kind, monkeypatch):
     def call(function, tensors, format, x, dtype, tokens, y, int8):
-        plan, size = cpu._plan(format)[0], 2 if dtype else 4
+        plan, size = cpu._plan(format).plan, 2 if dtype else 4
         out, data = tensors["weight"].shape[-2], ctypes.string_at(x, tokens * format.in_features * size)
         parts = [struct.pack("7q", index, len(tensors), out, dtype, tokens, int8, len(data)), bytes(plan)]
         counts = {"table": plan.tables, "stream": plan.streams, "offset": plan.offsets}
@@ -355,9 +362,10 @@ def test_slices_of_rows_and_strided_inputs(isa):
 def test_the_path_is_told():
     plain, small, overlay = FORMATS["int2, g128"], Format((Planes(100, 1, 8),)), OVERLAYS["overlay"]
     assert kernel_for(plain, "cpu", torch.bfloat16, 1) is cpu.exact_matmul
-    assert kernel_for(plain, "cpu", torch.bfloat16, cpu.EXACT_WORK[torch.bfloat16] // 2 + 1) is cpu.tiled_matmul
+    assert kernel_for(plain, "cpu", torch.bfloat16, 40) is cpu.tiled_matmul
     assert kernel_for(plain, "cpu", torch.bfloat16, 1, int8=True) is cpu.int8_matmul
-    assert kernel_for(plain, "cpu", torch.float32, cpu.INT8_TOKENS[torch.float32] + 1, int8=True) is cpu.tiled_matmul
+    assert kernel_for(plain, "cpu", torch.bfloat16, 40, int8=True) is cpu.int8_matmul
+    assert kernel_for(plain, "cpu", torch.bfloat16, 400, int8=True) is cpu.tiled_matmul
     assert kernel_for(plain, "cpu", torch.float64) is packed_matmul_ref
     for format in (small, overlay):  # groups of 8 columns would need 16 tables for a nibble
         assert kernel_for(format, "cpu") is cpu.tiled_matmul is kernel_for(format, "cpu", int8=True)
