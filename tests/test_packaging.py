@@ -120,5 +120,6 @@ def test_kernels_is_not_ours(tmp_path):
 
 def test_extras_name_what_is_imported_late():
     extras = PROJECT["project"]["optional-dependencies"]
-    assert any(d.startswith("datasets") for d in extras["data"])
+    for name, package in (("data", "datasets"), ("eval", "lm-eval")):
+        assert any(d.startswith(package) for d in extras[name]) and any(name in d for d in extras["dev"])
     assert not any(d.startswith(("triton", "lm-eval", "datasets")) for d in PROJECT["project"]["dependencies"])
