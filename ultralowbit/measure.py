@@ -187,6 +187,7 @@ def compare(
     dtype = dtype or pick_dtype(base, device)
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     loads = [(base, other)] * floor + [(folder, dtype) for folder in models]
+    together = too_large([(base, dtype), *loads], device) is None
 
     def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         return open_model(folder, device, dtype, trust_remote_code)
@@ -196,7 +197,7 @@ def compare(
 
     with ExitStack() as files:
         original = load(base, dtype)
-        if too_large([(base, dtype), *loads], device) is None:
+        if together:
             references, groups = [original] * len(texts), [loads]
         else:
             kept = (
