@@ -191,7 +191,13 @@ def _levels(scale, zero, offset, group, groups, rows, out_rows, plane, z: tl.con
     return s, k
 
 
-@triton.jit
+# an alignment that does not help would only mean more variants to compile
+@triton.jit(
+    do_not_specialize=["tokens"],
+    do_not_specialize_on_alignment=[
+        "planes", "plane_stride", "row_stride", "blocks", "full", "lanes", "groups", "blocks_in_group", "splits",
+    ],
+)  # fmt: skip
 def multiply(
     x16, sums, units, words, scale, zero, offset, partial,
     tokens, out_rows, planes, plane_stride, row_stride, blocks, full, lanes, groups, blocks_in_group,
@@ -220,7 +226,8 @@ def multiply(
     plane = tl.program_id(2) % planes
     c = tl.arange(0, 32)
     live = m < tokens
-    if aligned:  # these two come in units of 8 words, so that the loads are of 128 bits
+    if aligned:  # these come in units of 8 words, so that the loads are of 128 bits
+        plane_stride *= 8
         row_stride *= 8
         lanes *= 8
     lines = words + plane * plane_stride + rows[:, None] * row_stride + c[None, :]  # [BN, 32]
@@ -263,7 +270,7 @@ def multiply(
     tl.store(partial + at, acc, mask=live[None, :] & (n[:, None] < out_rows))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "tokens"])
 def reduce(partial, y, count, tokens, out_rows, digits: tl.constexpr, BN: tl.constexpr):
     """y [tokens, out] = sum of partial [count, digits * tokens, out] fp32 in a fixed order. Grid (tiles of rows,
     tokens)."""

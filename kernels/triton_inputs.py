@@ -65,7 +65,7 @@ def transform(
     tl.store(out + token.to(tl.int64) * columns + place, v.to(out.dtype.element_ty), mask=k < stop)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "columns", "blocks", "full", "lanes", "group"])
 def prologue(
     x, x16, sums, units,
     tokens, token_stride, column_stride, first, columns, blocks, full, lanes, group,

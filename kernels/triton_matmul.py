@@ -108,6 +108,7 @@ def gemm(x: Tensor, tensors: Mapping[str, Tensor], format: Format) -> Tensor:
 
 
 def _run_product(x: Tensor, tensors: Mapping[str, Tensor], format: Format) -> Tensor:
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}  # a caller may hand over slices of rows
     launches, y = product(x, tensors, format, tuning_of(x.device), subnormals_are_exact(x.device))
     run(launches, x.device)
     return y
@@ -116,6 +117,7 @@ def _run_product(x: Tensor, tensors: Mapping[str, Tensor], format: Format) -> Te
 def dequantized(x: Tensor, tensors: Mapping[str, Tensor], format: Format) -> Tensor:
     """For many tokens and for every format: rows of the weight, at most `DENSE_WEIGHTS` weights at a time, are written
     out in x's dtype and multiplied by cuBLAS."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     launches, x = transformed(x, tensors, format, x.dtype)
     run(launches, x.device)
     out_rows = tensors["weight"].shape[-2]
@@ -214,11 +216,11 @@ def _multiply(
     offset = tensors[f"{matrix.prefix}_offset"] if matrix.offset else scale
     lines, out_rows = len(x16), words.shape[-2]
     aligned = matrix.stride % 8 == matrix.start % 8 == matrix.lanes % 8 == 0
-    stride, lanes = (matrix.stride // 8, matrix.lanes // 8) if aligned else (matrix.stride, matrix.lanes)
+    unit = 8 if aligned else 1
     args = (
         x16, sums, units, words[..., matrix.start :], scale, zero, offset, partial, lines, out_rows, matrix.planes,
-        out_rows * matrix.stride, stride, matrix.blocks, matrix.full, lanes, matrix.groups, matrix.blocks_in_group,
-        len(partial) // matrix.planes,
+        out_rows * matrix.stride // unit, matrix.stride // unit, matrix.blocks, matrix.full, matrix.lanes // unit,
+        matrix.groups, matrix.blocks_in_group, len(partial) // matrix.planes,
     )  # fmt: skip
     row_scale = matrix.groups == 1
     constants = {
