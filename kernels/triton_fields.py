@@ -226,10 +226,9 @@ def multiply(
     plane = tl.program_id(2) % planes
     c = tl.arange(0, 32)
     live = m < tokens
-    if aligned:  # these come in units of 8 words, so that the loads are of 128 bits
-        plane_stride *= 8
-        row_stride *= 8
-        lanes *= 8
+    plane_stride *= aligned  # these come in units of so many words: what can be loaded at once
+    row_stride *= aligned
+    lanes *= aligned
     lines = words + plane * plane_stride + rows[:, None] * row_stride + c[None, :]  # [BN, 32]
     inputs = x16 + m[None, :] * (blocks * (fields * 32)) + c[:, None]  # [32, BM]
     sums += m * (blocks * groups_in_block)

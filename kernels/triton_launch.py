@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ASSEMBLY = tl.constexpr(not INTERPRETED)
@@ -52,4 +53,4 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-__all__ = ["ASSEMBLY", "INTERPRETED", "Launch", "cdiv", "run", "tl", "triton"]
+__all__ = ["ASSEMBLY", "INTERPRETED", "Launch", "OutOfResources", "cdiv", "run", "tl", "triton"]

@@ -8,6 +8,7 @@ the weight is written out and multiplied by cuBLAS (`dequantized`).
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -215,12 +216,11 @@ def _multiply(
     zero = tensors[f"{matrix.prefix}_zero"] if matrix.zero_width else scale
     offset = tensors[f"{matrix.prefix}_offset"] if matrix.offset else scale
     lines, out_rows = len(x16), words.shape[-2]
-    aligned = matrix.stride % 8 == matrix.start % 8 == matrix.lanes % 8 == 0
-    unit = 8 if aligned else 1
+    aligned = math.gcd(8, matrix.stride, matrix.start, matrix.lanes)
     args = (
         x16, sums, units, words[..., matrix.start :], scale, zero, offset, partial, lines, out_rows, matrix.planes,
-        out_rows * matrix.stride // unit, matrix.stride // unit, matrix.blocks, matrix.full, matrix.lanes // unit,
-        matrix.groups, matrix.blocks_in_group, len(partial) // matrix.planes,
+        out_rows * matrix.stride // aligned, matrix.stride // aligned, matrix.blocks, matrix.full,
+        matrix.lanes // aligned, matrix.groups, matrix.blocks_in_group, len(partial) // matrix.planes,
     )  # fmt: skip
     row_scale = matrix.groups == 1
     constants = {

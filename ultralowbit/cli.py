@@ -27,6 +27,7 @@ from transformers.utils import logging
 from typer.core import TyperGroup
 
 import ultralowbit
+from ultralowbit import bench_gpu as gpu
 from ultralowbit import bench_methods as methods_bench
 from ultralowbit import compare as comparisons
 from ultralowbit import evaluation
@@ -41,7 +42,7 @@ from ultralowbit.format import FormatError
 from ultralowbit.generation import generate as write_text
 from ultralowbit.hf import CheckpointError
 from ultralowbit.hub import check_push, open_tokenizer, push, resolve_model
-from ultralowbit.kernels.bench import SHAPES, kernel_bench
+from ultralowbit.kernels.bench import SHAPES, TOKENS, kernel_bench
 from ultralowbit.measure import open_model, pick_dtype
 from ultralowbit.pipeline import pick_device
 from ultralowbit.plan import plan
@@ -797,26 +798,44 @@ def _numbers(text: str) -> list[int]:
 
 @bench_app.command("kernels")
 def bench_kernels(
-    shape: Annotated[list[str], typer.Option(metavar="OUTxIN", help="of weights, repeatable")] = list(SHAPES),  # noqa: B006
-    tokens: Annotated[list[int], typer.Option(min=1, help="of x, repeatable")] = [1, 4, 16],  # noqa: B006
+    shape: Annotated[list[str] | None, typer.Option(metavar="OUTxIN", help="of weights, repeatable")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="of x, repeatable")] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help=f"on a GPU, repeatable: {', '.join(gpu.FORMATS)}")
+    ] = None,
+    device: DeviceOption = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="times that each product is run")] = 30,
-    threads: Annotated[int, typer.Option(min=1, help="of the CPU")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="of a CPU")] = 1,
+    decode: Annotated[bool, typer.Option(help="on a GPU, also decode with a Llama of 7B's shape")] = True,
+    tune: Annotated[bool, typer.Option("--tune", help="find the tiles for this GPU instead")] = False,
     csv_file: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="append the rows, and the machine, here")
     ] = None,
 ) -> None:
-    """Time products with packed weights on this CPU beside torch's own, in bf16, fp32 and 4-bit integers.
+    """Time products with packed weights beside torch's own: on a GPU in CUDA graphs, beside cuBLAS and a copy of as
+    many bytes, then decoding; on a CPU beside bf16, fp32 and 4-bit integers.
 
     [bold]ultralowbit bench kernels --shape 4096x4096 --tokens 1[/]
+
+    [bold]ultralowbit bench kernels --device cuda --csv kernels/bench_gpu.csv[/]
     """
-    for wanted in shape:
+    say = lambda line: out.print(line, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
+    for wanted in shape or ():
         parts = wanted.split("x")
         if len(parts) != 2 or not all(part.isdecimal() for part in parts) or int(parts[1]) % 128 or not int(parts[0]):
             raise InputError(f"--shape is {wanted!r}, expected OUTxIN with IN a multiple of 128, as in {SHAPES[0]}")
-    kernel_bench(
-        shape, tokens, rounds, threads, csv_file,
-        say=lambda line: out.print(line, markup=False, highlight=False, soft_wrap=True),
-    )  # fmt: skip
+    where = gpu.need_gpu(device) if device.startswith("cuda") else pick_device(device)
+    if where.type == "cuda" and tune:
+        say(f"\nkernels/tuning.json, for the next release:\n{gpu.tune_bench(where, say=say)}")
+    elif where.type == "cuda":
+        shapes = [tuple(map(int, wanted.split("x"))) for wanted in shape or ()]
+        gpu.gpu_bench(
+            where, shapes or gpu.SHAPES, tokens or gpu.TOKENS, formats or gpu.FORMATS, rounds, csv_file, decode, say
+        )
+    elif tune or formats:
+        raise InputError(f"{'--tune' if tune else '--format'} is for a GPU, and --device is {where}: leave it out")
+    else:
+        kernel_bench(shape or SHAPES, tokens or TOKENS, rounds, threads, csv_file, say)
 
 
 @bench_app.command("decode")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ultralowbit.format import Bitmap, Format, Overlay, PackedWeight, Zones, pack_fields
+from ultralowbit.bench_gpu import random_packed
+from ultralowbit.format import Format, PackedWeight
 from ultralowbit.kernels.triton_launch import INTERPRETED, Launch, run
 
 
@@ -20,17 +21,8 @@ class Gpu:
     device: torch.device
 
     def packed(self, format: Format, out: int, seed: int = 0) -> PackedWeight:
-        """Random in every stored byte, the padding of the words too, but for what says where something is."""
-        generator = torch.Generator().manual_seed(seed)
-        tensors = {}
-        for name, (dtype, shape) in format.tensors(out, format.in_features).items():
-            if dtype == torch.float16:
-                tensors[name] = torch.randn(shape, generator=generator).half()
-            else:
-                limits = torch.iinfo(dtype)
-                tensors[name] = torch.randint(limits.min, limits.max + 1, shape, generator=generator, dtype=dtype)
-        tensors |= _places(format, out, generator)
-        return PackedWeight(format, (out, format.in_features), {k: t.to(self.device) for k, t in tensors.items()})
+        """Random in every stored byte, the padding of the words too."""
+        return random_packed(format, out, self.device, seed)
 
     def x(self, tokens: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
         """Signed, and of another size in every token."""
@@ -49,34 +41,6 @@ class Gpu:
                 ):
                     arg.fill_(torch.nan)
         run(launches, self.device)
-
-
-def _places(format: Format, out: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Tensors whose bytes cannot be just any."""
-
-    def marks(rows: int, columns: int, counts: Tensor) -> Tensor:  # words of `counts` random bits in each row
-        order = torch.rand(rows, columns, generator=generator).argsort(1).argsort(1)
-        return pack_fields((order < counts[:, None]).to(torch.uint8), 1)
-
-    found = {}
-    for i, part in enumerate(format.segments):
-        if isinstance(part, Zones):
-            prefix = f"weight_{i}" if i else "weight"
-            found[f"{prefix}_salient"] = marks(1, part.columns, torch.tensor([part.salient]))[0]
-    if isinstance(format.overlay, Overlay):
-        found["weight_overlay_index"] = torch.cat(
-            [
-                torch.rand(size, out, generator=generator).argsort(0)[:entries].sort(0).values.to(torch.uint8)
-                for _, size, entries in format.overlay.blocks
-            ]
-        )
-    if isinstance(format.overlay, Bitmap):
-        counts = torch.randint(format.overlay.capacity + 1, (out,), generator=generator)
-        found["weight_overlay_mask"] = marks(out, format.in_features, counts)
-    if format.transform is not None and format.transform.partition:
-        first = torch.tensor([format.segments[0].columns])
-        found["weight_input_partition"] = marks(1, format.in_features, first)[0]
-    return found
 
 
 @pytest.fixture
