@@ -152,8 +152,9 @@ def overlay(
     n, e, there = _tile(first_row, rows, entries, BN, BK)
     column = e // count * block + tl.load(index + e * out_rows + n, mask=there, other=0).to(tl.int32)
     code = tl.load(value + e * out_rows + n, mask=there, other=0).to(tl.int32)
-    code -= tl.load(zero + n, mask=there, other=0).to(tl.int32)
-    w = code.to(tl.float32) * tl.load(scale + n, mask=there, other=0.0).to(tl.float32)
+    here = n < first_row + rows
+    code -= tl.load(zero + n, mask=here, other=0).to(tl.int32)
+    w = code.to(tl.float32) * tl.load(scale + n, mask=here, other=0.0).to(tl.float32)
     at = (n - first_row).to(tl.int64) * in_columns + column
     tl.store(weight + at, w.to(weight.dtype.element_ty), mask=there)
 

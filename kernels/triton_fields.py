@@ -259,7 +259,8 @@ def multiply(
                     group = tl.where(block < full, group, of_tail)
                 s, k = _levels(scale, zero, offset, group, groups, rows, out_rows, plane, z, zero_width, has_offset)
                 if zero_width or has_offset:
-                    acc += part * e[None, :] * s[:, None] + sum[None, :] * k[:, None]
+                    acc += sum[None, :] * k[:, None]
+                    acc += part * e[None, :] * s[:, None]
                 else:  # one operation a sum less
                     acc += (part * e[None, :] - z * sum[None, :]) * s[:, None]
     if row_scale:

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import OutOfResources
 
+NARROWEST_DOT = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else 16
+"""Columns that a product of tensor cores must have: older Tritons pad none."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ASSEMBLY = tl.constexpr(not INTERPRETED)
 """The interpreter knows no inline assembly: kernels then say the same in Triton."""
@@ -53,4 +55,4 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-__all__ = ["ASSEMBLY", "INTERPRETED", "Launch", "OutOfResources", "cdiv", "run", "tl", "triton"]
+__all__ = ["ASSEMBLY", "INTERPRETED", "NARROWEST_DOT", "Launch", "OutOfResources", "cdiv", "run", "tl", "triton"]

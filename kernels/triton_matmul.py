@@ -23,7 +23,7 @@ from ultralowbit.format import Format, Overlay, PackedWeight, Planes
 from ultralowbit.kernels.triton_dequantize import dequantize, words_of
 from ultralowbit.kernels.triton_fields import Matrix, matrices, multiply, reduce
 from ultralowbit.kernels.triton_inputs import prologue, transformed
-from ultralowbit.kernels.triton_launch import Launch, cdiv, run
+from ultralowbit.kernels.triton_launch import NARROWEST_DOT, Launch, cdiv, run
 from ultralowbit.kernels.triton_overlay import correct
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -70,7 +70,7 @@ def read_tuning(name: str, processors: int) -> Tuning:
     """Of a GPU by its name; what `tuning.json` does not list has the values of `default`."""
     table = json.loads(Path(__file__).with_name("tuning.json").read_text())
     found = table["default"] | table.get(name, {})
-    tiles = {int(size): Tile(**tile) for size, tile in found.pop("tiles").items()}
+    tiles = {int(size): Tile(**tile) for size, tile in found.pop("tiles").items() if int(size) >= NARROWEST_DOT}
     return Tuning(**found, tiles=tiles, processors=processors)
 
 

@@ -107,4 +107,5 @@ def test_tuning_is_by_name_with_the_rest_from_the_default():
     triton_matmul = pytest.importorskip("ultralowbit.kernels.triton_matmul")
     tuning = triton_matmul.read_tuning("no such GPU", 7)
     assert tuning.processors == 7 and tuning.gemv_tokens <= max(tuning.tiles)
-    assert [tuning.tile(n)[0] for n in (1, 8, 9, 16, 17)] == [8, 8, 16, 16, 16]
+    narrow = triton_matmul.NARROWEST_DOT
+    assert [tuning.tile(n)[0] for n in (1, 8, 9, 16, 17)] == [narrow, narrow, 16, 16, 16]
