@@ -154,7 +154,7 @@ def _unpack(words, bit: tl.constexpr, width: tl.constexpr, subnormal: tl.constex
     """The field of int16 words at `bit` as fp16: code * 2^(bit % 8 - 24), or 2^14 times that if not `subnormal`."""
     shift: tl.constexpr = bit // 8 * 8
     mask: tl.constexpr = ((1 << width) - 1) << (bit % 8)
-    if ASSEMBLY:  # two words at a time: without it each half of a register is masked alone
+    if ASSEMBLY:  # two words at a time: without it each half of a register is masked alone; 0xEA is (a & b) | c
         masks = tl.full(words.shape, mask, tl.int16)
         if subnormal:
             if shift == 0:
@@ -163,11 +163,11 @@ def _unpack(words, bit: tl.constexpr, width: tl.constexpr, subnormal: tl.constex
                 code: tl.constexpr = "{ .reg .b32 t; shr.b32 t, $1, 8; and.b32 $0, t, $2; }"
         else:
             if shift == 0:
-                code: tl.constexpr = """{ .reg .b32 t, o; mov.b32 o, 0x3C003C00; and.b32 t, $1, $2;
-                    or.b32 t, t, o; sub.f16x2 $0, t, o; }"""
+                code: tl.constexpr = """{ .reg .b32 t, o; mov.b32 o, 0x3C003C00; lop3.b32 t, $1, $2, o, 0xEA;
+                    sub.f16x2 $0, t, o; }"""
             else:
-                code: tl.constexpr = """{ .reg .b32 t, o; mov.b32 o, 0x3C003C00; shr.b32 t, $1, 8; and.b32 t, t, $2;
-                    or.b32 t, t, o; sub.f16x2 $0, t, o; }"""
+                code: tl.constexpr = """{ .reg .b32 t, o; mov.b32 o, 0x3C003C00; shr.b32 t, $1, 8;
+                    lop3.b32 t, t, $2, o, 0xEA; sub.f16x2 $0, t, o; }"""
         return tl.inline_asm_elementwise(code, "=r,r,r", [words, masks], dtype=tl.float16, is_pure=True, pack=2)
     masked = ((words >> shift) & mask).to(tl.int16)
     if subnormal:

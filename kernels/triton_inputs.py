@@ -41,11 +41,13 @@ def transform(
     token_stride, column_stride, start, stop, columns, first_columns, full, lanes,
     rounds: tl.constexpr, root: tl.constexpr, has_marks: tl.constexpr, has_scale: tl.constexpr, size: tl.constexpr,
 ):  # fmt: skip
-    """out [tokens, columns] = T(x) of the channels from start to stop, in Hadamard blocks of 2^rounds. Grid (pieces of
-    `size`, a multiple of that, tokens)."""
-    token = tl.program_id(1)
-    k = start + tl.program_id(0) * size + tl.arange(0, size)
-    v = tl.load(x + token.to(tl.int64) * token_stride + k * column_stride, mask=k < stop, other=0.0).to(tl.float32)
+    """out [tokens, columns] = T(x) of the channels from start to stop, in Hadamard blocks of 2^rounds. Grid (tokens,
+    pieces of `size`, a multiple of that)."""
+    token = tl.program_id(0).to(tl.int64)
+    here = start + tl.program_id(1) * size
+    k = here + tl.arange(0, size)
+    at = x + token * token_stride + k.to(tl.int64) * column_stride
+    v = tl.load(at, mask=k < stop, other=0.0).to(tl.float32)
     for i in tl.static_range(rounds):
         v = _sums_and_differences(v, 1 << i, size)
     if rounds:
@@ -53,7 +55,6 @@ def transform(
     place = k
     if has_marks:
         before = 0
-        here = start + tl.program_id(0) * size
         for i in range(0, here, 1024):
             j = i + tl.arange(0, 1024)[None, :]
             before += tl.sum(field(marks, 0, j, j < here, full, lanes, 1))
@@ -62,7 +63,7 @@ def transform(
         place = tl.where(marked > 0, rank, first_columns + k - rank)
     if has_scale:
         v *= tl.load(scale + place, mask=k < stop, other=0.0).to(tl.float32)
-    tl.store(out + token.to(tl.int64) * columns + place, v.to(out.dtype.element_ty), mask=k < stop)
+    tl.store(out + token * columns + place, v.to(out.dtype.element_ty), mask=k < stop)
 
 
 @triton.jit(do_not_specialize=["tokens", "columns", "blocks", "full", "lanes", "group"])
@@ -126,7 +127,7 @@ def transformed(
             "rounds": block.bit_length() - 1, "root": block**-0.5, "has_marks": steps.partition,
             "has_scale": steps.column_scale, "size": size,
         }  # fmt: skip
-        grid = cdiv(stop - start, size), len(x)
+        grid = len(x), cdiv(stop - start, size)
         launches.append(Launch(transform, grid, args, constants, warps=min(16, max(1, size // 256))))
         start = stop
     return launches, out
