@@ -41,15 +41,17 @@ class Methods:
     seeds: tuple[int, ...] = (0,)
     settings: tuple[str, ...] = ()
     """Of every recipe, as `--set` takes them."""
+    small: bool = False
+    """With the values that recipes have for models of a few million parameters."""
     calibrations: tuple[str, ...] = ()
-    """Texts; the recipe's own unless given. With those after the first only the first seed is run, for the tracks."""
+    """Texts, to train on too; the recipe's own unless given. With those after the first only the first seed is run, for the tracks."""
     texts: reports.Texts = field(default_factory=reports.Texts)
     with_tracks: bool = True
 
     def recipe(self, name: str, seed: int, calibration: str | None = None) -> Recipe:
         source = calibration or next(iter(self.calibrations), None)
-        chosen = [] if source is None else [f"calibration.source={json.dumps(source)}"]
-        return Recipe.load(name, [*self.settings, *chosen, f"calibration.seed={seed}"])
+        texts = {"seed": seed} | ({} if source is None else {"source": source})
+        return Recipe.load(name, self.settings, small=self.small, texts=texts)
 
 
 @dataclass

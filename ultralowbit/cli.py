@@ -127,6 +127,9 @@ FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="folder of a
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only warnings and results")]
+SmallOption = Annotated[
+    bool, typer.Option("--small", help="with the recipe's values for models of a few million parameters, if it has any")
+]
 ContextOption = Annotated[
     int | None, typer.Option(min=2, help="tokens in a window of perplexity, by default 2048 or what the model takes")
 ]
@@ -163,12 +166,14 @@ def compress(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="calibration text: a .txt, .jsonl or .parquet file, wikitext2, c4, ptb, org/name, python-docs, self",
+            help="calibration text, and what stages train on: a .txt, .jsonl or .parquet file, wikitext2, c4, ptb, "
+            "org/name, python-docs, self",
         ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="calibration windows")] = None,
     length: Annotated[int | None, typer.Option(help="tokens in a calibration window")] = None,
-    seed: Annotated[int | None, typer.Option(help="of the calibration windows")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the windows of these texts")] = None,
+    small: SmallOption = False,
     settings: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="any value of the recipe, such as solve.bits=3")
     ] = [],  # noqa: B006 (typer reads it, nobody writes it)
@@ -210,9 +215,9 @@ def compress(
 
     [bold]ultralowbit compress ./model --recipe gptq-2bit --set solve.group=64 --calib notes.txt --out small[/]
     """
-    shortcuts = {"source": calib, "samples": samples, "length": length, "seed": seed}
-    given = [f"calibration.{key}={json.dumps(value)}" for key, value in shortcuts.items() if value is not None]
-    chosen = Recipe.load(recipe, [*settings, *given])
+    windows = _given(samples=samples, length=length)
+    given = [f"calibration.{key}={value}" for key, value in windows.items()]
+    chosen = Recipe.load(recipe, [*settings, *given], small=small, texts=_given(source=calib, seed=seed))
     texts = reports.Texts(_sources(eval_sources), context, max_tokens)
     folder = out_folder or Path(default_name(model, chosen))
     if dry_run:
@@ -238,6 +243,11 @@ def compress(
         _push(folder, push_to_hub, private)
     if report["fallbacks"]:
         raise typer.Exit(FELL_BACK)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that are not left out."""
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def _push(folder: Path, repo: str, private: bool) -> None:
@@ -734,6 +744,7 @@ def bench_methods(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="of each text that perplexity is measured on")] = None,
     samples: Annotated[int | None, typer.Option(help="calibration windows")] = None,
     length: Annotated[int | None, typer.Option(help="tokens in a calibration window")] = None,
+    small: SmallOption = False,
     settings: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="a value of every recipe, such as solve.bits=3")
     ] = [],  # noqa: B006
@@ -754,11 +765,10 @@ def bench_methods(
 
     [bold]ultralowbit bench methods model --recipes sign-2,gptq-2bit --calib wikitext2 --eval wikitext2 --out bench[/]
     """
-    shortcuts = {"samples": samples, "length": length}
-    given = [f"calibration.{key}={value}" for key, value in shortcuts.items() if value is not None]
+    given = [f"calibration.{key}={value}" for key, value in _given(samples=samples, length=length).items()]
     wanted = methods_bench.Methods(
         models=tuple(models), recipes=tuple(_listed(recipes)) if recipes else tuple(shipped()),
-        seeds=tuple(_numbers(seeds)), settings=(*settings, *given), calibrations=tuple(calib),
+        seeds=tuple(_numbers(seeds)), settings=(*settings, *given), small=small, calibrations=tuple(calib),
         texts=reports.Texts(_sources(eval_sources), context, max_tokens), with_tracks=tracks,
     )  # fmt: skip
     for model in models:
@@ -869,12 +879,14 @@ def recipes_list() -> None:
 
 
 @recipes_app.command("show")
-def recipes_show(name: Annotated[str, typer.Argument(help="a shipped recipe or a .yaml file")]) -> None:
+def recipes_show(
+    name: Annotated[str, typer.Argument(help="a shipped recipe or a .yaml file")], small: SmallOption = False
+) -> None:
     """Print a recipe with every value that it leaves at its default; save it to a file to make your own.
 
     [bold]ultralowbit recipes show sign-2 > mine.yaml[/]
     """
-    out.out(f"# ultralowbit compress MODEL --recipe {name} --out DIR\n" + Recipe.load(name).to_yaml(), end="")
+    out.out(f"# ultralowbit compress MODEL --recipe {name} --out DIR\n" + Recipe.load(name, small=small).to_yaml(), end="")
 
 
 def main() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Union
 
 import yaml
@@ -141,10 +143,20 @@ class Recipe(_Model):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     @classmethod
-    def load(cls, name: str | Path, settings: tuple[str, ...] | list[str] = ()) -> Recipe:
+    def load(
+        cls,
+        name: str | Path,
+        settings: tuple[str, ...] | list[str] = (),
+        *,
+        small: bool = False,
+        texts: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Recipe:
         """A shipped recipe by name or a YAML file by path, with `key.path=value` settings applied before validation.
 
-        Raises `InputError` that lists every unknown key and bad value.
+        small: with what the file has under `small`, for models of a few million parameters, where the paper's constants
+        make no sense. texts: values, such as `source`, of every text that the recipe reads: that of the calibration and
+        those that stages train on; settings go before them. Raises `InputError` that lists every unknown key and bad
+        value.
         """
         text, label = _recipe_text(str(name))
         try:
@@ -154,6 +166,12 @@ class Recipe(_Model):
         if not isinstance(data, dict):
             raise InputError(f"{label} holds {type(data).__name__}, expected keys such as `solve: {{method: gptq}}`")
         data.setdefault("name", Path(str(name)).stem)
+        of_small = data.pop("small", None) or {}
+        if not isinstance(of_small, dict):
+            raise InputError(f"{label}: small holds {type(of_small).__name__}, expected keys of the recipe")
+        if small:
+            data = _merged(data, of_small)
+        _set_texts(data, texts)
         for setting in settings:
             _apply(data, setting)
         try:
@@ -180,6 +198,23 @@ def _recipe_text(name: str) -> tuple[str, str]:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise InputError(f"no recipe {name!r}: {hint}`ultralowbit recipes list` names all, or give a .yaml file")
     return (files("ultralowbit.recipes") / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}"
+
+
+def _merged(data: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` with the values of `other` in the place of its own, group by group."""
+    both = {key: (data[key], value) for key, value in other.items()
+            if isinstance(value, dict) and isinstance(data.get(key), dict)}  # fmt: skip
+    return {**data, **other, **{key: _merged(*pair) for key, pair in both.items()}}
+
+
+def _set_texts(data: dict[str, Any], texts: Mapping[str, Any]) -> None:
+    if not texts:
+        return
+    stages = [data.get(stage) for stage in ("prepare", "distill")]
+    trained_on = [stage["data"] for stage in stages if isinstance(stage, dict) and isinstance(stage.get("data"), dict)]
+    for text in (data.setdefault("calibration", {}), *trained_on):
+        if isinstance(text, dict):
+            text |= texts
 
 
 def _apply(data: dict[str, Any], setting: str) -> None:
