@@ -1,4 +1,4 @@
-// AVX2 with FMA and F16C: 8 rows at a time. Intel from Haswell on, AMD from Zen on.
+// AVX2 with FMA and F16C: 32 rows at a time, by digits. Intel from Haswell on, AMD from Zen on.
 #include "native.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -20,16 +20,14 @@ struct Avx2 {
   using F = __m256;
   using I = __m256i;
   static constexpr int N = 8;
+  static constexpr bool kDigits = true;
+  static constexpr int64_t kRows = 32;
 
-  static F zero() { return _mm256_setzero_ps(); }
-  static I zeroi() { return _mm256_setzero_si256(); }
   static F set1(float v) { return _mm256_set1_ps(v); }
   static F loadf(const float* p) { return _mm256_loadu_ps(p); }
   static void storef(float* p, F v) { _mm256_storeu_ps(p, v); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-  static I addi(I a, I b) { return _mm256_add_epi32(a, b); }
-  static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
 
   static F halves_n(const uint16_t* p, int64_t n) {
     uint16_t part[N] = {};
@@ -45,60 +43,98 @@ struct Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
 
-  template <bool Bytes>
-  static void transpose(const uint16_t* words, int64_t stride, I to[16]) {
-    for (int half = 0; half < 2; half++, to += 8) {
-      I r[8], t[8];
-      for (int i = 0; i < 8; i++) {
-        r[i] = _mm256_loadu_si256(reinterpret_cast<const I*>(words + i * stride + half * 16));
-        if (Bytes)
-          r[i] = _mm256_shuffle_epi8(
-              r[i], _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)));
+  // Bytes of 32 words of 32 rows -> to[2 * word + byte], a byte a row. `sum` leaves rows 0-7 in the even bytes of its
+  // first and third quarter, and so on: that order is made here, by which rows are loaded into which place.
+  static void transpose(const uint16_t* words, int64_t stride, I to[64]) {
+    static constexpr int rows[16] = {0, 16, 1, 17, 2, 18, 3, 19, 8, 24, 9, 25, 10, 26, 11, 27};
+    for (int part = 0; part < 4; part++, words += 8, to += 16) {
+      I r[16];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; k++) {
+        I of[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+          const uint16_t* from = words + rows[k + 4 * i] * stride;
+          of[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(load128(from)), load128(from + 4 * stride), 1);
+        }
+        rotate(of, r + 4 * k);
       }
-      for (int i = 0; i < 8; i += 2) {
-        t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
-      }
-      for (int i = 0; i < 8; i += 4) {
-        r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
-      }
-      for (int j = 0; j < 4; j++) {
-        to[j] = _mm256_permute2x128_si256(r[j], r[4 + j], 0x20);
-        to[4 + j] = _mm256_permute2x128_si256(r[j], r[4 + j], 0x31);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; k++) {
+        const I of[4] = {r[k], r[k + 4], r[k + 8], r[k + 12]};
+        rotate(of, to + 4 * k);
       }
     }
   }
+  // Vectors k, k + 4, k + 8 and k + 12 of 16 -> 4 k to 4 k + 3, in whose bytes' places vector and byte have rotated by two
+  // bits: done to all, and twice, that exchanges the two. By fours, since no more stay in registers.
+  static void rotate(const I (&of)[4], I* to) {
+    const I a = _mm256_unpacklo_epi8(of[0], of[2]), b = _mm256_unpackhi_epi8(of[0], of[2]);
+    const I c = _mm256_unpacklo_epi8(of[1], of[3]), d = _mm256_unpackhi_epi8(of[1], of[3]);
+    to[0] = _mm256_unpacklo_epi8(a, c);
+    to[1] = _mm256_unpackhi_epi8(a, c);
+    to[2] = _mm256_unpacklo_epi8(b, d);
+    to[3] = _mm256_unpackhi_epi8(b, d);
+  }
+  static __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
-  static I shift(I v, int bits) { return _mm256_srli_epi32(v, bits); }
-  static F lookup(const float* table, I nibble) {  // the lane's bit 3 chooses the half of the table
-    const F low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), nibble);
-    const F high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), nibble);
-    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(nibble, 28)));
+  // Digits of round(entry * inverse), made positive, of a table's 16 entries; a digit's bytes are 4 * 16 apart.
+  template <int D>
+  static void split(const float* entry, float inverse, uint8_t* to) {
+    const F factor = set1(inverse);
+    const I middle = _mm256_set1_epi32(1 << (D * kDigitBits - 1)), mask = _mm256_set1_epi32((1 << kDigitBits) - 1);
+    I a = _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(loadf(entry), factor)), middle);
+    I b = _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(loadf(entry + 8), factor)), middle);
+    for (int d = 0; d < D; d++, to += kRun * 16) {
+      const I both = _mm256_packus_epi32(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
+      const I ordered = _mm256_permute4x64_epi64(both, 0xD8);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                       _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
+      a = _mm256_srli_epi32(a, kDigitBits);
+      b = _mm256_srli_epi32(b, kDigitBits);
+    }
   }
 
-  // Fields stay small enough that a 16-bit sum of two products cannot saturate: 128 * 127 * 2, 15 * 127 * 2.
-  template <int W>
-  static I field(I bytes, int f) {
-    if (W == 8) return bytes;
-    const I mask = _mm256_set1_epi8(char(W == 1 ? 1 << f : (1 << W) - 1));
-    return _mm256_and_si256(W == 1 ? bytes : _mm256_srli_epi32(bytes, W * f), mask);
-  }
-  static I pairs(I unsigned_bytes, I x, int weight) {
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(unsigned_bytes, x), _mm256_set1_epi16(short(weight)));
-  }
-  template <int W>
-  static I dot(I sum, I field, int32_t x) {
-    const I activations = _mm256_set1_epi32(x);
-    if (W < 8) return addi(sum, pairs(field, activations, 1));
-    const I mask = _mm256_set1_epi8(15), high = _mm256_and_si256(_mm256_srli_epi32(field, 4), mask);
-    return addi(sum, addi(pairs(_mm256_and_si256(field, mask), activations, 1), pairs(high, activations, 16)));
-  }
-  template <int W>
-  static I placed(I sum, int f) {
-    return W == 1 ? _mm256_srai_epi32(sum, f) : sum;
+  // What a unit adds to 32 rows: the low or high nibbles of every second vector of w, looked up in `runs` runs of tables
+  // [digit, word, 16]. Bytes of a run are added as bytes; 16-bit sums of them keep odd bytes, and all with a carry.
+  template <int D>
+  static void sum(const uint8_t* table, const I* w, bool high, int64_t runs, float alpha, float* to) {
+    const I mask = _mm256_set1_epi8(15);
+    I all[D], odd[D];
+    for (int d = 0; d < D; d++) all[d] = odd[d] = _mm256_setzero_si256();
+    for (int64_t run = 0; run < runs; run++, w += 2 * kRun) {
+      I nibble[kRun];
+#pragma GCC unroll 4
+      for (int i = 0; i < kRun; i++)
+        nibble[i] = _mm256_and_si256(high ? _mm256_srli_epi16(w[2 * i], 4) : w[2 * i], mask);
+#pragma GCC unroll 4
+      for (int d = 0; d < D; d++) {
+        I bytes = _mm256_setzero_si256();
+#pragma GCC unroll 4
+        for (int i = 0; i < kRun; i++, table += 16)
+          bytes = _mm256_add_epi8(bytes, _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load128(table)), nibble[i]));
+        all[d] = _mm256_add_epi16(all[d], bytes);
+        odd[d] = _mm256_add_epi16(odd[d], _mm256_srli_epi16(bytes, 8));
+      }
+    }
+    const F factor = set1(alpha);
+    const I middle = _mm256_set1_epi32(int(runs) * kRun << (D * kDigitBits - 1));
+    for (int side = 0; side < 2; side++) {
+      I digit[D];
+      for (int d = 0; d < D; d++)
+        digit[d] = side ? odd[d] : _mm256_sub_epi16(all[d], _mm256_slli_epi16(odd[d], 8));
+      const I weights = _mm256_set1_epi32(1 << (16 + kDigitBits) | 1);
+      I low = _mm256_madd_epi16(_mm256_unpacklo_epi16(digit[0], digit[1]), weights);
+      I upper = _mm256_madd_epi16(_mm256_unpackhi_epi16(digit[0], digit[1]), weights);
+      if constexpr (D == 4) {
+        const I low2 = _mm256_madd_epi16(_mm256_unpacklo_epi16(digit[2], digit[3]), weights);
+        const I upper2 = _mm256_madd_epi16(_mm256_unpackhi_epi16(digit[2], digit[3]), weights);
+        low = _mm256_add_epi32(low, _mm256_slli_epi32(low2, 2 * kDigitBits));
+        upper = _mm256_add_epi32(upper, _mm256_slli_epi32(upper2, 2 * kDigitBits));
+      }
+      storef(to + 16 * side, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(low, middle)), factor));
+      storef(to + 16 * side + 8, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(upper, middle)), factor));
+    }
   }
 };
 

@@ -21,6 +21,8 @@ struct Avx512 {
   using F = __m512;
   using I = __m512i;
   static constexpr int N = 16;
+  static constexpr int64_t kRows = N;
+  static constexpr bool kDigits = false;
 
   static F zero() { return _mm512_setzero_ps(); }
   static I zeroi() { return _mm512_setzero_si512(); }

@@ -6,10 +6,16 @@
 //         serve every row; only packed words stream from memory.
 // int8    Activations are rounded to 8 bits with a scale for each unit of columns. Fields are masked in place and
 //         multiplied as bytes; sums are exact integers.
+//
+// Where an instruction set looks up bytes many times faster than floats (V::kDigits), both modes are one: the sums of a
+// table are rounded to fixed point, against the largest of their unit of columns, and cut into digits of 6 bits, whose
+// tables are looked up for V::kRows rows at once and added as integers. Four digits are exact: 24 bits, the precision of
+// fp32, and no rounding in the sums; two are what int8 runs, which is finer than activations of 8 bits.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "native.h"
 
@@ -37,11 +43,22 @@ inline uint16_t to_bfloat16(float value) {
   return value != value ? 0x7FC0 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
 
+constexpr int kDigitBits = 6, kRun = 4;  // so many digits of 6 bits add up to a byte at most
+
+// The tables of a pass, [unit, run of words, digit, word, 16], and what turns a unit's integer sum into a float.
+template <int D>
+struct alignas(64) DigitPass {
+  uint8_t table[4][kLanes / kRun][D][kRun][16];
+  float alpha[4];
+};
+
 template <class V>
 struct Kernel {
   using F = typename V::F;
   using I = typename V::I;
   static constexpr int N = V::N;
+  static constexpr int64_t kExactBytes = V::kDigits ? sizeof(DigitPass<4>) : kExactPass;
+  static constexpr int64_t kInt8Bytes = V::kDigits ? sizeof(DigitPass<2>) : sizeof(Int8Pass);
 
   // ---- conversions ----
 
@@ -155,10 +172,14 @@ struct Kernel {
           }
           used = kept;
         }
-        if (int8)
-          activations(t, used, lanes, *reinterpret_cast<Int8Pass*>(passes + p * step));
-        else
-          tables(t, used, lanes, reinterpret_cast<float*>(passes + p * step));
+        char* pass = passes + p * step;
+        if constexpr (V::kDigits) {
+          if (int8) digits(t, used, lanes, *reinterpret_cast<DigitPass<2>*>(pass));
+          else digits(t, used, lanes, *reinterpret_cast<DigitPass<4>*>(pass));
+        } else {
+          if (int8) activations(t, used, lanes, *reinterpret_cast<Int8Pass*>(pass));
+          else tables(t, used, lanes, reinterpret_cast<float*>(pass));
+        }
       }
     }
   }
@@ -183,6 +204,26 @@ struct Kernel {
         }
         std::memcpy(to, entry, sizeof entry);
       }
+  }
+
+  template <int D>
+  static void digits(const Table& t, const float (*x)[kLanes], int lanes, DigitPass<D>& to) {
+    alignas(64) float entries[kLanes][4][16];
+    std::memset(entries + lanes / 2 * 2, 0, (kLanes - lanes / 2 * 2) * sizeof entries[0]);
+    tables(t, x, lanes, entries[0][0]);
+    for (int q = 0; q < 4; q++) {
+      float most[16] = {}, finite[16] = {};  // by code; 0, or NaN where an entry is none
+      for (int c = 0; c < lanes; c++)
+        for (int code = 0; code < 16; code++) {
+          most[code] = std::max(most[code], std::fabs(entries[c][q][code]));
+          finite[code] += entries[c][q][code] * 0;
+        }
+      const float largest = std::max(0x1p-100f, *std::max_element(most, most + 16));
+      constexpr float top = (1 << (D * kDigitBits - 1)) - 4;  // rounding may go beyond it by less
+      to.alpha[q] = largest / top + std::accumulate(finite, finite + 16, 0.f);
+      for (int c = 0; c < kLanes; c++)
+        V::template split<D>(entries[c][q], top / largest, to.table[q][c / kRun][0][c % kRun]);
+    }
   }
 
   static void activations(const Table& t, const float (*x)[kLanes], int lanes, Int8Pass& to) {
@@ -310,9 +351,40 @@ struct Kernel {
     const auto* words = static_cast<const uint16_t*>(job.tensors[s.words]) +
                         (s.plane * job.out + first) * s.stride + s.skip + block.column / (kWordBits / t.width);
     const uint16_t* scale = halves_at(job.tensors, s.scale) + s.plane * groups_of(t) * job.out + first;
-    constexpr int64_t size = Int8 ? sizeof(Int8Pass) : kExactPass;
+    constexpr int64_t size = Int8 ? kInt8Bytes : kExactBytes;
     const char* passes = job.passes[s.table] + (block.first_pass * job.tokens + table_token) * size;
-    for (int64_t row = 0; row < count; row += N) {
+    if constexpr (V::kDigits) {
+      constexpr int D = Int8 ? 2 : 4;
+      const int64_t runs = ceil_div(block.lanes, kRun);
+      for (int64_t row = 0; row < count; row += V::kRows) {
+        const int64_t rest = count - row;
+        I w[2 * kLanes];
+        if (rest >= V::kRows && block.lanes == kLanes) {
+          V::transpose(words + row * s.stride, s.stride, w);
+        } else {
+          alignas(64) uint16_t copy[V::kRows][kLanes] = {};
+          for (int64_t r = 0; r < rest && r < V::kRows; r++)
+            std::memcpy(copy[r], words + (row + r) * s.stride, block.lanes * sizeof(uint16_t));
+          V::transpose(copy[0], kLanes, w);
+        }
+        for (int64_t p = 0; p < block.passes; p++)
+          for (int t = 0; t < T; t++) {
+            const auto& pass = *reinterpret_cast<const DigitPass<D>*>(passes + (p * job.tokens + t) * size);
+            float units[4][V::kRows];
+            for (int q = 0; q < 4; q++) {
+              prefetch();
+              V::template sum<D>(pass.table[q][0][0][0], w + q / 2, q % 2, runs, pass.alpha[q], units[q]);
+            }
+            for (int64_t r = 0; r < V::kRows && r < rest; r += N) {
+              F part[1][4];
+              for (int q = 0; q < 4; q++) part[0][q] = V::loadf(units[q] + r);
+              apply<1>(part, layout.passes[block.first_pass + p], scale + row + r, job.out, rest - r,
+                       y + t * step + row + r, step);
+            }
+          }
+      }
+      return;
+    } else for (int64_t row = 0; row < count; row += V::kRows) {
       prefetch();
       I w[16];
       transposed<Int8>(words + row * s.stride, s.stride, count - row, block.lanes, w);
@@ -336,7 +408,7 @@ struct Kernel {
       const auto& blocks = job.layouts[s.table].blocks;
       const int64_t next = first + job.ahead, rows = next < job.out ? std::min(count, job.out - next) : 0;
       const char* words = static_cast<const char*>(job.tensors[s.words]) + (s.plane * job.out + next) * s.stride * 2;
-      const int64_t calls = blocks.size() * ceil_div(count, N) * ceil_div(job.tokens, 2);
+      const int64_t calls = blocks.size() * ceil_div(count, V::kRows) * ceil_div(job.tokens, 2) * (V::kDigits ? 4 : 1);
       Prefetch prefetch{words, words + rows * s.stride * 2, ceil_div(ceil_div(rows * s.stride * 2, calls), 64) * 64};
       for (const Superblock& block : blocks) {
         int64_t token = 0;
@@ -483,7 +555,8 @@ struct Kernel {
 
 template <class V>
 constexpr Isa isa(const char* name) {
-  return {name, Kernel<V>::input, Kernel<V>::prepare, Kernel<V>::product, Kernel<V>::decode};
+  using K = Kernel<V>;
+  return {name, {K::kExactBytes, K::kInt8Bytes}, K::input, K::prepare, K::product, K::decode};
 }
 
 }  // namespace

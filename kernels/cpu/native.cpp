@@ -142,7 +142,7 @@ static const Isa* isa_at(int64_t i) {
 int ultralowbit_product(int64_t isa_index, const Plan* plan, void* const* tensors, int64_t out, const void* x,
                         int64_t dtype, int64_t tokens, void* y, int64_t int8, int64_t threads) try {
   const Isa& isa = *isa_at(isa_index);
-  const int64_t pass_bytes = int8 ? sizeof(Int8Pass) : kExactPass, element = dtype ? 2 : 4;
+  const int64_t pass_bytes = isa.pass_bytes[int8 ? 1 : 0], element = dtype ? 2 : 4;
   std::vector<Layout> layouts;
   int64_t token_bytes = 0;
   for (int64_t i = 0; i < plan->tables; i++) {

@@ -80,7 +80,7 @@ struct Job {
   int64_t out, tokens, ahead;      // rows to where a thread's next words may be
   bool int8;
   const Layout* layouts;
-  const char* const* passes;       // of each table: [passes, tokens], Int8Pass or kExactPass bytes
+  const char* const* passes;       // of each table: [passes, tokens], of the instruction set's bytes
   const float* const* sums;        // of each table: [tokens, groups] sums of x
   void* y;                         // [tokens, out]
   int64_t dtype;                   // of x and y: 0 fp32, 1 bf16, 2 fp16
@@ -88,6 +88,7 @@ struct Job {
 
 struct Isa {
   const char* name;
+  int64_t pass_bytes[2];  // of one token: exact, int8
   // row of x -> fp32, transformed; `scratch` holds as many columns
   void (*input)(const Plan&, void* const* tensors, const void* x, int64_t dtype, float* out, float* scratch);
   // the passes of one token, `step` bytes apart, and its group sums

@@ -20,6 +20,8 @@ struct Neon {
   using F = float32x4_t;
   using I = int32x4_t;
   static constexpr int N = 4;
+  static constexpr int64_t kRows = N;
+  static constexpr bool kDigits = false;
 
   static F zero() { return vdupq_n_f32(0); }
   static I zeroi() { return vdupq_n_s32(0); }

@@ -6,6 +6,8 @@ namespace {
 
 struct Portable {
   static constexpr int N = 8;
+  static constexpr int64_t kRows = N;
+  static constexpr bool kDigits = false;
   struct F {
     float at[N];
   };
