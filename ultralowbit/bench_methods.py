@@ -44,7 +44,8 @@ class Methods:
     small: bool = False
     """With the values that recipes have for models of a few million parameters."""
     calibrations: tuple[str, ...] = ()
-    """Texts, to train on too; the recipe's own unless given. With those after the first only the first seed is run, for the tracks."""
+    """Texts, to train on too; the recipe's own unless given. With those after the first only the first seed is run, for
+    the tracks."""
     texts: reports.Texts = field(default_factory=reports.Texts)
     with_tracks: bool = True
 

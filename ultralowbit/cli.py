@@ -886,7 +886,9 @@ def recipes_show(
 
     [bold]ultralowbit recipes show sign-2 > mine.yaml[/]
     """
-    out.out(f"# ultralowbit compress MODEL --recipe {name} --out DIR\n" + Recipe.load(name, small=small).to_yaml(), end="")
+    out.out(
+        f"# ultralowbit compress MODEL --recipe {name} --out DIR\n" + Recipe.load(name, small=small).to_yaml(), end=""
+    )
 
 
 def main() -> None:

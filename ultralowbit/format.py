@@ -420,7 +420,8 @@ class Zones:
 
 def _of_group(values: Tensor, g: Tensor) -> Tensor:
     """values [2, rows, columns] of the groups that g [rows, columns] names, or [1, ...] of all."""
-    return values[0].clone() if len(values) == 1 else torch.where(g.bool(), values[1], values[0])
+    # lerp at 0 and 1 chooses, exactly, and in a fraction of the time of `where`
+    return values[0].clone() if len(values) == 1 else torch.lerp(values[0], values[1], g.float())
 
 
 Segment = Planes | Ints | TiedPlanes | Zones

@@ -61,9 +61,9 @@ def test_a_term_is_the_alternation_of_the_paper(iterations):
     generator = torch.Generator().manual_seed(0)
     weight, zone = torch.randn(6, 9, generator=generator), torch.rand(6, 9, generator=generator) < 0.6
     zone[2], zone[:, 4] = False, False  # an empty row and column
-    term = _Term(weight, zone)
+    term = _Term(weight, zone.float())
     for _ in range(iterations):
-        term.refine(weight)
+        term.refine(term.along(weight))
     r, u = alternated(weight.double(), zone, iterations)
     expected = r[:, None] * u * torch.where(weight >= 0, 1.0, -1.0) * zone
     torch.testing.assert_close(term.value.double(), expected, rtol=1e-5, atol=1e-6)
@@ -72,10 +72,10 @@ def test_a_term_is_the_alternation_of_the_paper(iterations):
 def test_each_refinement_lowers_the_error():
     weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(1))
     zone = weight.abs() > 0.4
-    term, errors = _Term(weight, zone), []
+    term, errors = _Term(weight, zone.float()), []
     for _ in range(10):
         errors.append(squared(term.value, weight * zone))
-        term.refine(weight)
+        term.refine(term.along(weight))
     assert all(after <= before * (1 + 1e-6) for before, after in pairwise(errors))
     assert errors[-1] < errors[0]
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ultralowbit.format import Format, PackedWeight, Zones, to_scale
 from ultralowbit.methods.base import Need, fields
-from ultralowbit.methods.billm import Parts, beyond_break, quantize_blocks, salient_columns
+from ultralowbit.methods.billm import Parts, break_of, quantize_blocks, salient_columns, sample
 from ultralowbit.stats import InputStats
 
 
@@ -53,34 +53,36 @@ class ARBRC:
 
     def _fit(self, weight: Tensor, pivots: Tensor) -> Parts:
         salient = salient_columns(weight, pivots)  # [columns]
-        others, kept = weight[:, ~salient], weight[:, salient]
-        sparse = torch.zeros_like(weight, dtype=torch.bool)
-        sparse[:, ~salient] = beyond_break(others)
+        few, sizes, kept = sample(weight), weight.abs(), weight[:, salient]
+        sparse = (sizes >= break_of(few[:, ~salient])) & ~salient
         if self.cgb:
-            sparse[:, salient] = beyond_break(kept)
-        groups = (~sparse, sparse)
-        single = [_Term(others, zone[:, ~salient]) for zone in groups]
+            sparse[:, salient] = kept.abs() >= break_of(few[:, salient])
+        second_group = sparse.float()
+        groups = (1 - second_group, second_group)  # [out, columns], 1 or 0
+        single = [_Term(weight, zone * ~salient) for zone in groups]
         for term in single:
+            size = sizes * term.zone
             for _ in range(self.iterations):
-                if not term.refine(others):
+                if not term.refine(size):
                     break
-            term.store(others)
+            term.store(size)
 
         zones = [zone[:, salient] for zone in (groups if self.cgb else groups[:1])]
         first = [_Term(kept, zone) for zone in zones]
         second = [_Term(kept - term.value, zone) for term, zone in zip(first, zones, strict=True)]
         for a, b in zip(first, second, strict=True):
             for _ in range(self.iterations):
-                moved = a.refine(kept - b.value)
-                b.sign = _sign(kept - a.value)
-                if not (b.refine(kept - a.value) or moved):
+                moved = a.refine(a.along(kept - b.value))
+                rest = kept - a.value
+                b.sign = _sign(rest)
+                if not (b.refine(b.along(rest)) or moved):
                     break
-            a.store(kept - b.value)
-            b.sign = _sign(kept - a.value)
-            b.store(kept - a.value)
+            a.store(a.along(kept - b.value))
+            rest = kept - a.value
+            b.sign = _sign(rest)
+            b.store(b.along(rest))
 
-        column = torch.empty(2, len(salient), device=weight.device)
-        column[:, ~salient] = torch.stack([term.column for term in single])
+        column = torch.stack([term.column for term in single])  # [2, columns], 0 for the salient ones
         column[:, salient] = torch.stack([term.column for term in (first if self.cgb else first + second)])
         t = sum(term.sign * zone for term, zone in zip(second, zones, strict=True)) > 0
         parts = {
@@ -99,7 +101,8 @@ class _Term:
     """row_i column_j sign_ij on the zone of a weight [out, columns]."""
 
     def __init__(self, weight: Tensor, zone: Tensor) -> None:
-        self.zone, self.sign = zone.float(), _sign(weight)
+        """zone [out, columns] is 1 in the zone, else 0."""
+        self.zone, self.sign = zone, _sign(weight)
         size = weight.abs() * self.zone
         self.row = _ratio(size.sum(1), self.zone.sum(1))  # [out]
         self.column = _ratio(_ratio(size, self.row[:, None]).sum(0), self.zone.sum(0))  # [columns]
@@ -108,25 +111,29 @@ class _Term:
     def value(self) -> Tensor:
         return self.row[:, None] * self.column * self.sign * self.zone
 
-    def refine(self, target: Tensor) -> bool:
-        """One alternation; whether it moved a scale by more than fp16 can tell."""
-        size, row, column = target * self.sign * self.zone, self.row, self.column
+    def along(self, target: Tensor) -> Tensor:
+        """How far a target [out, columns] goes in the direction of the signs, on the zone."""
+        return (target * self.sign).mul_(self.zone)
+
+    def refine(self, size: Tensor) -> bool:
+        """One alternation, for a target `along` the signs; whether it moved a scale by more than fp16 can tell."""
+        row, column = self.row, self.column
         self.row = _ratio(size @ column, self.zone @ column.square())
         self.column = _ratio(self.row @ size, self.row.square() @ self.zone)
         return any(
             ((new - old).abs() > 2**-12 * old.abs()).any() for new, old in ((self.row, row), (self.column, column))
         )
 
-    def store(self, target: Tensor) -> None:
+    def store(self, size: Tensor) -> None:
         """Round the scales to those that are stored."""
         self.column = to_scale(self.column)
-        self.row = to_scale(_ratio((target * self.sign * self.zone) @ self.column, self.zone @ self.column.square()))
+        self.row = to_scale(_ratio(size @ self.column, self.zone @ self.column.square()))
 
 
 def _sign(weight: Tensor) -> Tensor:
-    return torch.where(weight >= 0, 1.0, -1.0)
+    return torch.ones_like(weight).copysign_(weight + 0)  # -0 is 0
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 where b is 0: rows, columns and zones may be empty."""
-    return torch.where(b > 0, a / b, 0.0)
+    """a / b, and 0 where both are: rows, columns and zones may be empty."""
+    return a / b.clamp_min(torch.finfo(b.dtype).tiny)

@@ -51,8 +51,8 @@ class Rounding(Protocol):
         ...
 
     def round(self, g: int, weight: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
-        """weight [columns, out], or [out] for one column, of group g -> (codes uint8, the values they stand for), both
-        in its shape. `first` is the place of the first column in the original weight."""
+        """weight [columns, out], or [out] for one column, of group g -> (codes, whole numbers of any dtype, the values
+        they stand for), both in its shape. `first` is the place of the first column in the original weight."""
         ...
 
     def pack(self, codes: Tensor) -> PackedWeight:
@@ -102,7 +102,7 @@ class IntRounding:
     def round(self, g: int, weight: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         scale, zero = self.scale[g], self.zero[g]
         codes = (weight / scale).round_().add_(zero).clamp_(0, self.top)
-        return codes.to(torch.uint8), (codes - zero).mul_(scale)
+        return codes, (codes - zero).mul_(scale)
 
     def pack(self, codes: Tensor) -> PackedWeight:
         zero = None if self.symmetric else self.zero.T
@@ -112,18 +112,15 @@ class IntRounding:
 _FIT = 1 << 21  # weights fitted at a time
 
 
-class _Levels(NamedTuple):
-    """The 2^K values sum_p +-a_p of each row, rising."""
+class Levels(NamedTuple):
+    """The values that the codes of a group stand for, rising in each row."""
 
-    values: Tensor  # [2^K, out]
-    codes: Tensor  # [2^K, out] uint8, the signs that make the value
-    middles: Tensor  # [2^K - 1, out], the decision thresholds
+    values: Tensor  # [levels, out]
+    codes: Tensor  # [levels, out] uint8
+    middles: Tensor  # [levels - 1, out], the decision thresholds
 
     def nearest(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """weight [..., out] -> (codes uint8, values) of the nearest level."""
-        if len(self.middles) == 1:  # one plane: the code is the rank
-            up = weight >= self.middles[0]
-            return up.to(torch.uint8), torch.where(up, self.values[1], self.values[0])
+        """weight [..., out] -> (codes, values) of the nearest level."""
         rank = torch.zeros_like(weight, dtype=torch.uint8)
         for middle in self.middles:
             rank += weight >= middle
@@ -131,11 +128,36 @@ class _Levels(NamedTuple):
         return self.codes.gather(0, index).view_as(rank), self.values.gather(0, index).view_as(weight)
 
 
-class SignRounding:
-    """K sign planes with free scales: the nearest of the 2^K levels sum_p +-a_p of a group.
+class _Greedy(NamedTuple):
+    """The levels +-a_1 or +-a_1 +-a_2, a_1 >= a_2 >= 0, whose nearest has the sign of w and of what +-a_1 leaves."""
 
-    Fit: greedy residual binarisation, then alternate the weighted least-squares scales of the planes with the nearest
-    levels, row by row and only where the weighted squared error falls. For K = 1 that is a = sum h|w| / sum h at once.
+    scale: Tensor  # [K, out]
+
+    def nearest(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        value = torch.copysign(self.scale[0], weight)
+        codes = (value >= 0).view(torch.uint8)
+        if len(self.scale) == 1:
+            return codes, value
+        second = torch.copysign(self.scale[1], weight - value)
+        return torch.add(codes, (second >= 0).view(torch.uint8), alpha=2), value.add_(second)
+
+
+class _OddMultiples(NamedTuple):
+    """The levels (2 c - top) s for the codes c = 0 to top."""
+
+    scale: Tensor  # [out]
+    top: int
+
+    def nearest(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        codes = (weight / (2 * self.scale).clamp_min(MIN_SCALE)).floor_().add_((self.top + 1) // 2).clamp_(0, self.top)
+        return codes, (2 * codes).sub_(self.top).mul_(self.scale)
+
+
+class AlternatingRounding:
+    """K binary planes with scales: the nearest of 2^K levels of a group.
+
+    Fit: from the start of a subclass, alternate the weighted least-squares scales of the planes with the nearest
+    levels, row by row and only where the weighted squared error falls.
     """
 
     def __init__(self, out: int, columns: int, bases: int, group: int | None, iterations: int, device) -> None:
@@ -143,9 +165,7 @@ class SignRounding:
         self.segment = Planes(columns, bases, group)
         self.group, self.bases, self.iterations = group, bases, iterations
         self.scale = torch.zeros(groups, bases, out, device=device)
-        codes = torch.arange(2**bases, device=device)
-        self.signs = torch.stack([self._plane(codes, p) for p in range(bases)], dim=1)  # [2^K, K]
-        self._tables: dict[int, _Levels] = {}
+        self._tables: dict[int, Levels | _Greedy | _OddMultiples] = {}
 
     def fit(self, g: int, weight: Tensor, importance: Tensor | None) -> None:
         h = torch.ones_like(weight[:, 0]) if importance is None else importance / importance.mean()  # [columns]
@@ -153,7 +173,22 @@ class SignRounding:
         for start in range(0, weight.shape[1], rows):
             part = weight[:, start : start + rows]
             self.scale[g, :, start : start + rows] = self._alternate(part, h)
-        self._tables[g] = self._levels(self.scale[g])
+        self._tables[g] = self._table(self.scale[g])
+
+    def round(self, g: int, weight: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        return self._tables[g].nearest(weight)
+
+    def _start(self, weight: Tensor, h: Tensor) -> Tensor:
+        """Scales [K, out] to alternate from."""
+        raise NotImplementedError
+
+    def _least_squares(self, codes: Tensor, weight: Tensor, h: Tensor) -> Tensor:
+        """Scales [K, out] that minimise sum_j h_j (w_j - q_j)^2 for the codes."""
+        raise NotImplementedError
+
+    def _table(self, scale: Tensor) -> Levels | _Greedy | _OddMultiples:
+        """The levels of scales [K, out]."""
+        raise NotImplementedError
 
     def _alternate(self, weight: Tensor, h: Tensor) -> Tensor:
         scale = to_scale(self._start(weight, h))  # [K, out]
@@ -171,69 +206,109 @@ class SignRounding:
             scale[:, rows] = tried[:, better]
         return scale
 
+    def _assess(self, scale: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest codes [columns, out] for scales [K, out], and the weighted squared error [out] they leave."""
+        codes, values = self._table(scale).nearest(weight)
+        return codes, h @ (values - weight).square_()
+
     def _plane(self, codes: Tensor, p: int) -> Tensor:
         """What bit p of the codes, of plane p, stands for."""
         return ((codes >> p) & 1).float().mul_(2).sub_(1)
 
-    def _start(self, weight: Tensor, h: Tensor) -> Tensor:
-        """Scales [K, out] to alternate from."""
-        rest, scales = weight.clone(), []
-        for _ in range(self.bases):
-            a = (h @ rest.abs()) / h.sum()  # [out]
-            scales.append(a)
-            rest -= torch.where(rest >= 0, a, -a)
-        return torch.stack(scales)
-
-    def _least_squares(self, codes: Tensor, weight: Tensor, h: Tensor) -> Tensor:
-        """Scales [K, out] that minimise sum_j h_j (w_j - sum_p a_p b_pj)^2 for the signs b of the codes."""
+    def _free(self, codes: Tensor, weight: Tensor, h: Tensor) -> Tensor:
+        """The least squares of scales that are free of one another."""
         planes = [self._plane(codes, p) for p in range(self.bases)]  # K of [columns, out]
         A = torch.stack([torch.stack([h @ (x * y) for y in planes], dim=-1) for x in planes], dim=-1)  # [out, K, K]
         b = torch.stack([h @ (x * weight) for x in planes], dim=-1)  # [out, K]
         # equal planes make A singular: the ridge then splits their scale, and the error decides
         A.diagonal(dim1=1, dim2=2).add_(1e-6 * h.sum())
-        return self._ordered(torch.linalg.solve(A, b).T)
+        return torch.linalg.solve(A, b).T
 
-    def _ordered(self, scale: Tensor) -> Tensor:
-        """The same levels with positive, falling scales: a negative one only flips its plane."""
-        return scale.abs().sort(dim=0, descending=True).values
-
-    def _assess(self, scale: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Nearest codes [columns, out] for scales [K, out], and the weighted squared error [out] they leave."""
-        codes, values = self._levels(scale).nearest(weight)
-        return codes, h @ (values - weight).square_()
-
-    def _levels(self, scale: Tensor) -> _Levels:
-        values, codes = (self.signs @ scale).sort(dim=0)
-        return _Levels(values, codes.to(torch.uint8), (values[1:] + values[:-1]) / 2)
-
-    def round(self, g: int, weight: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
-        return self._tables[g].nearest(weight)
+    def _levels(self, scale: Tensor) -> Levels:
+        """The sums of the planes of every code, in order."""
+        codes = torch.arange(2**self.bases, device=scale.device)
+        planes = torch.stack([self._plane(codes, p) for p in range(self.bases)], dim=1)  # [2^K, K]
+        values, order = (planes @ scale).sort(dim=0)
+        return Levels(values, order.to(torch.uint8), (values[1:] + values[:-1]) / 2)
 
     def pack(self, codes: Tensor) -> PackedWeight:
         bits = torch.stack([(codes >> p) & 1 for p in range(self.bases)])
         return PackedWeight.encode(Format((self.segment,)), {"bits": bits, "scale": self.scale.permute(1, 2, 0)})
 
 
-class TiedSignRounding(SignRounding):
-    """K sign planes whose scales halve from one to the next: the nearest odd multiple of one scale of a group."""
+class SignRounding(AlternatingRounding):
+    """K sign planes with free scales: the nearest of the levels sum_p +-a_p, from greedy residual binarisation.
+
+    For K = 1 that is a = sum h|w| / sum h at once.
+    """
+
+    def _start(self, weight: Tensor, h: Tensor) -> Tensor:
+        rest, scales = weight.clone(), []
+        for _ in range(self.bases):
+            a = (h @ rest.abs()) / h.sum()  # [out]
+            scales.append(a)
+            rest -= torch.copysign(a, rest)
+        return torch.stack(scales)
+
+    def _least_squares(self, codes: Tensor, weight: Tensor, h: Tensor) -> Tensor:
+        return self._ordered(self._free(codes, weight, h))
+
+    def _ordered(self, scale: Tensor) -> Tensor:
+        """The same levels with positive, falling scales: a negative one only flips its plane."""
+        return scale.abs().sort(dim=0, descending=True).values
+
+    def _table(self, scale: Tensor) -> Levels | _Greedy:
+        return _Greedy(scale) if self.bases <= 2 else self._levels(scale)
+
+    def _alternate(self, weight: Tensor, h: Tensor) -> Tensor:
+        return self._alternate_two(weight, h) if self.bases == 2 else super()._alternate(weight, h)
+
+    def _alternate_two(self, weight: Tensor, h: Tensor) -> Tensor:
+        """The alternation in terms of u = |w| and r, the product of the two signs: 1 where u >= a_1, else -1."""
+        u, total = weight.abs(), h.sum()
+        energy, first = h @ u.square(), h @ u  # [out]
+        scale = tried = to_scale(self._ordered(self._start(weight, h)))  # [2, out]
+        best = torch.full_like(first, torch.inf)
+        for _ in range(self.iterations + 1):
+            outer = (u >= tried[0]).float()  # [columns, out]
+            both = 2 * (h @ outer) - total  # sum h r
+            second = 2 * (h @ outer.mul_(u)) - first  # sum h r u
+            a, b = tried
+            error = energy - 2 * (a * first + b * second) + (a * a + b * b) * total + 2 * a * b * both
+            better = error < best - 1e-6 * energy  # what fp32 sums can tell
+            if not better.any():
+                break
+            scale, best = torch.where(better, tried, scale), torch.where(better, error, best)
+            # signs that are always equal, or always opposite, make the system singular: the ridge splits the scale
+            diagonal = total * (1 + 1e-6)
+            determinant = diagonal * diagonal - both * both
+            found = torch.stack([diagonal * first - both * second, diagonal * second - both * first]) / determinant
+            tried = to_scale(self._ordered(found))
+        return scale
+
+
+class TiedSignRounding(AlternatingRounding):
+    """K sign planes whose scales halve from one to the next: the nearest odd multiple of one scale of a group. A code
+    counts the levels from below, so that its highest bit is the plane of the largest scale."""
 
     def __init__(self, out: int, columns: int, bases: int, group: int | None, iterations: int, device) -> None:
         super().__init__(out, columns, bases, group, iterations, device)
         self.segment = TiedPlanes(columns, bases, group)
-        self.ratios = 2.0 ** torch.arange(bases - 1, -1, -1, device=device)[:, None]  # [K, 1]
+        self.scale = self.scale[:, :1]
 
     def _start(self, weight: Tensor, h: Tensor) -> Tensor:
-        return self.ratios * to_scale(
-            (h @ weight.abs()) / (h.sum() * self.ratios[0])
-        )  # levels as large as |w| on average
+        middle = 2 ** (self.bases - 1)  # levels as large as |w| on average
+        return ((h @ weight.abs()) / (h.sum() * middle))[None]
 
     def _least_squares(self, codes: Tensor, weight: Tensor, h: Tensor) -> Tensor:
-        odd = sum(ratio * self._plane(codes, p) for p, ratio in enumerate(self.ratios))  # [columns, out]
-        return self.ratios * to_scale((h @ (odd * weight)).abs() / (h @ odd.square()))
+        odd = codes.float().mul_(2).sub_(2**self.bases - 1)  # [columns, out]
+        return ((h @ (odd * weight)).abs() / (h @ odd.square()))[None]
+
+    def _table(self, scale: Tensor) -> _OddMultiples:
+        return _OddMultiples(scale[0], 2**self.bases - 1)
 
     def pack(self, codes: Tensor) -> PackedWeight:
-        bits = [(codes >> p & 1) << self.bases - 1 - p for p in range(self.bases)]
-        return PackedWeight.encode(Format((self.segment,)), {"codes": sum(bits), "scale": self.scale[:, -1].T})
+        return PackedWeight.encode(Format((self.segment,)), {"codes": codes, "scale": self.scale[:, 0].T})
 
 
 class PartlyBinary:
@@ -246,7 +321,7 @@ class PartlyBinary:
     def __init__(self, weight: Tensor, salient: Tensor, bits: int, group: int | None) -> None:
         (out, columns), device = weight.shape, weight.device
         self.group = group
-        self.low = ~salient.T.contiguous()  # [in, out or 1]
+        self.low = (~salient.T).float(memory_format=torch.contiguous_format)  # [in, out or 1], 1 or 0
         self.high = IntRounding(out, columns, bits, None, False, False, device)
         self.high.fit(0, weight.T, None)
         groups = group_count(columns, group)
@@ -261,11 +336,13 @@ class PartlyBinary:
         self.scale[g] = to_scale(((weight - mean).abs_() * low).sum(0) / count)
 
     def round(self, g: int, weight: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
-        mean, scale = self.mean[g], self.scale[g]
+        mean = self.mean[g]
         low = self.low[first] if weight.dim() == 1 else self.low[first : first + len(weight)]
-        bits = weight >= mean
+        centred = weight - mean
         codes, values = self.high.round(0, weight)
-        return torch.where(low, bits, codes), torch.where(low, torch.where(bits, scale, -scale) + mean, values)
+        # lerp at 0 and 1 chooses, exactly, and in a fraction of the time of `where`
+        value = torch.lerp(values, torch.copysign(self.scale[g], centred).add_(mean), low)
+        return torch.lerp(codes, (centred >= 0).float(), low), value
 
 
 def round_to_nearest(weight: Tensor, rounding: Rounding) -> PackedWeight:

@@ -22,10 +22,12 @@ would have come to.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -94,22 +96,25 @@ def _pack(blocks: list[Parts], block: int) -> PackedWeight:
 
 def fit(weight: Tensor, pivots: Tensor) -> Parts:
     salient = salient_columns(weight, pivots)  # [columns]
-    sparse = torch.zeros_like(weight, dtype=torch.bool)
-    sparse[:, ~salient] = beyond_break(weight[:, ~salient])
-    others = [~salient & ~sparse, ~salient & sparse]
+    sparse = (weight.abs() >= break_of(sample(weight)[:, ~salient])) & ~salient
+    second = sparse.float()
+    others = [(~salient).float() - second, second]
     offsets, scales = zip(*(_binary(weight, zone) for zone in others), strict=True)
-    mean = torch.where(sparse, offsets[1][:, None], offsets[0][:, None])
+    mean = torch.lerp(offsets[0][:, None], offsets[1][:, None], second)
 
-    first_mean = _mean(weight, salient)
-    first = weight - first_mean[:, None]
-    first_scale = to_scale(_mean(first.abs(), salient))
-    rest = first - torch.where(first >= 0, first_scale[:, None], -first_scale[:, None])
-    rest_mean = _mean(rest, salient)
+    kept = weight[:, salient]
+    first_mean = kept.mean(1)
+    first = kept - first_mean[:, None] + 0  # -0 is 0
+    first_scale = to_scale(first.abs().mean(1))
+    rest = first - torch.copysign(first_scale[:, None], first)
+    rest_mean = rest.mean(1)
     rest -= rest_mean[:, None]
-    rest_scale = to_scale(_mean(rest.abs(), salient))
+    rest_scale = to_scale(rest.abs().mean(1))
 
+    bits = torch.stack([weight >= mean, sparse])
+    bits[:, :, salient] = torch.stack([first >= 0, rest >= 0])
     return {
-        "bits": torch.stack([torch.where(salient, first, weight - mean) >= 0, torch.where(salient, rest >= 0, sparse)]),
+        "bits": bits,
         "salient": salient,
         "scale": torch.stack([*scales, first_scale, rest_scale])[..., None],
         "offset": torch.stack([*offsets, to_scale(first_mean + rest_mean)])[..., None],
@@ -117,8 +122,8 @@ def fit(weight: Tensor, pivots: Tensor) -> Parts:
 
 
 def _mean(values: Tensor, zone: Tensor) -> Tensor:
-    """Mean of each row over the zone, [columns] or [out, columns]; 0 where it is empty."""
-    return (values * zone).sum(1) / zone.sum(-1).clamp_min(1)
+    """Mean of each row over a zone [out, columns] of 0 and 1; 0 where it is empty."""
+    return (values * zone).sum(1) / zone.sum(1).clamp_min(1)
 
 
 def _binary(weight: Tensor, zone: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,40 +132,63 @@ def _binary(weight: Tensor, zone: Tensor) -> tuple[Tensor, Tensor]:
     return mean, to_scale(_mean((weight - mean[:, None]).abs_(), zone))
 
 
-def _explained(weight: Tensor, zone: Tensor) -> Tensor:
-    """How much of sum w^2 over the zone a row's mean and mean distance explain: the error of B is what they leave."""
-    mean = _mean(weight, zone)
-    distance = _mean((weight - mean[:, None]).abs_(), zone)
-    return ((mean.square() + distance.square()) * zone.sum(-1)).sum(dtype=torch.float64)
-
-
-def _sample(weight: Tensor) -> Tensor:
+def sample(weight: Tensor) -> Tensor:
     """Some rows of weight [out, columns], evenly spread: what is searched is one number for all of them."""
     return weight[:: max(1, len(weight) // SEARCH_ROWS)]
+
+
+def _explained(sums: Tensor, distances: Tensor, counts: Tensor) -> Tensor:
+    """How much of sum w^2 over a zone a row's mean and mean distance from it explain: the error of B is what they
+    leave. [rows, choices] each -> [choices], summed over the rows."""
+    return ((sums.square() + distances.square()) / counts.clamp_min(1)).sum(0)
+
+
+def _first_best(explained: Tensor) -> int:
+    return int((explained == explained.max()).nonzero()[0])
 
 
 def salient_columns(weight: Tensor, pivots: Tensor) -> Tensor:
     """[columns] bool."""
     order = (weight / pivots).square_().sum(0).argsort(descending=True, stable=True)
-    best, chosen, weight = -1.0, None, _sample(weight)
-    for count in range(1, min(MOST_SALIENT, len(order)) + 1):
-        salient = torch.zeros_like(pivots, dtype=torch.bool).index_fill_(0, order[:count], True)
-        explained = (_explained(weight, salient) + _explained(weight, ~salient)).item()
-        if explained > best:
-            best, chosen = explained, salient
-    return chosen
+    most = min(MOST_SALIENT, len(order))
+    ordered = sample(weight)[:, order].double()  # [rows, columns]
+    counts = torch.arange(1, most + 1, device=weight.device)
+    kept = counts[:, None] > torch.arange(len(order), device=weight.device)  # [choices, columns]
+    sums = ordered.cumsum(1)[:, :most]  # [rows, choices]
+    explained = torch.zeros(most, dtype=torch.float64, device=weight.device)
+    for zone, total, count in ((kept, sums, counts), (~kept, ordered.sum(1, keepdim=True) - sums, len(order) - counts)):
+        mean = (total / count.clamp_min(1)).float()
+        distance = (ordered.float()[:, None] - mean[..., None]).abs_().mul_(zone).sum(2)  # [rows, choices]
+        explained += _explained(total, distance, count)
+    return torch.zeros_like(pivots, dtype=torch.bool).index_fill_(0, order[: _first_best(explained) + 1], True)
 
 
-def beyond_break(weight: Tensor) -> Tensor:
-    """|w| >= p [out, columns], with the best p."""
-    sample = _sample(weight)
-    size = sample.abs()
-    ordered = size.flatten().sort().values
-    best, p = -1.0, torch.inf
-    for q in QUANTILES if len(ordered) else ():
-        tried = ordered[round(q * (len(ordered) - 1))]
-        sparse = size >= tried
-        explained = (_explained(sample, sparse) + _explained(sample, ~sparse)).item()
-        if explained > best:
-            best, p = explained, tried
-    return weight.abs() >= p
+def break_of(weight: Tensor) -> Tensor | float:
+    """The best p for |w| >= p, of weight [rows, columns]; infinite where there is none.
+
+    All p are tried at once. In a sorted row, |w| < p are the places from `low` to `high`; with the sums C up to each
+    place, their distances from any m add up to C_high - 2 C_k + C_low + m (2 k - low - high), k the place of m.
+    """
+    if not weight.numel():
+        return math.inf
+    rows = weight.double().sort(dim=1).values  # [rows, columns]
+    sizes = weight.abs().flatten().sort().values.double()
+    places = torch.tensor([round(q * (len(sizes) - 1)) for q in QUANTILES], device=weight.device)
+    p = sizes[places].expand(len(rows), -1).contiguous()  # [rows, choices]
+    C = F.pad(rows.cumsum(1), (1, 0))  # [rows, columns + 1]
+    low = torch.searchsorted(rows, -p, right=True)
+    high = torch.searchsorted(rows, p).maximum(low)  # p = 0 has nothing below it
+    start, end = torch.zeros_like(low), torch.full_like(low, rows.shape[1])
+
+    def distance(m: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        k = torch.searchsorted(rows, m).clamp(low, high)
+        return C.gather(1, high) - 2 * C.gather(1, k) + C.gather(1, low) + m * (2 * k - low - high)
+
+    count = high - low
+    total = C.gather(1, high) - C.gather(1, low)
+    mean = total / count.clamp_min(1)
+    explained = _explained(total, distance(mean, low, high), count)
+    count, total = rows.shape[1] - count, C[:, -1:] - total
+    mean = total / count.clamp_min(1)
+    explained += _explained(total, distance(mean, start, end) - distance(mean, low, high), count)
+    return p[0, _first_best(explained)].float()

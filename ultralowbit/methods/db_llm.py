@@ -24,7 +24,15 @@ from pydantic import Field
 from torch import Tensor
 
 from ultralowbit.format import Format, PackedWeight, Planes, to_scale
-from ultralowbit.methods.base import MIN_SCALE, Need, SignRounding, compensate, fields, round_to_nearest
+from ultralowbit.methods.base import (
+    MIN_SCALE,
+    AlternatingRounding,
+    Levels,
+    Need,
+    compensate,
+    fields,
+    round_to_nearest,
+)
 from ultralowbit.stats import InputStats
 
 _COARSE, _FINE = 8, 4
@@ -56,7 +64,7 @@ class DBLLM:
         return compensate(weight, rounding, stats.factor(self.damp))
 
 
-class DualRounding(SignRounding):
+class DualRounding(AlternatingRounding):
     """Two 0/1 planes: the nearest of the levels 0, a_1, a_2, a_1 + a_2 of a group, started from the 2-bit grid."""
 
     def __init__(self, out: int, columns: int, group: int | None, iterations: int, device: torch.device) -> None:
@@ -74,10 +82,10 @@ class DualRounding(SignRounding):
         def attempt(s: Tensor, sign: Tensor | int) -> None:
             nonlocal best, found
             s = to_scale(s).clamp_min_(MIN_SCALE) * sign
-            scale = torch.stack([2 * s, -s])
-            error = self._assess(scale, weight, h)[1]
+            q = (weight / s).round_().clamp_(-1, 2).mul_(s)
+            error = h @ q.sub_(weight).square_()
             better = error < best
-            best, found = torch.where(better, error, best), torch.where(better, scale, found)
+            best, found = torch.where(better, error, best), torch.where(better, torch.stack([2 * s, -s]), found)
 
         for i in range(1, _COARSE + 1):
             for sign in (1, -1):
@@ -88,5 +96,8 @@ class DualRounding(SignRounding):
                 attempt(middle + side * i / (_FINE + 1) * half / _COARSE, sign)
         return found
 
-    def _ordered(self, scale: Tensor) -> Tensor:
-        return scale
+    def _least_squares(self, codes: Tensor, weight: Tensor, h: Tensor) -> Tensor:
+        return self._free(codes, weight, h)
+
+    def _table(self, scale: Tensor) -> Levels:
+        return self._levels(scale)

@@ -113,7 +113,7 @@ class _SomeSalient(PartlyBinary):
         self.format = format
 
     def pack(self, codes: Tensor) -> PackedWeight:
-        low = self.low.T
+        low = self.low.T > 0
         parts = [{"bits": ((codes > 0) & low)[None], "scale": self.scale.T[None], "offset": self.mean.T}]
         if self.format.overlay is not None:
             parts.append({"mask": ~low, "codes": codes, "scale": self.high.scale[0], "zero": self.high.zero[0]})
