@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ultralowbit.checkpoint import Activations
 from ultralowbit.eval.perplexity import Bos, Perplexity, chunk_rows, cut, dtype_of, forward, from_losses, window_losses
-from ultralowbit.text import InputError
+from ultralowbit.text import InputError, token_sha256
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,60 @@ class _Seen:
             context=mine.context, tokens=mine.tokens, dtype=mine.dtype, base_dtype=base_dtype, bos=mine.bos,
             sha256=mine.sha256,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Depth:
+    """KL(original || original with its first 1, 2, ... blocks those of the model), mean nats a position: what the
+    blocks up to each cost together. The embeddings and the head are the original's."""
+
+    source: str
+    kl: tuple[float, ...]
+    windows: int
+    context: int
+    tokens: int
+    dtype: str
+    sha256: str
+    """Of the token windows, see `token_sha256`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def by_depth(
+    base: nn.Module,
+    blocks: nn.ModuleList,
+    others: nn.ModuleList,
+    windows: Tensor,
+    *,
+    source: str = "",
+    progress: Callable[[int, int], object] | None = None,
+) -> Depth:
+    """The divergence that builds up along the blocks, on windows [windows, context]: a forward pass of `base` for each.
+
+    blocks: of `base`, which are put back; others: of the other model, as many, on the same device.
+    """
+    kept, found = list(blocks), []
+    logits = [p for _, p in forward(base, windows)]
+    try:
+        for k, block in enumerate(others):
+            blocks[k] = block
+            sums = 0.0
+            for (_, q), p in zip(forward(base, windows), logits, strict=True):
+                rows = chunk_rows(q)
+                for pair in zip(p[:, :-1].flatten(0, 1).split(rows), q[:, :-1].flatten(0, 1).split(rows), strict=True):
+                    sums += divergence(*pair)[0].double().sum().item()
+            found.append(sums / (windows.shape[0] * (windows.shape[1] - 1)))
+            if progress:
+                progress(k + 1, len(others))
+    finally:
+        for k, block in enumerate(kept):
+            blocks[k] = block
+    return Depth(
+        source=source, kl=tuple(found), windows=windows.shape[0], context=windows.shape[1],
+        tokens=windows.shape[0] * (windows.shape[1] - 1), dtype=str(dtype_of(base, logits[0])).removeprefix("torch."),
+        sha256=token_sha256(windows),
+    )  # fmt: skip
 
 
 class _Recorded(nn.Module):

@@ -470,6 +470,7 @@ def _row(
         "budget": size["budget"],
         "linear_weights": size["linear_weights"],
         "layers": [],
+        "by_depth": None,
         "runs": [],
         **more,
     }
@@ -482,7 +483,18 @@ def _run_row(label: str, group: Sequence[Run], out: Path) -> dict[str, Any]:
         cost = {"seconds": packed["seconds"], "peak_memory": packed["peak_memory_bytes"]}
         measured.append({**_metrics(run.readings, packed["size"]), **cost})
     size = group[0].report["packed"]["size"]
-    return _row(label, "run", measured, size, layers=_layers(group), runs=[_provenance(run, out) for run in group])
+    return _row(
+        label, "run", measured, size, layers=_layers(group), by_depth=_by_depth(group),
+        runs=[_provenance(run, out) for run in group],
+    )  # fmt: skip
+
+
+def _by_depth(group: Sequence[Run]) -> dict[str, Any] | None:
+    """The divergence by depth, the mean over the seeds that were measured on the windows of the first."""
+    found = [depth for run in group if (depth := run.report["packed"].get("divergence_by_depth"))]
+    alike = [d for d in found if (d["sha256"], d["dtype"]) == (found[0]["sha256"], found[0]["dtype"])]
+    kl = [statistics.fmean(map(float, block)) for block in zip(*(d["kl"] for d in alike), strict=True)]
+    return {**found[0], "kl": kl} if found else None
 
 
 def _layers(group: Sequence[Run]) -> list[dict[str, Any]]:
@@ -551,7 +563,7 @@ def pictures(section: dict[str, Any]) -> list[Plot]:
     """The plots of a section, those that there is something to draw for."""
     columns = [Column(**column) for column in section["columns"]]
     found = [plot for column in columns if column.drawn for plot in _quality(section, column)]
-    found += [*_errors(section), *_spent(section), *_cost(section)]
+    found += [*_divergence(section), *_errors(section), *_spent(section), *_cost(section)]
     names = [plot.name for plot in found]
     return [
         replace(plot, name=f"{name}-{i}") if name in names[:i] else plot
@@ -600,6 +612,28 @@ def _quality(section: dict[str, Any], column: Column) -> list[Plot]:
     return [Plot(_slug(axis), f"{axis[0].upper()}{axis[1:]}, against size", caption, draw)]
 
 
+def _divergence(section: dict[str, Any]) -> list[Plot]:
+    """How it builds up along the blocks: a plot for each set of windows that runs were measured on."""
+    by_windows: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in section["rows"]:
+        if row["by_depth"]:
+            by_windows[tuple(row["by_depth"][key] for key in ("sha256", "dtype"))].append(row)
+    found = []
+    for rows in by_windows.values():
+        first = rows[0]["by_depth"]
+        series = [(row["label"], [kl or math.nan for kl in row["by_depth"]["kl"]]) for row in rows]
+        if any(math.isfinite(kl) for _, line in series for kl in line):
+            name = Path(first["source"]).name
+            caption = (
+                f"KL divergence, on the first {first['tokens']} predictions of {name}, of the original with its first "
+                "blocks replaced by the packed ones: up to block 0, up to block 1, and so on."
+            )
+            axis = "KL divergence, nats"
+            plot = plots.lines([line for line in series if any(map(math.isfinite, line[1]))], "last packed block", axis)
+            found.append(Plot("divergence-by-depth", "Where the predictions come apart", caption, plot))
+    return found
+
+
 def _errors(section: dict[str, Any]) -> list[Plot]:
     """Of the Linears' outputs, by depth and by kind."""
     depth: list[tuple[str, list[float]]] = []
@@ -626,7 +660,7 @@ def _errors(section: dict[str, Any]) -> list[Plot]:
         Plot(
             "error-by-depth", "Where in the model it is lost",
             "The energy of the Linears' outputs that is lost on the calibration text, the mean of each block.",
-            plots.lines(depth, "block", lost),
+            plots.lines(depth, "block", lost, percent=True),
         ),
         Plot(
             "error-by-linear", "In which Linears it is lost",

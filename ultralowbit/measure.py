@@ -13,16 +13,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ultralowbit.console import human
-from ultralowbit.eval.fidelity import Fidelity, observe, recorded
+from ultralowbit.eval.fidelity import Depth, Fidelity, by_depth, observe, recorded
 from ultralowbit.eval.perplexity import Bos, Perplexity, cut, perplexity, token_stream
 from ultralowbit.eval.size import measure as measure_size
 from ultralowbit.eval.size import read_config_json
 from ultralowbit.hf import QUANT_METHOD, CheckpointError, load
 from ultralowbit.hub import open_tokenizer
+from ultralowbit.model import find_blocks
 from ultralowbit.plan import available_memory
 from ultralowbit.text import InputError, read_text, reason, token_sha256
 
 DEFAULT_CONTEXT = 2048
+DEPTH_TOKENS = 512
+"""On which the divergence by depth is measured, since every block costs a forward pass."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +168,8 @@ class Compared:
     floor: list[Fidelity]
     """Empty unless asked for."""
     models: list[tuple[list[Perplexity], list[Fidelity]]]
+    depths: list[Depth]
+    """Of each model on the beginning of the first text, where that was asked for and all are in memory together."""
 
 
 def compare(
@@ -175,6 +180,7 @@ def compare(
     *,
     dtype: torch.dtype | None = None,
     floor: bool = False,
+    depth: bool = False,
     trust_remote_code: bool = False,
     progress: Callable[[str], Callable[[int, int], object]] | None = None,
 ) -> Compared:
@@ -182,7 +188,8 @@ def compare(
 
     All run side by side if they fit into memory together; otherwise one after another, the original's predictions
     being kept in a temporary file. `floor` adds the original in bf16, or in fp32 where that is not what it is measured
-    in. `texts` are in the tokens of all of them, see `check_comparable`.
+    in; `depth` how the divergence builds up along the blocks. `texts` are in the tokens of all of them, see
+    `check_comparable`.
     """
     dtype = dtype or pick_dtype(base, device)
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
@@ -207,6 +214,7 @@ def compare(
             references, groups = [files.enter_context(each) for each in kept], [[each] for each in loads]
         del original
         found: list[tuple[list[Perplexity], list[Fidelity]]] = []
+        depths: list[Depth] = []
         for group in groups:
             release(device)
             opened = [load(*each) for each in group]
@@ -218,10 +226,20 @@ def compare(
                 for reference, text in zip(references, texts, strict=True)
             ]  # fmt: skip
             found += [([p[i + 1] for p, _ in rows], [f[i] for _, f in rows]) for i in range(len(group))]
+            if depth and together:
+                depths = [_depth(references[0], model, texts[0], stage("divergence by depth")) for model in opened]
             del opened
         del references
     release(device)
-    return Compared([p[0] for p, _ in rows], found[0][1] if floor else [], found[floor:])
+    return Compared([p[0] for p, _ in rows], found[0][1] if floor else [], found[floor:], depths[floor:])
+
+
+def _depth(
+    base: PreTrainedModel, model: PreTrainedModel, text: EvalText, progress: Callable[[int, int], object] | None
+) -> Depth:
+    blocks, others = (find_blocks(each, each.config)[1] for each in (base, model))
+    windows = cut(text.tokens[:DEPTH_TOKENS], min(text.context, DEPTH_TOKENS))
+    return by_depth(base, blocks, others, windows, source=text.source, progress=progress)
 
 
 def release(device: torch.device) -> None:

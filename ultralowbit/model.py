@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ultralowbit.format import TensorSpec
 from ultralowbit.hf import CheckpointError, match_keys, read_headers
+from ultralowbit.linear import PackedLinear
 from ultralowbit.text import InputError
 
 MAX_UNQUANTIZED = 0.05
@@ -101,7 +102,7 @@ class Decoder:
                 ).eval()
         except (ValueError, KeyError, ImportError, AttributeError) as e:
             raise InputError(f"transformers cannot build a causal LM from {folder}/config.json: {e}") from e
-        self.blocks_name, self.blocks = _find_blocks(self.model, self.config)
+        self.blocks_name, self.blocks = find_blocks(self.model, self.config)
         self.refuse_unquantizable()  # before the names: experts are stored under others, in other shapes
         self.key_of = self._match_keys()
 
@@ -353,12 +354,14 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
     return config
 
 
-def _find_blocks(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
+    """The decoder blocks of a model, and their name in it; `InputError` where there is no list of them."""
     depth = getattr(config.get_text_config(), "num_hidden_layers", None)
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(isinstance(m, nn.Linear | Conv1D) for m in module.modules())
+        if isinstance(module, nn.ModuleList)
+        and any(isinstance(m, nn.Linear | Conv1D | PackedLinear) for m in module.modules())
     ]
     # the outermost list of the configured depth; experts and heads inside a block come later in the walk
     exact = [found for found in lists if len(found[1]) == depth]

@@ -333,7 +333,9 @@ def _overlap(a: Box, b: Box) -> float:
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def lines(series: Sequence[tuple[str, Sequence[float]]], x_label: str, y_label: str) -> Callable[[int], Figure]:
+def lines(
+    series: Sequence[tuple[str, Sequence[float]]], x_label: str, y_label: str, *, percent: bool = False
+) -> Callable[[int], Figure]:
     """`draw` of one line a run over the blocks, named at its right end."""
 
     def draw(width: int) -> Figure:
@@ -345,7 +347,8 @@ def lines(series: Sequence[tuple[str, Sequence[float]]], x_label: str, y_label: 
             marker = "o" if depth <= 12 else None
             ax.plot(range(len(ys)), ys, color=SERIES[i % len(SERIES)], linestyle=dashes, marker=marker, markersize=4)
         _scale(ax.yaxis, values, log=True)
-        as_percent(ax.yaxis)
+        if percent:
+            as_percent(ax.yaxis)
         ax.set_xlim(-0.03 * depth, (depth - 1) * 1.02 or 1)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_xlabel(x_label)

@@ -121,11 +121,13 @@ def run(
     dtype = pick_dtype(folder, where)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     known, mine, near = [*known, *old.get("original", ())], [*old.get("packed", ())], [*old.get("fidelity", ())]
+    depth = old.get("by_depth")
     if thorough:
         both = _side_by_side(
             model, folder, out, [text for text in wanted if not _of(near, text, dtype)], where, watch, options
         )
         known, mine, near = known + both.base, mine + both.models[0][0], near + both.models[0][1]
+        depth = depth or next((each.to_dict() for each in both.depths), None)
     no_room = None
     if unknown(wanted, dtype, known) and (why := too_large([(folder, dtype)], where)):
         no_room = f"not measured: it {why}"
@@ -146,7 +148,7 @@ def run(
         "calibration": manifest["calibration"],
         "original": _row("original", size, before, not_measured=no_room),
         "packed": _row(
-            recipe.name, packed_size, after, fidelity=near,
+            recipe.name, packed_size, after, fidelity=near, by_depth=depth,
             seconds=round(sum(manifest["block_seconds"].values()), 3), peak=peak or old.get("peak"),
         ),
         "continuation": old.get("continuation"),
@@ -188,7 +190,7 @@ def _side_by_side(
     options: dict[str, Any],
 ) -> Compared:
     """Both models over the texts, if they fit into memory together."""
-    none = Compared([], [], [([], [])])
+    none = Compared([], [], [([], [])], [])
     if not texts:
         return none
     if why := too_large([(path, options["dtype"]) for path in (folder, out)], device):
@@ -197,7 +199,7 @@ def _side_by_side(
             f"`ultralowbit eval {out} --fidelity {model} --ppl TEXT` runs one after the other"
         )
         return none
-    return compare(folder, [out], texts, device, progress=watch.counter, **options)
+    return compare(folder, [out], texts, device, depth=True, progress=watch.counter, **options)
 
 
 def _continue(
@@ -223,6 +225,7 @@ def _row(
     measured: list[Perplexity],
     *,
     fidelity: Sequence[Fidelity] = (),
+    by_depth: dict[str, Any] | None = None,
     not_measured: str | None = None,
     seconds: float | None = None,
     peak: int | None = None,
@@ -233,6 +236,7 @@ def _row(
         "size": {key: value for key, value in size.items() if key != "layers"},
         "perplexity": [p.to_dict() for p in measured],
         "fidelity": [f.to_dict() for f in fidelity],
+        "divergence_by_depth": by_depth,
         "not_measured": not_measured,
         "seconds": seconds,
         "peak_memory_bytes": peak,
@@ -267,7 +271,8 @@ def _earlier(out: Path, digest: str) -> dict[str, Any]:
         found = {row: [stored_perplexity(p) for p in report[row]["perplexity"]] for row in ("original", "packed")}
         fidelity = [stored_fidelity(f) for f in report["packed"].get("fidelity", ())]
         peak, written = report["packed"]["peak_memory_bytes"], report.get("continuation")
-        return {**found, "fidelity": fidelity, "peak": peak, "continuation": written}
+        by_depth = report["packed"].get("divergence_by_depth")
+        return {**found, "fidelity": fidelity, "by_depth": by_depth, "peak": peak, "continuation": written}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

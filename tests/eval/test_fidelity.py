@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ultralowbit.eval.fidelity import Fidelity, divergence, observe, recorded
+from ultralowbit.eval.fidelity import Fidelity, by_depth, divergence, observe, recorded
 from ultralowbit.eval.perplexity import cut, perplexity
 from ultralowbit.text import InputError
 
@@ -174,3 +174,33 @@ def test_report():
         "float32 against bfloat16)"
     )
     assert Fidelity(**json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_divergence_builds_up_along_the_blocks(base, other, stream):
+    """With all blocks replaced it is that of a model which shares all else; with some, that of one so assembled."""
+    windows, kept = cut(stream[:96], 32), list(base.model.layers)
+    done = []
+    found = by_depth(base, base.model.layers, other.model.layers, windows, progress=lambda *at: done.append(at))
+    assert list(base.model.layers) == kept and done == [(1, 2), (2, 2)]
+    assert (found.windows, found.context, found.tokens, found.dtype) == (3, 32, 93, "float32")
+    for k, kl in enumerate(found.kl, start=1):
+        mixed = llama(0)
+        for i in range(k):
+            mixed.model.layers[i].load_state_dict(other.model.layers[i].state_dict())
+        assert kl == pytest.approx(reference(base, mixed, stream[:96], 32)[0].mean().item(), rel=1e-4)
+
+
+def test_equal_blocks_do_not_diverge_at_any_depth(base, stream):
+    windows = cut(stream[:64], 32)
+    assert by_depth(base, base.model.layers, llama(0).model.layers, windows).kl == (0.0, 0.0)
+
+
+def test_blocks_are_put_back_after_a_failure(base, other, stream):
+    kept = list(base.model.layers)
+
+    def fail(*at):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        by_depth(base, base.model.layers, other.model.layers, cut(stream[:64], 32), progress=fail)
+    assert list(base.model.layers) == kept

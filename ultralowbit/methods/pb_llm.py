@@ -87,8 +87,8 @@ class PBLLM:
         salient = torch.zeros_like(score, dtype=torch.bool)
         overlay = self.format(score.shape[1]).overlay
         for start, size, entries in overlay.blocks if overlay else ():
-            order = score[:, start : start + size].argsort(dim=1, descending=True, stable=True)
-            salient[:, start : start + size].scatter_(1, order[:, :entries], True)
+            largest = score[:, start : start + size].topk(entries, dim=1, sorted=False).indices
+            salient[:, start : start + size].scatter_(1, largest, True)
         return salient
 
     def _above_threshold(self, score: Tensor) -> Tensor:
