@@ -333,6 +333,15 @@ def test_blocks_that_are_told_of_the_text_are_refused(tmp_path, save_model):
         walk(Decoder(folder, torch.float32, CPU), some_tokens(2, 2, 16))
 
 
+def test_blocks_that_share_keys_and_values_are_refused(tmp_path, save_model):
+    """A block that reads what one before it has left would, streamed, find that of another batch."""
+    values = GQA | SLIDING | {"head_dim": 16, "global_head_dim": 16, "num_hidden_layers": 4}
+    values |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 0}
+    folder = save_model(AutoConfig.for_model("gemma4_text", **values, num_kv_shared_layers=2), tmp_path)
+    with pytest.raises(InputError, match=r"gemma4_text .* depends on the text"):
+        walk(Decoder(folder, torch.float32, CPU), some_tokens(2, 2, 16))
+
+
 def test_a_model_of_another_kind_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(InputError, match="cannot build a causal LM"):

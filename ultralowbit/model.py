@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -233,7 +233,7 @@ class Decoder:
         }
         _set_buffers(self.model, {name: buffer.to(self.device) for name, buffer in computed.items()})
         with self.filled_block(0) as (first, _):
-            spy = _Spy(first, self.blocks)
+            spy = _Spy(first, self.blocks, getattr(self.config.get_text_config(), "num_kv_shared_layers", None) != 0)
             try:
                 for k, tokens in enumerate(batches):
                     with suppress(_Reached):
@@ -250,7 +250,7 @@ class Decoder:
         if not spy.alike:
             raise InputError(
                 f"{self.config.model_type} passes its blocks more that depends on the text than the hidden states, "
-                "such as per-layer embeddings: such decoders cannot be streamed yet"
+                "such as per-layer embeddings or shared keys: such decoders cannot be streamed yet"
             )
         for name in outside:
             set_module_tensor_to_device(self.model, name, "meta")
@@ -266,10 +266,11 @@ class _Spy:
     the hidden states pass the others as if they had run; in the second, on other text, it looks whether they are
     called alike; later passes end at block 0."""
 
-    def __init__(self, first: nn.Module, blocks: nn.ModuleList) -> None:
+    def __init__(self, first: nn.Module, blocks: nn.ModuleList, may_share: bool) -> None:
+        """may_share: what a block leaves in a mapping that it is passed may be for the blocks after it."""
         self.calls: list[BlockCall] = []
         self.hidden: Tensor | None = None  # what entered block 0 last
-        self.alike = True
+        self.alike, self._may_share = True, may_share
         self._blocks, self._run_first = blocks, first.forward
         self._passes = self._seen = 0
         for block in blocks:
@@ -284,7 +285,10 @@ class _Spy:
             raise _Reached
         self._note(call)
         if self._passes == 1:
-            output = self._run_first(*args, **kwargs)
+            own = {key: copy(value) if isinstance(value, Mapping) else value for key, value in kwargs.items()}
+            output = self._run_first(*args, **own)
+            if self._may_share:
+                self.alike &= _alike(BlockCall((), own), BlockCall((), kwargs))
             # blocks return hidden states bare, or first in a tuple
             bare = isinstance(output, Tensor)
             self._like = (lambda hidden: hidden) if bare else lambda hidden: (hidden, *output[1:])
