@@ -91,6 +91,52 @@ def test_seeds_failures_and_tracks_in_one_table(bench, monkeypatch, tmp_path):
     assert [s["rows"] for s in again["sections"]] == [s["rows"] for s in comparison["sections"]]
 
 
+@pytest.fixture
+def tasks_dir(tmp_path) -> Path:
+    """A folder with one task, whose data are local."""
+    pytest.importorskip("lm_eval")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [{"question": f"{i} and", "choices": [f" {i} {i}", f" {7 * i % 9}"], "gold": i % 2} for i in range(12)]
+    (folder / "toy.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "toy", "dataset_path": "json", "validation_split": "validation", "metadata": {"version": 1.0},
+        "dataset_kwargs": {"data_files": {"validation": str(folder / "toy.jsonl")}, "cache_dir": str(folder / "cache")},
+        "doc_to_text": "{{question}}", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    (folder / "toy.yaml").write_text(json.dumps(task))
+    return folder
+
+
+def test_tasks_are_asked_once_and_stand_in_the_table(bench, tasks_dir, monkeypatch):
+    options = ["--recipes", "rtn-4bit,sign-2", "--seeds", "0,3", "--tasks-dir", str(tasks_dir), "--limit", "10"]
+    asked = []
+    evaluate = bench_methods.evaluation.run
+    monkeypatch.setattr(
+        bench_methods.evaluation, "run", lambda models, *a, **k: asked.extend(models) or evaluate(models, *a, **k)
+    )
+    result = bench(*options, "--tasks", "toy")
+    assert result.exit_code == 0, result.output
+    assert [Path(model).name for model in asked] == ["tiny", "seed-0", "seed-0"]  # the original once
+    comparison = json.loads(Path("out/report.json").read_text())
+    (section,) = comparison["sections"]
+    column = next(c for c in section["columns"] if c["group"] == "accuracy" and c["title"].startswith("toy"))
+    assert "10 of 12 documents" in column["protocol"]
+    scores = {row["label"]: row["metrics"][column["key"]]["values"] for row in section["rows"]}
+    assert scores.keys() == {"original", "rtn-4bit", "sign-2"} and all(len(values) == 1 for values in scores.values())
+    for label in ("rtn-4bit", "sign-2"):
+        kept = json.loads(Path(f"out/runs/tiny/{label}/seed-0/eval-tasks.json").read_text())
+        assert [row["tasks"]["scores"][0]["value"] for row in kept["results"]] == [*scores[label], *scores["original"]]
+
+    asked.clear()
+    assert bench(*options, "--tasks", "toy").exit_code == 0 and not asked
+    assert bench(*options[:-1], "5", "--tasks", "toy").exit_code == 0 and len(asked) == 3  # other questions
+    result = bench(*options, "--tasks", "toyy")
+    assert result.exit_code == 2 and "did you mean 'toy'?" in result.stderr
+
+
 def test_tasks_are_taken_from_eval_json(tmp_path):
     def row(model: str, value: float) -> dict:
         score = {"task": "a", "metric": "acc", "value": value, "stderr": None, "chance": 0.5, "documents": 9, "of": 9}

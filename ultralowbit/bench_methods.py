@@ -8,15 +8,17 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ultralowbit import plots
+from ultralowbit import evaluation, plots
 from ultralowbit import report as reports
 from ultralowbit.checkpoint import DiskFull, write_json
 from ultralowbit.compare import compare, evaluated, may_write
 from ultralowbit.console import Watch
+from ultralowbit.eval import zeroshot
 from ultralowbit.eval.perplexity import Perplexity, token_stream
 from ultralowbit.eval.size import read_config_json
 from ultralowbit.eval.tracks import Observed, Track, across, robustness, speed, tracks
@@ -30,6 +32,8 @@ from ultralowbit.text import InputError, read_text, reason
 
 ROBUSTNESS_TOKENS = 16_384
 PROMPT_TOKENS = 128
+TASKS = "eval-tasks.json"
+"""What a run's folder holds of the tasks that it was asked."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Methods:
     the tracks."""
     texts: reports.Texts = field(default_factory=reports.Texts)
     with_tracks: bool = True
+    tasks: evaluation.Wanted | None = None
+    """lm-eval's, that the original and each recipe's first seed are asked."""
 
     def recipe(self, name: str, seed: int, calibration: str | None = None) -> Recipe:
         source = calibration or next(iter(self.calibrations), None)
@@ -92,6 +98,9 @@ def run(
     plots.require()
     out = out.expanduser()
     may_write(out)
+    if wanted.tasks:
+        zeroshot.require()
+        questions = zeroshot.read_tasks(wanted.tasks.tasks, wanted.tasks.tasks_dir, watch.counter)
     loaded = {name: wanted.recipe(name, wanted.seeds[0]).name for name in wanted.recipes}
     names = [_name(model) for model in wanted.models]
     for what, labels in (("models", names), ("recipes", [*loaded.values()])):
@@ -131,6 +140,9 @@ def run(
     folders = [folder for of_model in results.values() for one in of_model.values() for folder in one.folders]
     if not folders:
         raise InputError(f"every run failed, the first one with: {failed[0]['error']}")
+    if wanted.tasks:
+        for of_model in results.values():
+            _ask(wanted.tasks, questions, of_model.values(), options)
     found = _tracks(wanted, results, options) if wanted.with_tracks else None
     title = f"{len(loaded)} recipes on {', '.join(names)}"
     return compare(folders, out, command=command, failed=failed, title=title, tracks=found)
@@ -155,6 +167,39 @@ def _originals(there: Iterable[_Results]) -> list[Perplexity]:
     for one in there:
         return [reports.stored_perplexity(p) for p in one.found[0]["original"]["perplexity"]]
     return []
+
+
+def _ask(
+    wanted: evaluation.Wanted, questions: zeroshot.Tasks, runs: Iterable[_Results], options: dict[str, Any]
+) -> None:
+    """Leave what the original and the first seed of each recipe score in the run's folder; what is there stands."""
+    asked = {
+        "tasks": list(wanted.tasks), "tasks_dir": wanted.tasks_dir and str(wanted.tasks_dir), "limit": wanted.limit,
+        "lm_eval": version("lm_eval"),
+    }  # fmt: skip
+    original: dict[str, Any] | None = None
+
+    def ask(model: str) -> dict[str, Any]:
+        found = evaluation.run([model], wanted, questions=questions, **options)
+        return evaluation.to_json(found)["results"][0]
+
+    for one in runs:
+        report, file = one.found[0], one.folders[0] / TASKS
+        packed, before = _asked(file, {**asked, "manifest": report["manifest"]["sha256"]})
+        original = original or before or ask(report["model"])
+        if packed is None:
+            packed = ask(str(one.folders[0]))
+            key = {**asked, "manifest": report["manifest"]["sha256"]}
+            write_json(file, {"asked": key, "fidelity_to": None, "results": [packed, original]})
+
+
+def _asked(file: Path, key: dict[str, Any]) -> tuple[Any, Any]:
+    """What an earlier run has left of the packed model and of the original, None each where it asked otherwise."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        return tuple(kept["results"]) if kept["asked"] == key and len(kept["results"]) == 2 else (None, None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, None
 
 
 # --- tracks ----------------------------------------------------------------------------------------------------------

@@ -130,6 +130,10 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, o
 SmallOption = Annotated[
     bool, typer.Option("--small", help="with the recipe's values for models of a few million parameters, if it has any")
 ]
+TasksDirOption = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="lm-eval task files of your own (.yaml, and the Python they name)")
+]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="documents of each task, by default all")]
 ContextOption = Annotated[
     int | None, typer.Option(min=2, help="tokens in a window of perplexity, by default 2048 or what the model takes")
 ]
@@ -444,11 +448,8 @@ def evaluate(
             "its word perplexity",
         ),
     ] = [],  # noqa: B006
-    tasks_dir: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="lm-eval task files of your own (.yaml, and the Python they name)"),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="documents of each task, by default all")] = None,
+    tasks_dir: TasksDirOption = None,
+    limit: LimitOption = None,
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="examples before each document, by default what the task says")
     ] = None,
@@ -484,7 +485,7 @@ def evaluate(
         raise InputError(f"--json {str(json_file)!r} lies in no folder: make it first, nothing has been measured")
     wanted = evaluation.Wanted(
         sources=tuple(sources), fidelity=fidelity,
-        tasks=tuple(name.strip() for names in tasks for name in names.split(",") if name.strip()),
+        tasks=tuple(name for names in tasks for name in _listed(names)),
         tasks_dir=tasks_dir, context=context, max_tokens=max_tokens, bos=bos,
         dtype=None if dtype == "auto" else _dtype(dtype), limit=limit, num_fewshot=num_fewshot,
         batch_size=None if batch_size == "auto" else _count(batch_size), seed=seed, log_samples=log_samples,
@@ -742,6 +743,12 @@ def bench_methods(
     ] = ["auto"],  # noqa: B006
     context: ContextOption = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="of each text that perplexity is measured on")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="lm-eval's, of the original and each recipe's first seed; as eval --tasks"),
+    ] = None,
+    tasks_dir: TasksDirOption = None,
+    limit: LimitOption = None,
     samples: Annotated[int | None, typer.Option(help="calibration windows")] = None,
     length: Annotated[int | None, typer.Option(help="tokens in a calibration window")] = None,
     small: SmallOption = False,
@@ -760,8 +767,8 @@ def bench_methods(
     """Run recipes on models and seeds: one table, mean ± standard deviation beside fp16, and the page of compare.
 
     Killed at any moment, the same command goes on where it stopped; a run that fails is noted and the others go on.
-    Tracks say what is left of a model in ratios to the original: language, tasks (where `eval --tasks --json` left
-    results in a run's folder), robustness to corrupted text, cost, size, speed.
+    Tracks say what is left of a model in ratios to the original: language, tasks (of --tasks, or where `eval --tasks
+    --json` left results in a run's folder), robustness to corrupted text, cost, size, speed.
 
     [bold]ultralowbit bench methods model --recipes sign-2,gptq-2bit --calib wikitext2 --eval wikitext2 --out bench[/]
     """
@@ -770,6 +777,7 @@ def bench_methods(
         models=tuple(models), recipes=tuple(_listed(recipes)) if recipes else tuple(shipped()),
         seeds=tuple(_numbers(seeds)), settings=(*settings, *given), small=small, calibrations=tuple(calib),
         texts=reports.Texts(_sources(eval_sources), context, max_tokens), with_tracks=tracks,
+        tasks=evaluation.Wanted(tasks=tuple(_listed(tasks)), tasks_dir=tasks_dir, limit=limit) if tasks else None,
     )  # fmt: skip
     for model in models:
         _download(model, quiet)

@@ -63,8 +63,10 @@ def run(
     watch: Watch,
     fetch: Callable[[str], Path] = resolve_model,
     command: str | None = None,
+    questions: zeroshot.Tasks | None = None,
 ) -> dict[str, Any]:
-    """Measure each model, a folder or hub name; `fetch` gives its folder. Returns what --json holds.
+    """Measure each model, a folder or hub name; `fetch` gives its folder. `questions` are the tasks, if they have been
+    read before. Returns what --json holds.
 
     Texts, tokenizers and tasks are read before any model. Raises `InputError` for what cannot be read or compared.
     """
@@ -92,10 +94,9 @@ def run(
     def stage(model: str) -> Callable[[str], Callable[[int, int], None]]:
         return lambda what: watch.counter(f"{model}: {what}")
 
-    questions = None
     if wanted.tasks:
         tokenizers = {model: open_tokenizer(folders[model], trust_remote_code) for model in models}
-        questions = zeroshot.read_tasks(wanted.tasks, wanted.tasks_dir, watch.counter)
+        questions = questions or zeroshot.read_tasks(wanted.tasks, wanted.tasks_dir, watch.counter)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if base:
         others = [model for model in folders if model != base]
