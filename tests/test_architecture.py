@@ -101,8 +101,12 @@ def test_layers_know_formats_and_kernels_only():
     assert ours("ultralowbit.linear") == {"format", "kernels.packed_matmul"}
 
 
+def test_stacks_know_layers_and_kernels_only():
+    assert ours("ultralowbit.fused") == {"linear", "kernels.packed_matmul"}
+
+
 def test_the_loader_knows_layers_and_formats_only():
-    assert ours("ultralowbit.hf") == {"format", "linear"}
+    assert ours("ultralowbit.hf") == {"format", "fused", "linear"}
 
 
 def test_the_pipeline_names_no_method():

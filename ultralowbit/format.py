@@ -770,14 +770,31 @@ class Format:
 
     def rows(self, tensors: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
         """The stored tensors of some rows, which are stored tensors again."""
-        found = {}
-        for prefix, _, part in self._parts():
-            for suffix in part.tensors(1):
-                tensor, axis = tensors[prefix + suffix], part.row_axis.get(suffix, -1)
-                found[prefix + suffix] = (
-                    tensor if axis is None else tensor[..., rows] if axis == -1 else tensor[..., rows, :]
-                )
-        return found
+        return {
+            name: tensors[name]
+            if axis is None
+            else tensors[name][..., rows]
+            if axis == -1
+            else tensors[name][..., rows, :]
+            for name, axis in self.row_axes.items()
+        }
+
+    def stacked(self, weights: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The stored tensors of several weights one below the other, the inverse of `rows`; what all rows share is that
+        of the first."""
+        return {
+            name: weights[0][name] if axis is None else torch.cat([tensors[name] for tensors in weights], dim=axis)
+            for name, axis in self.row_axes.items()
+        }
+
+    @property
+    def row_axes(self) -> dict[str, int | None]:
+        """Stored tensor -> the axis that its rows lie on, None for what all rows share."""
+        return {
+            prefix + suffix: part.row_axis.get(suffix, -1)
+            for prefix, _, part in self._parts()
+            for suffix in part.tensors(1)
+        }
 
     def _parts(self) -> list[tuple[str, int, Part]]:
         """Name of the main tensor and first column of each part, in the order of decoding."""

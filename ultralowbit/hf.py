@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ultralowbit import fused
 from ultralowbit.format import Format, FormatError, PackedWeight, TensorSpec
 from ultralowbit.linear import PackedLinear, swap
 
@@ -210,10 +211,13 @@ def pack_model(
     return model
 
 
-def load(path: str | Path, activations: Literal["exact", "int8"] = "exact", **kwargs: Any) -> PreTrainedModel:
+def load(
+    path: str | Path, activations: Literal["exact", "int8"] = "exact", fuse: bool = False, **kwargs: Any
+) -> PreTrainedModel:
     """Load a packed checkpoint, from a folder or the hub, ready to run.
 
-    activations: "int8" lets packed Linears round their inputs to 8 bits where that is faster (on a CPU). kwargs go to
+    activations: "int8" lets packed Linears round their inputs to 8 bits where that is faster (on a CPU). fuse: Linears
+    that share an input, such as q, k and v, or gate and up, are multiplied at once. kwargs go to
     `AutoModelForCausalLM.from_pretrained` (`device_map`, `dtype`, `attn_implementation`, ...); the dtype is what
     config.json names unless given. Raises `CheckpointError` or `FormatError`, naming what is missing, truncated, of the
     wrong shape or from a newer release; never returns a model with a weight that was not loaded.
@@ -237,6 +241,8 @@ def load(path: str | Path, activations: Literal["exact", "int8"] = "exact", **kw
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.int8 = activations == "int8"
+    if fuse:
+        fused.fuse(model)
     return model
 
 

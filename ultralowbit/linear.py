@@ -20,7 +20,24 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return module.out_features, module.in_features
 
 
-class PackedLinear(nn.Module):
+class KeepsPacked(nn.Module):
+    """Moves its packed tensors with the module but never casts them: `model.to(bfloat16)` must not round scales."""
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The packed tensors among the buffers."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsPacked:
+        kept = self._tensors()
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self
+
+
+class PackedLinear(KeepsPacked):
     """y = x @ decode(packed).T + bias, for x [..., in] and y [..., out].
 
     Its state holds the packed tensors under their own names (`weight`, `weight_scale`, ...) and `bias` if there is one.
@@ -80,17 +97,6 @@ class PackedLinear(nn.Module):
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self._names}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """Move the packed tensors with the module but never cast them: `model.to(bfloat16)` must not round scales."""
-
-        kept = self._tensors()
-        super()._apply(fn, recurse)
-        for name, tensor in kept.items():
-            moved = getattr(self, name)
-            if moved.dtype != tensor.dtype:
-                setattr(self, name, tensor.to(moved.device))
-        return self
 
 
 def swap(model: nn.Module, name: str, module: nn.Module) -> None:
