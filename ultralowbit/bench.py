@@ -516,6 +516,7 @@ def decode_bench(
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """Tokens a second that random models write on the CPU: in bf16, and packed, exactly and with activations of 8 bits.
+    Linears that share an input are multiplied at once.
 
     The models write `tokens` in turns, `rounds` times after one that warms up; the fastest counts, by the thread's own
     clock where there is one. Peak memory is that of a new process which loads one model and writes.
@@ -534,7 +535,10 @@ def decode_bench(
                        for name in ("bf16", *DECODED)}  # fmt: skip
             peaks = {name: _fresh_peak(folder, threads) for name, folder in folders.items()}
             bytes_of = {name: sum(f.stat().st_size for f in d.glob("*.safetensors")) for name, d in folders.items()}
-            nets = {name: open_model(folder, torch.device("cpu"), torch.bfloat16) for name, folder in folders.items()}
+            nets = {
+                name: open_model(folder, torch.device("cpu"), torch.bfloat16, fuse=True)
+                for name, folder in folders.items()
+            }
         runs = [("bf16", False), *((name, int8) for name in DECODED for int8 in (False, True))]
         seconds: dict[tuple[str, bool], list[float]] = {run: [] for run in runs}
         for turn in range(rounds + 1):
@@ -579,7 +583,7 @@ def _fresh_peak(folder: Path, threads: int) -> int:
         "from ultralowbit import bench\n"
         "logging.disable_progress_bar()\n"
         "torch.set_num_threads(int(sys.argv[2]))\n"
-        "model = bench.open_model(Path(sys.argv[1]), torch.device('cpu'), torch.bfloat16)\n"
+        "model = bench.open_model(Path(sys.argv[1]), torch.device('cpu'), torch.bfloat16, fuse=True)\n"
         "bench._seconds_a_token(model, 2, time.perf_counter)\n"
         "print(bench.peak_memory())"
     )

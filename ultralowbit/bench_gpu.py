@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
 
 from ultralowbit.format import Bitmap, Format, Overlay, PackedWeight, Planes, TiedPlanes, Zones, pack_fields
+from ultralowbit.fused import fuse
 from ultralowbit.kernels.packed_matmul import kernel_for, packed_matmul
 from ultralowbit.linear import PackedLinear, swap
 from ultralowbit.methods.pb_llm import PBLLM
@@ -410,7 +411,7 @@ def random_llama(
     config: LlamaConfig, device: torch.device, dtype: torch.dtype, format_of: Callable[[int], Format] | None
 ) -> PreTrainedModel:
     """A Llama of random weights whose blocks' Linears are packed as `format_of` says, or dense; made on the device, no
-    dense weight of a packed Linear ever is."""
+    dense weight of a packed Linear ever is. Linears that share an input are multiplied at once."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if format_of is not None:
@@ -429,6 +430,7 @@ def random_llama(
                 p.normal_(0, config.hidden_size**-0.5, generator=generator)
     for i, module in enumerate(m for m in model.modules() if isinstance(m, PackedLinear)):
         module.fill(random_packed(module.format, module.out_features, device, seed=i))
+    fuse(model)
     return model.eval()
 
 

@@ -598,7 +598,7 @@ def generate(
     where = pick_device(device)
     folder = _download(model, quiet=False)
     tokenizer = open_tokenizer(folder, trust_remote_code)
-    net = open_model(folder, where, pick_dtype(folder, where), trust_remote_code, int8)
+    net = open_model(folder, where, pick_dtype(folder, where), trust_remote_code, int8, fuse=True)
     write_text(
         net, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
         on_text=lambda piece: print(piece, end="", flush=True),

@@ -89,13 +89,18 @@ def pick_dtype(folder: Path, device: torch.device) -> torch.dtype:
 
 
 def open_model(
-    folder: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False, int8: bool = False
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    int8: bool = False,
+    fuse: bool = False,
 ) -> PreTrainedModel:
     """A checkpoint on the device, packed or not; raises `CheckpointError` if a weight of it is missing. `int8` lets
-    packed Linears round their inputs to 8 bits."""
+    packed Linears round their inputs to 8 bits, `fuse` multiplies those that share an input at once."""
     if is_packed(folder):
         activations = "int8" if int8 else "exact"
-        return load(folder, activations, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
+        return load(folder, activations, fuse, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
