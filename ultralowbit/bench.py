@@ -32,7 +32,7 @@ from ultralowbit.eval.perplexity import batch_windows, perplexity
 from ultralowbit.format import Format, Ints, PackedWeight, Planes, Segment, group_count
 from ultralowbit.hf import UltraLowBitConfig
 from ultralowbit.kernels import cpu
-from ultralowbit.kernels.bench import processor, random_weight
+from ultralowbit.kernels.bench import bandwidth, processor, random_weight
 from ultralowbit.linear import PackedLinear, swap
 from ultralowbit.measure import open_model, pick_dtype
 from ultralowbit.model import run_block
@@ -530,6 +530,7 @@ def decode_bench(
     kept = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
+        result["read_gbps"] = max(bandwidth(clock))
         with tempfile.TemporaryDirectory() as temporary:
             folders = {name: write_model(Path(temporary) / name, layers, shape, segment=DECODED.get(name))
                        for name in ("bf16", *DECODED)}  # fmt: skip
@@ -557,14 +558,23 @@ def decode_bench(
         result["models"][label] = {
             "tokens_per_second": 1 / best, "ratio": base / best, "spread": max(times) / best - 1,
             "file_bytes": bytes_of[name], "peak_bytes": peaks[name],
+            "share": _read_bytes(nets[name]) / best / 1e9 / result["read_gbps"],
         }  # fmt: skip
         say(
             f"{label:>18}: {1 / best:7.2f} tokens a second (slowest turn {max(times) / best - 1:.0%} more), "
-            f"{base / best:5.2f} times bf16; file {bytes_of[name] / 1e6:.0f} MB, peak memory {peaks[name] / 1e6:.0f} MB"
+            f"{base / best:5.2f} times bf16, {result['models'][label]['share']:.0%} of what memory's "
+            f"{result['read_gbps']:.1f} GB/s would allow; file {bytes_of[name] / 1e6:.0f} MB, peak memory "
+            f"{peaks[name] / 1e6:.0f} MB"
         )
     if json_file is not None:
         Path(json_file).write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _read_bytes(model: nn.Module) -> int:
+    """Bytes of weights that a token reads: all but the embeddings, of which it takes a row."""
+    embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if id(t) not in embeddings)
 
 
 def _seconds_a_token(model: nn.Module, tokens: int, clock: Callable[[], float]) -> float:

@@ -835,7 +835,7 @@ def bench_kernels(
 
     [bold]ultralowbit bench kernels --shape 4096x4096 --tokens 1[/]
 
-    [bold]ultralowbit bench kernels --device cuda --csv kernels/bench_gpu.csv[/]
+    [bold]ultralowbit bench kernels --device cuda --csv kernels/bench.csv[/]
     """
     say = lambda line: out.print(line, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
     for wanted in shape or ():

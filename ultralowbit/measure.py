@@ -173,8 +173,6 @@ class Compared:
     floor: list[Fidelity]
     """Empty unless asked for."""
     models: list[tuple[list[Perplexity], list[Fidelity]]]
-    depths: list[Depth]
-    """Of each model on the beginning of the first text, where that was asked for and all are in memory together."""
 
 
 def compare(
@@ -185,7 +183,6 @@ def compare(
     *,
     dtype: torch.dtype | None = None,
     floor: bool = False,
-    depth: bool = False,
     trust_remote_code: bool = False,
     progress: Callable[[str], Callable[[int, int], object]] | None = None,
 ) -> Compared:
@@ -193,8 +190,7 @@ def compare(
 
     All run side by side if they fit into memory together; otherwise one after another, the original's predictions
     being kept in a temporary file. `floor` adds the original in bf16, or in fp32 where that is not what it is measured
-    in; `depth` how the divergence builds up along the blocks. `texts` are in the tokens of all of them, see
-    `check_comparable`.
+    in. `texts` are in the tokens of all of them, see `check_comparable`.
     """
     dtype = dtype or pick_dtype(base, device)
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
@@ -219,7 +215,6 @@ def compare(
             references, groups = [files.enter_context(each) for each in kept], [[each] for each in loads]
         del original
         found: list[tuple[list[Perplexity], list[Fidelity]]] = []
-        depths: list[Depth] = []
         for group in groups:
             release(device)
             opened = [load(*each) for each in group]
@@ -231,20 +226,31 @@ def compare(
                 for reference, text in zip(references, texts, strict=True)
             ]  # fmt: skip
             found += [([p[i + 1] for p, _ in rows], [f[i] for _, f in rows]) for i in range(len(group))]
-            if depth and together:
-                depths = [_depth(references[0], model, texts[0], stage("divergence by depth")) for model in opened]
             del opened
         del references
     release(device)
-    return Compared([p[0] for p, _ in rows], found[0][1] if floor else [], found[floor:], depths[floor:])
+    return Compared([p[0] for p, _ in rows], found[0][1] if floor else [], found[floor:])
 
 
-def _depth(
-    base: PreTrainedModel, model: PreTrainedModel, text: EvalText, progress: Callable[[int, int], object] | None
+def depth(
+    base: Path,
+    model: Path,
+    text: EvalText,
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Depth:
-    blocks, others = (find_blocks(each, each.config)[1] for each in (base, model))
+    """How the divergence of a model from the original builds up along the blocks, on the beginning of a text. Both are
+    in memory together."""
+    nets = [open_model(folder, device, dtype, trust_remote_code) for folder in (base, model)]
+    blocks, others = (find_blocks(net, net.config)[1] for net in nets)
     windows = cut(text.tokens[:DEPTH_TOKENS], min(text.context, DEPTH_TOKENS))
-    return by_depth(base, blocks, others, windows, source=text.source, progress=progress)
+    found = by_depth(nets[0], blocks, others, windows, source=text.source, progress=progress)
+    del nets, blocks, others
+    release(device)
+    return found
 
 
 def release(device: torch.device) -> None:

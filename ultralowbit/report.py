@@ -30,6 +30,7 @@ from ultralowbit.measure import (
     Compared,
     EvalText,
     compare,
+    depth,
     measure,
     open_model,
     pick_dtype,
@@ -121,13 +122,15 @@ def run(
     dtype = pick_dtype(folder, where)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     known, mine, near = [*known, *old.get("original", ())], [*old.get("packed", ())], [*old.get("fidelity", ())]
-    depth = old.get("by_depth")
+    by_depth = old.get("by_depth")
     if thorough:
         both = _side_by_side(
             model, folder, out, [text for text in wanted if not _of(near, text, dtype)], where, watch, options
         )
         known, mine, near = known + both.base, mine + both.models[0][0], near + both.models[0][1]
-        depth = depth or next((each.to_dict() for each in both.depths), None)
+        if wanted and near and not by_depth and not too_large([(path, dtype) for path in (folder, out)], where):
+            step = watch.counter("divergence by depth")
+            by_depth = depth(folder, out, wanted[0], where, progress=step, **options).to_dict()
     no_room = None
     if unknown(wanted, dtype, known) and (why := too_large([(folder, dtype)], where)):
         no_room = f"not measured: it {why}"
@@ -148,7 +151,7 @@ def run(
         "calibration": manifest["calibration"],
         "original": _row("original", size, before, not_measured=no_room),
         "packed": _row(
-            recipe.name, packed_size, after, fidelity=near, by_depth=depth,
+            recipe.name, packed_size, after, fidelity=near, by_depth=by_depth,
             seconds=round(sum(manifest["block_seconds"].values()), 3), peak=peak or old.get("peak"),
         ),
         "continuation": old.get("continuation"),
@@ -190,7 +193,7 @@ def _side_by_side(
     options: dict[str, Any],
 ) -> Compared:
     """Both models over the texts, if they fit into memory together."""
-    none = Compared([], [], [([], [])], [])
+    none = Compared([], [], [([], [])])
     if not texts:
         return none
     if why := too_large([(path, options["dtype"]) for path in (folder, out)], device):
@@ -199,7 +202,7 @@ def _side_by_side(
             f"`ultralowbit eval {out} --fidelity {model} --ppl TEXT` runs one after the other"
         )
         return none
-    return compare(folder, [out], texts, device, depth=True, progress=watch.counter, **options)
+    return compare(folder, [out], texts, device, progress=watch.counter, **options)
 
 
 def _continue(
