@@ -18,7 +18,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.machinery
-import math
 import os
 import warnings
 from functools import lru_cache
@@ -32,13 +31,32 @@ from torch import Tensor
 from ultralowbit.format import Format, Ints, Overlay, Planes, TiedPlanes, group_count, word_count
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ultralowbit.kernels.packed_matmul import Kernel
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-DENSE = {torch.float32: (1.5, 48), torch.bfloat16: (0.6, 32), torch.float16: (5.8, 50)}
-"""What multiplying by a decoded weight costs for each token, and decoding it once: in bits of a weight that are looked
-up for one token in the same time. Measured on 2048 x 2048 with AVX-512, whose bf16 instructions torch uses."""
+
+class Costs(NamedTuple):
+    """What else costs as much as looking up so many bits of a weight for one token; measured on 2048 x 2048."""
+
+    dense: dict[torch.dtype, tuple[float, float]]
+    """Multiplying by a decoded weight for each token, and decoding it once."""
+    int8: Callable[[float, int], float]
+    """A product in int8, from the bits of a weight and the streams of fields that they lie in."""
+    halves: bool
+    """Whether torch multiplies in bf16 and fp16 with instructions for them; else tiles are fp32."""
+
+
+COSTS = {
+    "avx512": Costs(
+        {torch.float32: (1.5, 48), torch.bfloat16: (0.6, 32), torch.float16: (5.8, 50)},
+        lambda bits, streams: 0.55 * streams + 0.18 * bits, halves=True,
+    ),
+    "avx2": Costs(dict.fromkeys(DTYPES, (1.95, 25)), lambda bits, streams: 0.7 * bits, halves=False),
+}  # fmt: skip
+"""By instruction set; others are taken to be like AVX-512."""
 
 _TILE = 1 << 20  # weights decoded at a time
 
@@ -120,6 +138,7 @@ def _chosen() -> int | None:
     return names.index(wanted) if wanted else 0
 
 
+_names = instruction_sets()
 _isa = _chosen()
 
 
@@ -133,12 +152,13 @@ def isa() -> str:
 
 
 class _Planned(NamedTuple):
-    """A plan, and what a token costs in the unit of `DENSE`, infinite where only a decoded weight will do: exactly, a
-    lookup for each nibble; in int8, mainly a word of rows for each stream of fields."""
+    """A plan, the bits of a weight and the streams of fields that they lie in; `direct` unless only a decoded weight
+    will do."""
 
     plan: _Plan
-    exact: float
-    int8: float
+    bits: float
+    streams: float
+    direct: bool
 
 
 @lru_cache(maxsize=4096)
@@ -146,7 +166,7 @@ def _plan(format: Format) -> _Planned | None:
     """How the native code sees a format; None where it has a part that the native code does not know."""
     names = {name: i for i, name in enumerate(format.tensors(1, format.in_features))}
     tables, streams, offsets, overlays = [], [], [], []
-    column, exact, int8, direct = 0, 0, 0, format.overlay is None
+    column, bits, fields, direct = 0, 0, 0, format.overlay is None
     for i, segment in enumerate(format.segments):
         prefix, group = "weight" if i == 0 else f"weight_{i}", getattr(segment, "group", None) or segment.columns
         scale, first = names[f"{prefix}_scale"], len(tables)
@@ -175,9 +195,9 @@ def _plan(format: Format) -> _Planned | None:
         else:
             return None
         direct &= group >= 16 or group_count(segment.columns, group) == 1  # each smaller group is a pass of its own
-        share, fields = segment.columns / format.in_features, len(streams) - sum(s.table < first for s in streams)
-        exact += share * segment.code_bits
-        int8 += share * (0.55 * fields + 0.18 * segment.code_bits)
+        share = segment.columns / format.in_features
+        bits += share * segment.code_bits
+        fields += share * sum(s.table >= first for s in streams)
         column += segment.columns
     if (overlay := format.overlay) is not None:
         index, mask = names.get("weight_overlay_index", -1), names.get("weight_overlay_mask", -1)
@@ -191,25 +211,30 @@ def _plan(format: Format) -> _Planned | None:
         len(overlays), (_Table * len(tables))(*tables), (_Stream * len(streams))(*streams),
         (_Offset * len(offsets))(*offsets), (_Overlay * len(overlays))(*overlays),
     )  # fmt: skip
-    return _Planned(plan, exact, int8) if direct else _Planned(plan, math.inf, math.inf)
+    return _Planned(plan, bits, fields, direct)
 
 
 def choose(format: Format, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel | None:
     """The fp32-exact path for a case: what `KERNELS` asks."""
     if _isa is None or dtype not in DTYPES or (found := _plan(format)) is None:
         return None
-    return exact_matmul if _beats_decoding(found.exact, dtype, tokens) else tiled_matmul
+    return exact_matmul if found.direct and _beats_decoding(found.bits, dtype, tokens) else tiled_matmul
 
 
 def choose_int8(format: Format, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel | None:
     """The path for a case whose activations may be rounded to 8 bits, or None."""
     if _isa is None or dtype not in DTYPES or (found := _plan(format)) is None:
         return None
-    return int8_matmul if _beats_decoding(found.int8, dtype, tokens) else None
+    cost = _costs().int8(found.bits, found.streams)
+    return int8_matmul if found.direct and _beats_decoding(cost, dtype, tokens) else None
+
+
+def _costs() -> Costs:
+    return COSTS.get(_names[_isa], COSTS["avx512"])
 
 
 def _beats_decoding(cost: float, dtype: torch.dtype, tokens: int) -> bool:
-    dense, decoding = DENSE[dtype]
+    dense, decoding = _costs().dense[dtype]
     return tokens * (cost - dense) <= decoding
 
 
@@ -224,9 +249,10 @@ def int8_matmul(x: Tensor, tensors: dict[str, Tensor], format: Format) -> Tensor
 
 
 def tiled_matmul(x: Tensor, tensors: dict[str, Tensor], format: Format) -> Tensor:
-    """What `packed_matmul_ref` computes, some rows of the weight at a time."""
+    """What `packed_matmul_ref` computes, some rows of the weight at a time; in fp32 where that is faster."""
     x, out = format.transformed(tensors, x), tensors["weight"].shape[-2]
     y = x.new_empty(len(x), out)
+    x = x if _costs().halves else x.float()
     tile = x.new_empty(max(16, _TILE // format.in_features), format.in_features)
     for row in range(0, out, len(tile)):
         rows = tile[: out - row]

@@ -360,11 +360,11 @@ def test_slices_of_rows_and_strided_inputs(isa):
 
 @needs_kernels
 def test_the_path_is_told():
-    plain, small, overlay = FORMATS["int2, g128"], Format((Planes(100, 1, 8),)), OVERLAYS["overlay"]
+    plain, small, overlay = FORMATS["int4, g32"], Format((Planes(100, 1, 8),)), OVERLAYS["overlay"]
     assert kernel_for(plain, "cpu", torch.bfloat16, 1) is cpu.exact_matmul
-    assert kernel_for(plain, "cpu", torch.bfloat16, 40) is cpu.tiled_matmul
+    assert kernel_for(plain, "cpu", torch.bfloat16, 20) is cpu.tiled_matmul
     assert kernel_for(plain, "cpu", torch.bfloat16, 1, int8=True) is cpu.int8_matmul
-    assert kernel_for(plain, "cpu", torch.bfloat16, 40, int8=True) is cpu.int8_matmul
+    assert kernel_for(plain, "cpu", torch.bfloat16, 20, int8=True) is cpu.int8_matmul
     assert kernel_for(plain, "cpu", torch.bfloat16, 400, int8=True) is cpu.tiled_matmul
     assert kernel_for(plain, "cpu", torch.float64) is packed_matmul_ref
     for format in (small, overlay):  # groups of 8 columns would need 16 tables for a nibble
