@@ -95,6 +95,8 @@ def run(tmp_path):
             },
             "layers": layers,
         }  # fmt: skip
+        if more.get("trained_on"):
+            manifest["fingerprint"]["recipe"]["distill"] = {"data": more["trained_on"]}
         if more.get("no_text"):
             del manifest["fingerprint"]["recipe"]["calibration"]
         (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -111,6 +113,7 @@ def run(tmp_path):
         }  # fmt: skip
         (folder / "report.md").write_text("")
         report["packed"]["fidelity"] = more.get("fidelity", [])
+        report["packed"]["divergence_by_depth"] = more.get("by_depth")
         (folder / "report.json").write_text(json.dumps(strict(report)))
         if more.get("evaluated"):
             (folder / "eval.json").write_text(json.dumps(more["evaluated"]))
@@ -214,6 +217,29 @@ def test_seeds_are_one_row(run, tmp_path):
     assert [entry["seed"] for entry in seeds["runs"]] == [0, 1, 2]
     assert len({*found}) == 3  # the two are told apart by their folders
     assert cell(seeds, quality) == "62.000 ± 2.000"
+
+
+def test_the_seed_of_what_is_trained_on_is_a_seed_too(run, tmp_path):
+    for seed in (0, 1):
+        data = {"source": "c.txt", "seed": seed}
+        run(f"runs/{seed}", "db-llm", 2.5, [perplexity(60.0)], seed=seed, trained_on=data)
+    run("runs/more", "db-llm", 2.5, [perplexity(60.0)], trained_on={"source": "d.txt", "seed": 0})
+    (section,) = collect([tmp_path / "runs"], tmp_path)
+    assert sorted(len(row["runs"]) for row in rows(section).values() if row["kind"] == "run") == [1, 2]
+
+
+def test_divergence_by_depth_is_drawn_for_those_on_the_same_windows(run, tmp_path):
+    depth = {"source": "w.txt", "kl": [0.1, 0.3], "tokens": 10, "windows": 1, "context": 11, "dtype": "float32"}
+    for seed, kl in ((0, [0.1, 0.3]), (1, [0.3, 0.5])):
+        by_depth = {**depth, "kl": kl, "sha256": "a"}
+        run(f"runs/{seed}", "sign-2", 2.1, [perplexity(60.0)], seed=seed, by_depth=by_depth)
+    run("runs/other", "sign-1", 1.1, [perplexity(80.0)], by_depth={**depth, "sha256": "b"})
+    run("runs/without", "gptq", 3.1, [perplexity(55.0)])
+    (section,) = collect([tmp_path / "runs"], tmp_path)
+    found = rows(section)
+    assert found["sign-2"]["by_depth"]["kl"] == pytest.approx([0.2, 0.4]) and found["gptq"]["by_depth"] is None
+    drawn = [plot.name for plot in pictures(section) if plot.name.startswith("divergence-by-depth")]
+    assert drawn == ["divergence-by-depth", "divergence-by-depth-2"]
 
 
 def test_the_same_run_twice_is_no_second_seed(run, tmp_path):

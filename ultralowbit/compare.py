@@ -88,11 +88,14 @@ class Run:
 
     @property
     def but_for_the_seed(self) -> str:
-        """Digest of all that its bytes depend on, except the seed."""
+        """Digest of all that its bytes depend on, except the seed of the texts that it reads."""
         fingerprint = self.manifest["fingerprint"]
-        recipe = fingerprint["recipe"]
+        recipe = dict(fingerprint["recipe"])
         if "calibration" in recipe:  # not of those that read no text
-            recipe = {**recipe, "calibration": {**recipe["calibration"], "seed": None}}
+            recipe["calibration"] = {**recipe["calibration"], "seed": None}
+        for stage in ("prepare", "distill"):
+            if (recipe.get(stage) or {}).get("data"):
+                recipe[stage] = {**recipe[stage], "data": {**recipe[stage]["data"], "seed": None}}
         return _digest([{**fingerprint, "recipe": recipe, "calibration": None}, self.recipe])
 
 
