@@ -251,3 +251,41 @@ def test_recipes_do_not_change():
 def test_what_reads_text(name, reads):
     """Statistics for the method, or windows to train on."""
     assert Recipe.load(name).reads_text is reads
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_recipe_has_sound_values_for_small_models(name):
+    usual, small = Recipe.load(name), Recipe.load(name, small=True)
+    trains = any((usual.prepare, usual.tune, usual.distill))
+    assert (usual != small) == trains  # what is only solved suits any size
+    assert usual.solve == small.solve
+
+
+def test_small_values_take_the_place_of_the_others_group_by_group(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "solve: {method: gptq, bits: 2, group: 64}\n"
+        "small: {solve: {group: 32}, calibration: {samples: 3}}\n"
+        "calibration: {samples: 9, length: 7}\n"
+    )
+    usual, small = (Recipe.load(tmp_path / "r.yaml", small=small) for small in (False, True))
+    assert (usual.solve.group, usual.calibration.samples) == (64, 9)
+    assert (small.solve.bits, small.solve.group) == (2, 32)
+    assert (small.calibration.samples, small.calibration.length) == (3, 7)
+    assert Recipe.load(tmp_path / "r.yaml", ["solve.group=128"], small=True).solve.group == 128
+    assert "small" not in yaml.safe_load(small.to_yaml())
+
+
+@pytest.mark.parametrize("text", ["small: 3", "small: [a]", "small: {sovle: {}}"])
+def test_small_values_that_are_none_are_refused(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(f"solve: {{method: rtn}}\n{text}\n")
+    with pytest.raises(InputError, match="small holds|unknown key sovle"):
+        Recipe.load(tmp_path / "r.yaml", small=True)
+
+
+def test_values_of_texts_are_for_those_that_stages_train_on_too():
+    found = Recipe.load("ptq161", texts={"source": "my.txt", "seed": 5})
+    assert (found.calibration.source, found.calibration.seed) == ("my.txt", 5)
+    assert (found.prepare.data.source, found.prepare.data.seed, found.prepare.data.samples) == ("my.txt", 5, 20000)
+    found = Recipe.load("ptq161", ["prepare.data.source=c4"], texts={"source": "my.txt"})
+    assert (found.calibration.source, found.prepare.data.source) == ("my.txt", "c4")  # a setting goes before them
+    assert Recipe.load("db-llm", texts={"source": "my.txt"}).distill.data is None
