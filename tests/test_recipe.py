@@ -278,7 +278,7 @@ def test_small_values_take_the_place_of_the_others_group_by_group(tmp_path):
 @pytest.mark.parametrize("text", ["small: 3", "small: [a]", "small: {sovle: {}}"])
 def test_small_values_that_are_none_are_refused(tmp_path, text):
     (tmp_path / "r.yaml").write_text(f"solve: {{method: rtn}}\n{text}\n")
-    with pytest.raises(InputError, match="small holds|unknown key sovle"):
+    with pytest.raises(InputError, match=r"small holds|unknown key sovle"):
         Recipe.load(tmp_path / "r.yaml", small=True)
 
 
