@@ -116,13 +116,12 @@ class _Term:
         return (target * self.sign).mul_(self.zone)
 
     def refine(self, size: Tensor) -> bool:
-        """One alternation, for a target `along` the signs; whether it moved a scale by more than fp16 can tell."""
-        row, column = self.row, self.column
+        """One alternation, for a target `along` the signs; whether it moved a column's scale, from which the next rows'
+        follow, by more than fp16 can tell."""
+        column = self.column
         self.row = _ratio(size @ column, self.zone @ column.square())
         self.column = _ratio(self.row @ size, self.row.square() @ self.zone)
-        return any(
-            ((new - old).abs() > 2**-12 * old.abs()).any() for new, old in ((self.row, row), (self.column, column))
-        )
+        return bool(((self.column - column).abs() > 2**-12 * column.abs()).any())
 
     def store(self, size: Tensor) -> None:
         """Round the scales to those that are stored."""

@@ -171,7 +171,7 @@ def break_of(weight: Tensor) -> Tensor | float:
     """
     if not weight.numel():
         return math.inf
-    rows = weight.double().sort(dim=1).values  # [rows, columns]
+    rows = weight.sort(dim=1).values.double()  # [rows, columns]
     sizes = weight.abs().flatten().sort().values.double()
     places = torch.tensor([round(q * (len(sizes) - 1)) for q in QUANTILES], device=weight.device)
     p = sizes[places].expand(len(rows), -1).contiguous()  # [rows, choices]
