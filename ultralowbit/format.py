@@ -398,12 +398,13 @@ class Zones:
         others, salient = (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
         g, t, u, v = second[:, salient], second[:, salient], parts.get("_column"), parts.get("_third_column")
 
-        def of_block(values: Tensor, columns: Tensor) -> Tensor:  # [zones, blocks, rows] -> [zones, rows, columns]
-            return values.float()[:, columns // self.block].transpose(1, 2)
+        def of_block(values: Tensor, columns: Tensor) -> Tensor:  # [zones, blocks, rows] -> [zones, rows, columns or 1]
+            values = values.float()
+            return (values if values.shape[1] == 1 else values[:, columns // self.block]).transpose(1, 2)
 
         def term(sign: Tensor, zones: slice, g: Tensor, columns: Tensor, factor: Tensor | None) -> Tensor:
             level = of_block(parts["_scale"][zones], columns)
-            return _of_group(level if factor is None else level * factor.float()[:, None], g).mul_(2 * sign - 1)
+            return _of_group(level if factor is None else level * factor.float()[:, None], g) * (2 * sign - 1)
 
         out[:, others] = term(s[:, others], slice(0, 2), second[:, others], others, u if u is None else u[:, others])
         first, u = s[:, salient], u if u is None else u[:, salient]
@@ -419,9 +420,9 @@ class Zones:
 
 
 def _of_group(values: Tensor, g: Tensor) -> Tensor:
-    """values [2, rows, columns] of the groups that g [rows, columns] names, or [1, ...] of all."""
+    """values [2, rows, columns or 1] of the groups that g [rows, columns] names, or [1, ...] of all."""
     # lerp at 0 and 1 chooses, exactly, and in a fraction of the time of `where`
-    return values[0].clone() if len(values) == 1 else torch.lerp(values[0], values[1], g.float())
+    return values[0] if len(values) == 1 else torch.lerp(values[0], values[1], g.float())
 
 
 Segment = Planes | Ints | TiedPlanes | Zones
