@@ -40,7 +40,7 @@ class Stack(KeepsPacked):
     def product(self, member: int, x: Tensor, int8: bool) -> Tensor:
         """The rows of x [..., in] times the stack that belong to a member: [..., out of it]."""
         if self._waiting is None or self._waiting[0] is not x or self._waiting[1][member] is None:
-            y = packed_matmul(x, [getattr(self, name) for name in self._names], self._layout, int8)
+            y = packed_matmul(x, list(self._tensors().values()), self._layout, int8)
             self._waiting = x, list(y.split(self.sizes, dim=-1))
         parts = self._waiting[1]
         found, parts[member] = parts[member], None
