@@ -185,11 +185,11 @@ def _ask(
 
     for one in runs:
         report, file = one.found[0], one.folders[0] / TASKS
-        packed, before = _asked(file, {**asked, "manifest": report["manifest"]["sha256"]})
+        key = {**asked, "manifest": report["manifest"]["sha256"]}
+        packed, before = _asked(file, key)
         original = original or before or ask(report["model"])
         if packed is None:
             packed = ask(str(one.folders[0]))
-            key = {**asked, "manifest": report["manifest"]["sha256"]}
             write_json(file, {"asked": key, "fidelity_to": None, "results": [packed, original]})
 
 
