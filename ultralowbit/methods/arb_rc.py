@@ -74,17 +74,17 @@ class ARBRC:
             for _ in range(self.iterations):
                 moved = a.refine(a.along(kept - b.value))
                 rest = kept - a.value
-                b.sign = _sign(rest)
+                b.point(rest)
                 if not (b.refine(b.along(rest)) or moved):
                     break
             a.store(a.along(kept - b.value))
             rest = kept - a.value
-            b.sign = _sign(rest)
+            b.point(rest)
             b.store(b.along(rest))
 
         column = torch.stack([term.column for term in single])  # [2, columns], 0 for the salient ones
         column[:, salient] = torch.stack([term.column for term in (first if self.cgb else first + second)])
-        t = sum(term.sign * zone for term, zone in zip(second, zones, strict=True)) > 0
+        t = sum(term.sign for term in second) > 0
         parts = {
             "bits": torch.stack([weight >= 0, sparse]),
             "salient": salient,
@@ -102,18 +102,23 @@ class _Term:
 
     def __init__(self, weight: Tensor, zone: Tensor) -> None:
         """zone [out, columns] is 1 in the zone, else 0."""
-        self.zone, self.sign = zone, _sign(weight)
-        size = weight.abs() * self.zone
-        self.row = _ratio(size.sum(1), self.zone.sum(1))  # [out]
-        self.column = _ratio(_ratio(size, self.row[:, None]).sum(0), self.zone.sum(0))  # [columns]
+        self.zone = zone
+        self.point(weight)
+        size = self.along(weight)
+        self.row = _ratio(size.sum(1), zone.sum(1))  # [out]
+        self.column = _ratio(_ratio(size, self.row[:, None]).sum(0), zone.sum(0))  # [columns]
 
     @property
     def value(self) -> Tensor:
-        return self.row[:, None] * self.column * self.sign * self.zone
+        return (self.row[:, None] * self.column).mul_(self.sign)
+
+    def point(self, target: Tensor) -> None:
+        """Take the signs of a target [out, columns], on the zone, else 0."""
+        self.sign = self.zone.copysign(target + 0)  # -0 is 0
 
     def along(self, target: Tensor) -> Tensor:
-        """How far a target [out, columns] goes in the direction of the signs, on the zone."""
-        return (target * self.sign).mul_(self.zone)
+        """How far a target [out, columns] goes in the direction of the signs."""
+        return target * self.sign
 
     def refine(self, size: Tensor) -> bool:
         """One alternation, for a target `along` the signs; whether it moved a column's scale, from which the next rows'
@@ -127,10 +132,6 @@ class _Term:
         """Round the scales to those that are stored."""
         self.column = to_scale(self.column)
         self.row = to_scale(_ratio(size @ self.column, self.zone @ self.column.square()))
-
-
-def _sign(weight: Tensor) -> Tensor:
-    return torch.ones_like(weight).copysign_(weight + 0)  # -0 is 0
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
