@@ -43,6 +43,8 @@ inline uint16_t to_bfloat16(float value) {
   return value != value ? 0x7FC0 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
 
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
 constexpr int kDigitBits = 6, kRun = 4;  // so many digits of 6 bits add up to a byte at most
 
 // The tables of a pass, [unit, run of words, digit, word, 16], and what turns a unit's integer sum into a float.
@@ -333,13 +335,18 @@ struct Kernel {
     }
   }
 
-  // Words that this core will need soon, a part for each call: superblocks jump from row to row, which the hardware
-  // does not foresee, while whole rows lie one after the other.
+  // What this core will need for its next rows, a part for each call: superblocks jump from row to row, and scales from
+  // group to group, which the hardware does not foresee, while the words of whole rows lie one after the other.
   struct Prefetch {
-    const char *next, *end;
-    int64_t bytes;
+    const char *words, *words_end, *scale;
+    int64_t groups, stride, bytes, at, lines;  // of scale: groups, bytes from one to the next and of one; lines a call
     void operator()() {
-      for (const char* stop = next + bytes < end ? next + bytes : end; next < stop; next += 64) __builtin_prefetch(next);
+      int64_t n = lines;
+      for (; n > 0 && words < words_end; n--, words += kLine) __builtin_prefetch(words);
+      for (; n > 0 && groups > 0; n--) {
+        __builtin_prefetch(scale + at);
+        if ((at += kLine) >= bytes) groups--, at = 0, scale += stride;
+      }
     }
   };
 
@@ -408,8 +415,12 @@ struct Kernel {
       const auto& blocks = job.layouts[s.table].blocks;
       const int64_t next = first + job.ahead, rows = next < job.out ? std::min(count, job.out - next) : 0;
       const char* words = static_cast<const char*>(job.tensors[s.words]) + (s.plane * job.out + next) * s.stride * 2;
+      const int64_t groups = groups_of(job.plan->table[s.table]);
+      const auto* scale = static_cast<const char*>(job.tensors[s.scale]) + (s.plane * groups * job.out + next) * 2;
       const int64_t calls = blocks.size() * ceil_div(count, V::kRows) * ceil_div(job.tokens, 2) * (V::kDigits ? 4 : 1);
-      Prefetch prefetch{words, words + rows * s.stride * 2, ceil_div(ceil_div(rows * s.stride * 2, calls), 64) * 64};
+      const int64_t lines = ceil_div(rows * s.stride * 2, kLine) + groups * ceil_div(rows * 2, kLine);
+      Prefetch prefetch{words, words + rows * s.stride * 2, scale, rows ? groups : 0, job.out * 2, rows * 2, 0,
+                        ceil_div(lines, calls)};
       for (const Superblock& block : blocks) {
         int64_t token = 0;
         for (; token + 2 <= job.tokens; token += 2)
