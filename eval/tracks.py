@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from ultralowbit.eval.perplexity import perplexity, token_stream
+from ultralowbit.model import cache_name
 
 FLOOR = 0.01
 """Nats: what a corruption costs, or a long window gains, below this is nothing."""
@@ -243,13 +244,13 @@ def speed(
     for _ in range(repeats + 1):  # the first turn prepares kernels and caches, and is as good as the others
         for model, seconds in zip(models, best, strict=True):
             ids = prompt[None].to(model.device)
-            cache, clock = None, time.perf_counter
+            cache, name, clock = None, cache_name(model), time.perf_counter
             for part, steps in (("prompt", 1), ("decoding", new_tokens)):
                 _wait(model)
                 started = clock()
                 for _ in range(steps):
-                    output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-                    cache, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
+                    output = model(input_ids=ids, use_cache=True, **{name: cache})
+                    cache, ids = output[name], output.logits[:, -1:].argmax(-1)
                 _wait(model)
                 seconds[part] = min(seconds[part], clock() - started)
     return [{"prompt": len(prompt) / s["prompt"], "decoding": new_tokens / s["decoding"]} for s in best]

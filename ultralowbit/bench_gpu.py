@@ -33,6 +33,7 @@ from ultralowbit.kernels.packed_matmul import kernel_for, packed_matmul
 from ultralowbit.linear import PackedLinear, swap
 from ultralowbit.methods.pb_llm import PBLLM
 from ultralowbit.methods.ptq161 import PTQ161
+from ultralowbit.model import cache_name
 from ultralowbit.text import InputError
 
 SHAPES = (
@@ -442,7 +443,8 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, first: Tensor, length: int) -> None:
         self.model, self.token = model, first.clone()
-        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        cache = StaticCache(config=model.config, max_cache_len=length)
+        self.cache = {cache_name(model): cache}  # as the model's forward is given it
         self.position = torch.zeros(1, dtype=torch.int64, device=first.device)
         self.slots = torch.arange(length, device=first.device)
 
@@ -450,8 +452,8 @@ class Decoder:
     def step(self) -> None:
         mask = (self.slots <= self.position).expand(len(self.token), 1, 1, -1)
         found = self.model(
-            input_ids=self.token, position_ids=self.position[None], attention_mask=mask, past_key_values=self.cache,
-            use_cache=True,
+            input_ids=self.token, position_ids=self.position[None], attention_mask=mask, use_cache=True,
+            **self.cache,
         )  # fmt: skip
         self.token.copy_(found.logits[:, -1].argmax(-1, keepdim=True))
         self.position += 1

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ultralowbit.model import cache_name
 from ultralowbit.text import InputError, is_collection, read_documents, read_text, reason, token_sha256
 
 Progress = Callable[[int, int], object]
@@ -194,12 +195,12 @@ def _continue(
     tokens[:, 0] = torch.tensor(first)
     until = torch.tensor(greedy, device=device)
     ids = torch.tensor(allowed, device=device)
-    cache = None
+    cache, name = None, cache_name(model)
     for column in range(1, length):
         # a model without such a cache reads its whole prefix again
         inputs = tokens[:, :column] if cache is None else tokens[:, column - 1 : column]
-        output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
+        output = model(input_ids=inputs, use_cache=True, **{name: cache})
+        cache = getattr(output, name, None)
         odds = output.logits[:, -1].float()[:, ids].softmax(-1)  # [rows, allowed]
         if odds.isnan().any():
             raise InputError(
