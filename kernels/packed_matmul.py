@@ -8,6 +8,7 @@ operation.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 
@@ -27,11 +28,24 @@ Chooser = Callable[[Format, torch.device, torch.dtype, int], Kernel | None]
 
 @cache
 def _triton() -> Chooser | None:
-    """Its kernels' chooser, where Triton is installed."""
+    """Its kernels' chooser, where Triton is installed and can run."""
     try:
         from ultralowbit.kernels.triton_matmul import choose
     except ImportError:
         return None
+    if torch.cuda.is_available():
+        from triton.runtime import driver
+
+        try:
+            driver.active.utils  # noqa: B018 - Triton compiles its launcher here, which needs a C compiler
+        except Exception as e:  # each of its steps fails in its own way
+            reason = str(e).strip().partition("\n")[0]
+            warnings.warn(
+                f"Triton cannot run here ({type(e).__name__}: {reason}), so its products run the slow reference: "
+                "install a C compiler and Python's headers",
+                stacklevel=2,
+            )
+            return None
     return choose
 
 

@@ -54,10 +54,11 @@ def transform(
         v *= root
     place = k
     if has_marks:
-        before = 0
+        counts = tl.zeros([1, 1024], tl.int32)
         for i in range(0, here, 1024):
             j = i + tl.arange(0, 1024)[None, :]
-            before += tl.sum(field(marks, 0, j, j < here, full, lanes, 1))
+            counts += field(marks, 0, j, j < here, full, lanes, 1)
+        before = tl.sum(counts)
         marked = tl.reshape(field(marks, 0, k[None, :], k[None, :] < stop, full, lanes, 1), [size])
         rank = before + tl.cumsum(marked, axis=0) - marked  # of the marked channels
         place = tl.where(marked > 0, rank, first_columns + k - rank)

@@ -28,7 +28,9 @@ from ultralowbit.kernels.triton_overlay import correct
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 REDUCE_ROWS = 256
-OVERLAY_ROWS, OVERLAY_SPLITS = 128, 8
+OVERLAY_ROWS, OVERLAY_ENTRIES, OVERLAY_SPLITS = 128, 16, 64
+"""Rows of a program, entries of each that it is to take, and the most programs that share a row's entries: one entry
+after the other is read and then gathered for, which is slow unless there are many at a time."""
 DENSE_WEIGHTS = 1 << 26
 """Weights that are written out at a time: 128 MiB in 16 bits."""
 LARGEST_HADAMARD = 1 << 15
@@ -122,7 +124,8 @@ def dequantized(x: Tensor, tensors: Mapping[str, Tensor], format: Format) -> Ten
     launches, x = transformed(x, tensors, format, x.dtype)
     run(launches, x.device)
     out_rows = tensors["weight"].shape[-2]
-    step = min(out_rows, max(1, DENSE_WEIGHTS // format.in_features))
+    # in whole tiles of cuBLAS, whose outputs are then aligned
+    step = min(out_rows, max(1, DENSE_WEIGHTS // format.in_features // 128) * 128)
     weight = x.new_empty(step, format.in_features)
     y = x.new_empty(len(x), out_rows)
     for row in range(0, out_rows, step):
@@ -152,9 +155,9 @@ def subnormals_are_exact(device: torch.device) -> bool:
 def _small_product_is_exact(device: torch.device) -> bool:
     format = Format((Planes(512, 1),))
     generator = torch.Generator().manual_seed(0)
-    bits = torch.randint(2, (1, 64, 512), generator=generator).bool()
-    packed = PackedWeight.encode(format, {"bits": bits, "scale": torch.ones(1, 64, 1)})
-    x = torch.randint(-8, 9, (8, 512), generator=generator).to(torch.float16)
+    bits = torch.randint(2, (1, 64, 512), generator=generator, device="cpu").bool()
+    packed = PackedWeight.encode(format, {"bits": bits, "scale": torch.ones(1, 64, 1, device="cpu")})
+    x = torch.randint(-8, 9, (8, 512), generator=generator, device="cpu").to(torch.float16)
     tensors = {name: tensor.to(device) for name, tensor in packed.tensors.items()}
     launches, y = product(x.to(device), tensors, format, tuning_of(device))
     run(launches, device)
@@ -177,11 +180,12 @@ def product(
     found = matrices(format)
     lines = digits * tokens
     size, tile = tuning.tile(lines)
-    programs = cdiv(lines, size) * cdiv(out_rows, tile.rows) * sum(m.planes for m in found)
-    splits = cdiv(tuning.programs * tuning.processors, programs)
-    parts = [m.planes * min(m.blocks, splits) for m in found]
+    tiles = cdiv(lines, size) * cdiv(out_rows, tile.rows)
+    wanted = tuning.programs * tuning.processors  # of each matrix: they run one after the other
+    parts = [m.planes * min(m.blocks, cdiv(wanted, tiles * m.planes)) for m in found]
     if format.overlay is not None:
-        parts.append(OVERLAY_SPLITS)
+        entries = len(tensors["weight_overlay_value"])
+        parts.append(max(1, min(OVERLAY_SPLITS, cdiv(entries, OVERLAY_ENTRIES))))
     partial = x.new_empty(sum(parts), lines, out_rows, dtype=torch.float32)
     partials = partial.split(parts)
     for matrix, out in zip(found, partials, strict=False):

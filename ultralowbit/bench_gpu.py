@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -141,17 +142,23 @@ def captured(calls: Sequence[Run], device: torch.device) -> Run:
     """What makes all the calls, one after the other: a replay of their CUDA graph, on a CPU just them."""
     if device.type != "cuda":
         return lambda: [call() for call in calls]
-    stream = torch.cuda.Stream(device)
+    stream = _side_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):  # kernels are compiled, and libraries choose theirs, outside of the graph
         for call in calls[:2]:
             call()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
     return graph.replay
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace for every stream, which would count as peak memory."""
+    return torch.cuda.Stream(device)
 
 
 def seconds(run: Run, device: torch.device) -> float:
@@ -227,16 +234,16 @@ def gemlite_calls(format: Format, out: int, x: Tensor) -> list[Run]:
         from gemlite.core import DType, GemLiteLinear
     except ImportError:
         return []
-    columns, generator = part.columns, torch.Generator().manual_seed(0)
+    columns, generator = part.columns, torch.Generator(x.device).manual_seed(0)
     made = []
     for _ in range(copies(out * columns * part.planes // 8, x.device)):
-        codes = torch.randint(1 << part.planes, (out, columns), generator=generator, dtype=torch.uint8)
-        scale = torch.full((out * columns // 128, 1), 0.01, dtype=torch.float16)
+        codes = torch.randint(1 << part.planes, (out, columns), generator=generator, dtype=torch.uint8, device=x.device)
+        scale = torch.full((out * columns // 128, 1), 0.01, dtype=torch.float16, device=x.device)
         layer = GemLiteLinear(
             part.planes, group_size=128, in_features=columns, out_features=out, input_dtype=DType.FP16,
             output_dtype=DType.FP16,
         )  # fmt: skip
-        layer.pack(codes.to(x.device), scale.to(x.device), scale.to(x.device), None)
+        layer.pack(codes, scale, scale, None)
         made.append(layer)
     x = x.half()
     return [lambda layer=layer: layer(x) for layer in made]
@@ -266,12 +273,13 @@ def measure_product(
     if not error <= ERROR[x.dtype]:
         raise RuntimeError(f"{name} of [{out}, {columns}] with {tokens} tokens is wrong: relative error {error:.2g}")
     entries = {"packed": calls, "cublas": dense.calls(x), "copy": copy_calls(packed.nbytes, device)}
+    runs = {entry: captured(found, device) for entry, found in entries.items()}
     try:
-        other = gemlite_calls(packed.format, out, x)
-        entries |= {"gemlite": other} if other and other[0]() is not None else {}
+        if other := gemlite_calls(packed.format, out, x):
+            runs |= {"gemlite": captured(other, device)}
+            entries |= {"gemlite": other}
     except Exception as e:  # whatever a release of another package may raise, ours is timed all the same
         warnings.warn(f"gemlite is not timed: {e!r}", stacklevel=2)
-    runs = {entry: captured(found, device) for entry, found in entries.items()}
     times = race(runs, device, rounds)
     one = {entry: statistics.median(found) / len(entries[entry]) for entry, found in times.items()}
     alone = statistics.median(race({"packed": calls[0]}, device, rounds)["packed"])
@@ -372,16 +380,16 @@ def product_bench(
     csv_file: Path | None = None,
     say: Callable[[str], object] = print,
 ) -> list[Row]:
-    """Time every product; `say` is told a table as it grows, `csv_file` gets the rows of each shape when it is done."""
+    """Time every product; `say` is told a table as it grows, `csv_file` gets the rows of a format when it is done."""
     rows: list[Row] = []
     tokens, formats = list(tokens), list(formats)
     for out, columns in shapes:
         say("")
         say(f"[{out}, {columns}]")
         say(HEAD)
-        dense, first = Dense.random(out, columns, device), len(rows)
+        dense = Dense.random(out, columns, device)
         for name in formats:
-            made = random_packed(FORMATS[name](columns), out, device)
+            made, first = random_packed(FORMATS[name](columns), out, device), len(rows)
             places = [made]
             for _ in range(1, copies(made.nbytes, device)):
                 moved = {key: tensor.clone() for key, tensor in made.tensors.items()}
@@ -390,8 +398,8 @@ def product_bench(
                 rows.append(measure_product(name, places, dense, count, device, rounds))
                 say(line(rows[-1]))
             del made, places
-        if csv_file is not None:
-            append(csv_file, rows[first:], device)
+            if csv_file is not None:
+                append(csv_file, rows[first:], device)
         del dense
         gc.collect()
         if device.type == "cuda":
@@ -429,8 +437,12 @@ def random_llama(
                 p.fill_(1)
             else:
                 p.normal_(0, config.hidden_size**-0.5, generator=generator)
+    shared: dict[Format, dict[str, Tensor]] = {}  # what is done to an input is the same for all Linears that have it
     for i, module in enumerate(m for m in model.modules() if isinstance(m, PackedLinear)):
-        module.fill(random_packed(module.format, module.out_features, device, seed=i))
+        packed = random_packed(module.format, module.out_features, device, seed=i)
+        common = {name: packed.tensors[name] for name, axis in packed.format.row_axes.items() if axis is None}
+        tensors = packed.tensors | shared.setdefault(packed.format, common)
+        module.fill(PackedWeight(packed.format, packed.shape, tensors))
     fuse(model)
     return model.eval()
 

@@ -51,7 +51,7 @@ def generate(
                 **sampling,
             )
         except RuntimeError as e:
-            if "probability tensor" not in str(e):
+            if not any(said in str(e) for said in ("probability tensor", "device-side assert")):  # on a CPU, on a GPU
                 raise
             raise CheckpointError(
                 "the model's probabilities are not finite: it collapsed, compress it with more bits"

@@ -103,6 +103,25 @@ def test_without_triton_there_is_the_reference(monkeypatch):
         op._triton.cache_clear()
 
 
+def test_a_triton_that_cannot_run_is_said_and_left(monkeypatch):
+    pytest.importorskip("ultralowbit.kernels.triton_matmul")
+    from triton.runtime import driver
+
+    class Broken:
+        @property
+        def utils(self):
+            raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(type(driver), "active", property(lambda self: Broken()))
+    op._triton.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"cannot run here \(RuntimeError: Failed to find C compiler\.\), so"):
+            assert kernel_for(PLANES, "cuda") is packed_matmul_ref
+    finally:
+        op._triton.cache_clear()
+
+
 def test_tuning_is_by_name_with_the_rest_from_the_default():
     triton_matmul = pytest.importorskip("ultralowbit.kernels.triton_matmul")
     tuning = triton_matmul.read_tuning("no such GPU", 7)
