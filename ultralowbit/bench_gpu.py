@@ -30,11 +30,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Sta
 
 from ultralowbit.format import Bitmap, Format, Overlay, PackedWeight, Planes, TiedPlanes, Zones, pack_fields
 from ultralowbit.fused import fuse
+from ultralowbit.hf import cache_name
 from ultralowbit.kernels.packed_matmul import kernel_for, packed_matmul
 from ultralowbit.linear import PackedLinear, swap
 from ultralowbit.methods.pb_llm import PBLLM
 from ultralowbit.methods.ptq161 import PTQ161
-from ultralowbit.model import cache_name
 from ultralowbit.text import InputError
 
 SHAPES = (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultralowbit.model import cache_name
+from ultralowbit.hf import cache_name
 from ultralowbit.text import InputError, is_collection, read_documents, read_text, reason, token_sha256
 
 Progress = Callable[[int, int], object]

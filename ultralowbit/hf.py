@@ -6,6 +6,7 @@ closed: every tensor of the model must be in the files with the dtype and shape 
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -191,6 +192,11 @@ def check_files(model: PreTrainedModel, files: list[str]) -> None:
             f"the checkpoint does not hold the model that its config.json describes: {'; '.join(problems[:3])}{more}; "
             "copy it again, or compress again"
         )
+
+
+def cache_name(model: nn.Module) -> str:
+    """What the model's forward calls the keys and values of earlier tokens: `cache` from transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def pack_model(

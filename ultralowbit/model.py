@@ -7,7 +7,6 @@ one at a time.
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -344,11 +343,6 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """hidden [batch, length, hidden] -> the same, through the block."""
     output = block(hidden, *call.args, **call.kwargs)
     return output if isinstance(output, Tensor) else output[0]
-
-
-def cache_name(model: nn.Module) -> str:
-    """What the model's forward calls the keys and values of earlier tokens: `cache` from transformers 5.24 on."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
