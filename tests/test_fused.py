@@ -26,8 +26,8 @@ QKV = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 GATE_UP = ["mlp.gate_proj", "mlp.up_proj"]
 TOKENS = torch.randint(4, 96, (2, 12), generator=torch.Generator().manual_seed(0))
 SUMS = 2.0**-16
-"""What the order of fp32 sums of a hundred terms can change in logits near 1, a few layers later: where a weight is written
-out, torch's depends on how many rows it multiplies at a time."""
+"""What the order of fp32 sums of a hundred terms can change in logits near 1, a few layers later: where a weight is
+written out, torch's depends on how many rows it multiplies at a time."""
 
 
 @pytest.fixture(scope="module")
