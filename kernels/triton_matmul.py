@@ -124,8 +124,8 @@ def dequantized(x: Tensor, tensors: Mapping[str, Tensor], format: Format) -> Ten
     launches, x = transformed(x, tensors, format, x.dtype)
     run(launches, x.device)
     out_rows = tensors["weight"].shape[-2]
-    # in whole tiles of cuBLAS, whose outputs are then aligned
-    step = min(out_rows, max(1, DENSE_WEIGHTS // format.in_features // 128) * 128)
+    step = max(1, DENSE_WEIGHTS // format.in_features)
+    step = min(out_rows, step - step % 128 or step)  # in whole tiles of cuBLAS, whose outputs are then aligned
     weight = x.new_empty(step, format.in_features)
     y = x.new_empty(len(x), out_rows)
     for row in range(0, out_rows, step):
@@ -184,8 +184,7 @@ def product(
     wanted = tuning.programs * tuning.processors  # of each matrix: they run one after the other
     parts = [m.planes * min(m.blocks, cdiv(wanted, tiles * m.planes)) for m in found]
     if format.overlay is not None:
-        entries = len(tensors["weight_overlay_value"])
-        parts.append(max(1, min(OVERLAY_SPLITS, cdiv(entries, OVERLAY_ENTRIES))))
+        parts.append(min(OVERLAY_SPLITS, cdiv(len(tensors["weight_overlay_value"]), OVERLAY_ENTRIES)))
     partial = x.new_empty(sum(parts), lines, out_rows, dtype=torch.float32)
     partials = partial.split(parts)
     for matrix, out in zip(found, partials, strict=False):
