@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TextStreamer
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, TextStreamer
 
 from ultralowbit.hf import CheckpointError
 from ultralowbit.text import InputError
@@ -19,6 +20,21 @@ class _Stream(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.on_text(text)
+
+
+class _Samples(LogitsProcessor):
+    """Raises where nothing can be sampled at a temperature: on a GPU sampling itself would end the process."""
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        largest = scores.amax(-1)
+        if not largest.isfinite().all():
+            raise CheckpointError("the model's probabilities are not finite: it collapsed, compress it with more bits")
+        if not (largest / self.temperature).isfinite().all():
+            raise InputError(f"a temperature of {self.temperature:g} is too small to sample at: 0 takes the likeliest")
+        return scores
 
 
 def generate(
@@ -38,22 +54,18 @@ def generate(
     inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].shape[1]:
         raise InputError("the prompt has no tokens: give a few words to continue")
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    sampling = {"do_sample": False}
+    if temperature:
+        checks = LogitsProcessorList([_Samples(temperature)])
+        sampling = {"do_sample": True, "temperature": temperature, "logits_processor": checks}
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        try:
-            tokens = model.generate(
-                input_ids=inputs["input_ids"].to(model.device),
-                attention_mask=inputs["attention_mask"].to(model.device),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.eos_token_id,
-                streamer=_Stream(tokenizer, on_text) if on_text else None,
-                **sampling,
-            )
-        except RuntimeError as e:
-            if not any(said in str(e) for said in ("probability tensor", "device-side assert")):  # on a CPU, on a GPU
-                raise
-            raise CheckpointError(
-                "the model's probabilities are not finite: it collapsed, compress it with more bits"
-            ) from e
+        tokens = model.generate(
+            input_ids=inputs["input_ids"].to(model.device),
+            attention_mask=inputs["attention_mask"].to(model.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id,
+            streamer=_Stream(tokenizer, on_text) if on_text else None,
+            **sampling,
+        )
     return tokenizer.decode(tokens[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
