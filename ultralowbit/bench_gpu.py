@@ -440,7 +440,7 @@ def random_llama(
     shared: dict[Format, dict[str, Tensor]] = {}  # what is done to an input is the same for all Linears that have it
     for i, module in enumerate(m for m in model.modules() if isinstance(m, PackedLinear)):
         packed = random_packed(module.format, module.out_features, device, seed=i)
-        common = {name: packed.tensors[name] for name, axis in packed.format.row_axes.items() if axis is None}
+        common = {name: packed.tensors[name] for name in packed.format.shared}
         tensors = packed.tensors | shared.setdefault(packed.format, common)
         module.fill(PackedWeight(packed.format, packed.shape, tensors))
     fuse(model)

@@ -797,6 +797,11 @@ class Format:
             for suffix in part.tensors(1)
         }
 
+    @property
+    def shared(self) -> list[str]:
+        """The stored tensors that all rows share."""
+        return [name for name, axis in self.row_axes.items() if axis is None]
+
     def _parts(self) -> list[tuple[str, int, Part]]:
         """Name of the main tensor and first column of each part, in the order of decoding."""
         found, column = [], 0

@@ -133,5 +133,5 @@ def _stack(a: PackedLinear, b: PackedLinear) -> bool:
     if a.format != b.format or a.transposed != b.transposed:
         return False
     mine, other = a.packed.tensors, b.packed.tensors
-    shared = [name for name, axis in a.format.row_axes.items() if axis is None]
-    return all(mine[n].device == other[n].device for n in mine) and all(torch.equal(mine[n], other[n]) for n in shared)
+    same_device = all(mine[n].device == other[n].device for n in mine)
+    return same_device and all(torch.equal(mine[n], other[n]) for n in a.format.shared)
