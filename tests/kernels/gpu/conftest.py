@@ -56,8 +56,8 @@ def gpu(device: torch.device) -> Gpu:
 def assert_product():
     """assert_product(y, x, weight): y = x [tokens, in] @ weight [out, in].T but for fp32 sums and one rounding.
 
-    A weight is a code less a zero point: where they are equal what is left is a rounding of the codes' product, so that
-    a little of the largest weight is allowed everywhere.
+    A weight is a code less a zero point. A GPU fuses one of the two products into their sum, so that a rounding is left
+    where they are equal: a little of the largest weight is allowed there.
     """
 
     def check(y: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -67,7 +67,8 @@ def assert_product():
         eps = info.eps if INTERPRETED and y.dtype == torch.bfloat16 else info.eps / 2  # cut off there, not rounded
         error = (y.double() - exact).abs()
         allowed = eps * exact.abs().clamp_min(info.smallest_normal) + 2.0**-18 * size
-        allowed += 2.0**-22 * x.abs().sum(1, keepdim=True) * weight.abs().max()
+        if not INTERPRETED:
+            allowed += 2.0**-22 * x.abs().sum(1, keepdim=True) * weight.abs().max()
         worst = divmod(int((error - allowed).argmax()), y.shape[1])
         assert (error <= allowed).all(), (
             f"{error[worst]:.3g} from {exact[worst]:.3g} at {worst}, {allowed[worst]:.3g} allowed"
