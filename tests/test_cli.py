@@ -23,6 +23,7 @@ from ultralowbit.checkpoint import DiskFull
 from ultralowbit.cli import app, explain
 from ultralowbit.demo import run as demo
 from ultralowbit.eval.size import measure
+from ultralowbit.linear import PackedLinear
 from ultralowbit.quality import Continuation
 from ultralowbit.stats import InputStats, SingularHessian
 from ultralowbit.verify import verify
@@ -205,6 +206,19 @@ def test_a_model_that_repeats_a_token_is_called_collapsed(run, model, text, tmp_
     written = iter([["b"] * 24, ["c"] * 24])  # the original does so too
     result = run("compress", model, "--recipe", "rtn-4bit", *options(text), "--restart")
     assert "the packed model writes" not in result.stdout and next(written, None) is None
+
+
+def test_the_zeros_of_both_planes_are_reported(run, model, text, tmp_path):
+    only_solved = ["--set", "tune=null", "--set", "distill=null"]
+    result = run("compress", model, "--recipe", "db-llm", *options(text), *only_solved, "--out", "p")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "p/report.json").read_text())["packed"]["plane_sparsity"]
+    linears = [m.packed for m in ultralowbit.load("p").modules() if isinstance(m, PackedLinear)]
+    sizes = torch.tensor([packed.shape[0] * packed.shape[1] for packed in linears], dtype=torch.float64)
+    shares = torch.tensor([packed.sparsity for packed in linears], dtype=torch.float64)  # [linears, planes]
+    assert found == pytest.approx((sizes @ shares / sizes.sum()).tolist()) and 0 < found[1] < found[0] < 1
+    line = f"{found[0]:.1%} of plane 1, {found[1]:.1%} of plane 2"
+    assert line in " ".join(result.stdout.split()) and line in (tmp_path / "p/report.md").read_text()
 
 
 def test_fallbacks_are_loud_and_exit_3(run, model, text, tmp_path, monkeypatch):

@@ -292,7 +292,7 @@ def show(report: dict[str, Any]) -> None:
     out.print(reports.table([original, packed]))
     for line in reports.protocol(packed["perplexity"]):
         out.print(f"[dim]{escape(line)}[/]")
-    for line in reports.divergence_lines(packed["fidelity"]):
+    for line in [*reports.divergence_lines(packed["fidelity"]), *reports.sparsity_lines(packed)]:
         out.print(f"[dim]{escape(line)}[/]", soft_wrap=True)
     if original["not_measured"]:
         out.print(f"[yellow]original {escape(original['not_measured'])}[/]")

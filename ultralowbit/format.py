@@ -885,6 +885,16 @@ class PackedWeight:
         return self.format.decode(self.tensors, dtype)
 
     @property
+    def sparsity(self) -> list[float]:
+        """The share of zeros in each 0/1 plane, such as DB-LLM's two; empty where there are no such planes."""
+        found: list[float] = []
+        for prefix, _, segment in self.format._parts():
+            if isinstance(segment, Planes) and segment.alphabet == "01":
+                bits = unpack_fields(self.tensors[prefix], 1, segment.columns)  # [planes, out, columns]
+                found += (bits == 0).float().mean((1, 2)).tolist()
+        return found
+
+    @property
     def nbytes(self) -> int:
         """Bytes stored: words with their padding, scales, zero points, offsets."""
         return sum(t.nbytes for t in self.tensors.values())

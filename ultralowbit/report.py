@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -25,6 +26,7 @@ from ultralowbit.eval.fidelity import Fidelity
 from ultralowbit.eval.perplexity import Perplexity
 from ultralowbit.eval.size import measure as measure_size
 from ultralowbit.eval.size import read_config_json
+from ultralowbit.format import Format, PackedWeight
 from ultralowbit.hub import open_tokenizer, resolve_model
 from ultralowbit.measure import (
     Compared,
@@ -38,6 +40,7 @@ from ultralowbit.measure import (
     too_large,
     unknown,
 )
+from ultralowbit.model import Source
 from ultralowbit.pipeline import compress, pick_device
 from ultralowbit.quality import Continuation, Limits, advice, continuation, exceeded
 from ultralowbit.recipe import Recipe
@@ -153,6 +156,7 @@ def run(
         "packed": _row(
             recipe.name, packed_size, after, fidelity=near, by_depth=by_depth,
             seconds=round(sum(manifest["block_seconds"].values()), 3), peak=peak or old.get("peak"),
+            sparsity=_sparsity(out, manifest["layers"]),
         ),
         "continuation": old.get("continuation"),
         "limits": asdict(limits),
@@ -232,6 +236,7 @@ def _row(
     not_measured: str | None = None,
     seconds: float | None = None,
     peak: int | None = None,
+    sparsity: Sequence[float] = (),
 ) -> dict[str, Any]:
     """One line of the table, and all that it is drawn from."""
     return {
@@ -243,7 +248,24 @@ def _row(
         "not_measured": not_measured,
         "seconds": seconds,
         "peak_memory_bytes": peak,
+        "plane_sparsity": list(sparsity),
     }
+
+
+def _sparsity(out: Path, layers: dict[str, Any]) -> list[float]:
+    """The share of zeros in each 0/1 plane of all packed Linears together, from the stored bits."""
+    source, zeros, weights = Source(out), Counter(), Counter()
+    for name, layer in layers.items():
+        format, (rows, columns) = Format.from_dict(layer["layout"]), layer["shape"]
+        if not any(getattr(segment, "alphabet", None) == "01" for segment in format.segments):
+            continue
+        parts = {part: f"{name}.{part}" for part in format.tensors(rows, columns)}
+        stored = source.read([*parts.values()])
+        packed = PackedWeight(format, (rows, columns), {part: stored[key] for part, key in parts.items()})
+        for plane, share in enumerate(packed.sparsity):
+            zeros[plane] += share * rows * columns
+            weights[plane] += rows * columns
+    return [zeros[plane] / weights[plane] for plane in sorted(weights)]
 
 
 def collapsed(perplexity: float, vocabulary: int | None) -> bool:
@@ -310,7 +332,10 @@ def render(template: str, values: dict[str, Any]) -> str:
         autoescape=template.endswith(".html.j2"),
     )  # fmt: skip
     environment.filters |= {"human": human, "clock": clock, "number": number, "percent": "{:.2%}".format}
-    environment.globals |= {"markdown": markdown, "protocol": protocol, "divergence_lines": divergence_lines}
+    environment.globals |= {
+        "markdown": markdown, "protocol": protocol, "divergence_lines": divergence_lines,
+        "sparsity_lines": sparsity_lines,
+    }  # fmt: skip
     text = (files("ultralowbit") / "templates" / template).read_text(encoding="utf-8")
     return environment.from_string(text).render(values)
 
@@ -373,6 +398,13 @@ def divergence_lines(measured: Iterable[dict[str, Any]]) -> list[str]:
         f"the same likeliest token at {f['top1']:.1%} of positions"
         for f in measured
     ]
+
+
+def sparsity_lines(packed: dict[str, Any]) -> list[str]:
+    """How many bits of 0/1 planes are 0, which a product can skip; one line where there are such planes."""
+    shares = packed.get("plane_sparsity", ())
+    planes = ", ".join(f"{share:.1%} of plane {plane}" for plane, share in enumerate(shares, 1))
+    return [f"zeros among the bits: {planes}, {sum(shares) / len(shares):.1%} of all"] if shares else []
 
 
 def protocol(measured: Iterable[dict[str, Any]]) -> list[str]:

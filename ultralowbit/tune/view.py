@@ -150,17 +150,6 @@ class TrainableLinear(nn.Module):
         stored |= {f"weight_input{suffix}": part for suffix, part in self.input.parts(_own(self.input)).items()}
         return PackedWeight(self.packed.format, self.packed.shape, stored)
 
-    @torch.no_grad()
-    def sparsity(self) -> float | None:
-        """The share of zeros among the bits of 0/1 planes; None where there are no such planes."""
-        packed = self.pack()
-        zeros = total = 0
-        for prefix, _, segment in packed.format._parts():
-            if isinstance(segment, Planes) and segment.alphabet == "01":
-                bits = unpack_fields(packed.tensors[prefix], 1, segment.columns)
-                zeros, total = zeros + (bits == 0).sum().item(), total + bits.numel()
-        return zeros / total if total else None
-
     def by_kind(self) -> dict[str, list[nn.Parameter]]:
         """The parameters of each kind that there is."""
         found: dict[str, list[nn.Parameter]] = {}
