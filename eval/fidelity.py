@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ultralowbit.checkpoint import Activations
+from ultralowbit.checkpoint.activations import Activations
+from ultralowbit.data.corpora import token_sha256
+from ultralowbit.errors import InputError
 from ultralowbit.eval.perplexity import Bos, Perplexity, chunk_rows, cut, dtype_of, forward, from_losses, window_losses
-from ultralowbit.text import InputError, token_sha256
 
 
 @dataclass(frozen=True)

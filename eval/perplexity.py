@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultralowbit.text import InputError, token_sha256
+from ultralowbit.data.corpora import token_sha256
+from ultralowbit.errors import InputError
 
 Bos = Literal["none", "text"]
 

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from ultralowbit.eval.perplexity import perplexity, token_stream
-from ultralowbit.hf import cache_name
+from ultralowbit.nn.hf import cache_name
 
 FLOOR = 0.01
 """Nats: what a corruption costs, or a long window gains, below this is nothing."""

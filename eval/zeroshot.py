@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ultralowbit.text import InputError, reason
+from ultralowbit.errors import InputError, reason
 
 Progress = Callable[[str], Callable[[int, int], object]]
 """progress(what) begins a stage and gives what is told (done, total)."""
@@ -408,8 +408,8 @@ def _scores(name: str, tasks: Tasks, results: Mapping[str, Any]) -> list[Score]:
                 task=name, metric=metric if filter_name == "none" else key, value=value,
                 stderr=stderr if isinstance(stderr, float) else None, chance=chance,
                 documents=sum(results["n-samples"][m]["effective"] for m in members),
-                of=sum(results["n-samples"][m]["original"] for m in members),
-                shots=results["n-shot"].get(name), version=str(results["versions"].get(name)),
+                of=sum(results["n-samples"][m]["original"] for m in members), shots=results["n-shot"].get(name),
+                version=str(results["versions"].get(name)),
                 higher_is_better=results["higher_is_better"].get(name, {}).get(metric),
             )
         )  # fmt: skip

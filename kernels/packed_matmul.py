@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ultralowbit.format import Format
+from ultralowbit.format.weight import Format
 from ultralowbit.kernels import cpu
 
 Kernel = Callable[[Tensor, dict[str, Tensor], Format], Tensor]
@@ -30,7 +30,7 @@ Chooser = Callable[[Format, torch.device, torch.dtype, int], Kernel | None]
 def _triton() -> Chooser | None:
     """Its kernels' chooser, where Triton is installed and can run."""
     try:
-        from ultralowbit.kernels.triton_matmul import choose
+        from ultralowbit.kernels.gpu.dispatch import choose
     except ImportError:
         return None
     if torch.cuda.is_available():

@@ -91,9 +91,9 @@ def test_methods_know_formats_and_statistics_only(name):
 
 @pytest.mark.parametrize("name", ["estimators", "objectives", "view", "loop"])
 def test_the_engine_of_tuning_knows_no_model(name):
-    name = f"ultralowbit.tune.{name}"
+    name = f"ultralowbit.blockwise.{name}"
     allowed = {"format", "methods.base", "text", "progress", "checkpoint"}
-    assert {n for n in ours(name) if not n.startswith("tune")} <= allowed
+    assert {n for n in ours(name) if not n.startswith("blockwise")} <= allowed
     assert foreign(name) <= {"torch", "pydantic", "safetensors"}
 
 
@@ -128,7 +128,7 @@ def test_nothing_imports_the_command_line():
 
 
 @pytest.mark.parametrize(
-    "name", ["format", "stats", "methods", "tune", "kernels", "linear", "hf", "model", "pipeline", "recipe"]
+    "name", ["format", "stats", "methods", "blockwise", "kernels", "linear", "hf", "model", "pipeline", "recipe"]
 )
 def test_the_lower_floors_do_not_look_up(name):
     upper = {

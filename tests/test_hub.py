@@ -12,8 +12,8 @@ import torch
 from huggingface_hub import errors
 from safetensors.torch import save_file
 
+from ultralowbit.errors import InputError
 from ultralowbit.hub import resolve_model
-from ultralowbit.text import InputError
 
 
 def refused(name, *words):

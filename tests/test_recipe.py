@@ -7,12 +7,13 @@ from importlib.resources import files
 import pytest
 import yaml
 
+from ultralowbit.errors import InputError
 from ultralowbit.methods import METHODS
 from ultralowbit.methods.gptq import GPTQ
 from ultralowbit.methods.rtn import RTN
 from ultralowbit.methods.sign import Sign
-from ultralowbit.recipe import CalibrationSpec, Recipe, shipped
-from ultralowbit.text import InputError
+from ultralowbit.recipe import Recipe, shipped
+from ultralowbit.training.specs import CalibrationSpec
 
 BASE = "name: mine\nsolve: {method: gptq, bits: 2}\n"
 
@@ -49,7 +50,7 @@ def test_a_shipped_recipe_parses_and_says_what_it_is(name):
     recipe = Recipe.load(name)
     assert recipe.name == name
     assert recipe.summary
-    assert type(recipe.solve) in METHODS.values()
+    assert type(recipe.quantize) in METHODS.values()
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -66,16 +67,16 @@ def test_a_recipe_survives_being_written(name, tmp_path):
 
 
 def test_every_method_has_a_recipe():
-    assert {Recipe.load(name).solve.method for name in shipped()} == set(METHODS)
+    assert {Recipe.load(name).quantize.method for name in shipped()} == set(METHODS)
 
 
 # --- where recipes come from -----------------------------------------------------------------------------------------
 
 
 def test_a_file_is_a_recipe_named_after_it(write):
-    recipe = Recipe.load(write("solve: {method: sign}"))
+    recipe = Recipe.load(write("quantize: {method: sign}"))
     assert recipe.name == "mine"
-    assert recipe.solve == Sign()
+    assert recipe.quantize == Sign()
     assert recipe.calibration == CalibrationSpec()
 
 
@@ -118,11 +119,14 @@ def test_a_binary_file_is_refused(tmp_path):
     [
         (BASE + "calibratoin: {}", ["unknown key calibratoin", "did you mean calibration?"]),
         (BASE + "calibration: {sampels: 3}", ["unknown key calibration.sampels", "did you mean samples?"]),
-        ("solve: {method: gptq, bist: 2}", ["unknown key solve.bist", "did you mean bits?"]),
-        ("solve: {method: sign, bits: 2}", ["unknown key solve.bits"]),
-        ("solve: {method: rtn, zzz: 2}", ["unknown key solve.zzz", "known: method, bits, group"]),
-        (BASE + "overrides: [{match: '*', solve: {method: rtn, bitts: 3}}]", ["solve.bitts", "did you mean bits?"]),
-        (BASE + "overrides: [{mach: '*', solve: {method: rtn}}]", ["overrides.0.mach", "did you mean match?"]),
+        ("quantize: {method: gptq, bist: 2}", ["unknown key quantize.bist", "did you mean bits?"]),
+        ("quantize: {method: sign, bits: 2}", ["unknown key quantize.bits"]),
+        ("quantize: {method: rtn, zzz: 2}", ["unknown key quantize.zzz", "known: method, bits, group"]),
+        (
+            BASE + "overrides: [{match: '*', quantize: {method: rtn, bitts: 3}}]",
+            ["quantize.bitts", "did you mean bits?"],
+        ),
+        (BASE + "overrides: [{mach: '*', quantize: {method: rtn}}]", ["overrides.0.mach", "did you mean match?"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -133,25 +137,25 @@ def test_an_unknown_key_is_told_with_the_nearest(write, text, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("name: x", ["solve", "required"]),
-        ("solve: {}", ["solve", "method"]),
-        ("solve: {method: gtpq}", ["solve.method is gtpq", "expected one of rtn, gptq, sign"]),
-        ("solve: gptq", ["solve"]),
-        ("solve: {method: gptq, bits: 5}", ["solve.bits", "found 5"]),
-        ("solve: {method: gptq, bits: two}", ["solve.bits", "found 'two'"]),
-        ("solve: {method: gptq, group: 100}", ["solve.group", "found 100"]),
-        ("solve: {method: gptq, damp: 0}", ["solve.damp", "found 0"]),
-        ("solve: {method: gptq, damp: -1}", ["solve.damp", "found -1"]),
-        ("solve: {method: sign, bases: 9}", ["solve.bases", "found 9"]),
-        ("solve: {method: sign, iterations: -1}", ["solve.iterations", "found -1"]),
+        ("name: x", ["quantize", "required"]),
+        ("quantize: {}", ["quantize", "method"]),
+        ("quantize: {method: gtpq}", ["quantize.method is gtpq", "expected one of rtn, gptq, sign"]),
+        ("quantize: gptq", ["quantize"]),
+        ("quantize: {method: gptq, bits: 5}", ["quantize.bits", "found 5"]),
+        ("quantize: {method: gptq, bits: two}", ["quantize.bits", "found 'two'"]),
+        ("quantize: {method: gptq, group: 100}", ["quantize.group", "found 100"]),
+        ("quantize: {method: gptq, damp: 0}", ["quantize.damp", "found 0"]),
+        ("quantize: {method: gptq, damp: -1}", ["quantize.damp", "found -1"]),
+        ("quantize: {method: sign, planes: 9}", ["quantize.planes", "found 9"]),
+        ("quantize: {method: sign, iterations: -1}", ["quantize.iterations", "found -1"]),
         (BASE + "calibration: {samples: 0}", ["calibration.samples", "found 0"]),
         (BASE + "calibration: {length: 1}", ["calibration.length", "found 1"]),
         (BASE + "calibration: {seed: -1}", ["calibration.seed", "found -1"]),
         (BASE + "calibration: {clip_tokens: 1.5}", ["calibration.clip_tokens", "found 1.5"]),
         (BASE + "calibration: c4", ["calibration", "found 'c4'"]),
-        (BASE + "skip: lm_head", ["skip", "found 'lm_head'"]),
-        (BASE + "overrides: [{solve: {method: rtn}}]", ["overrides.0.match", "required"]),
-        (BASE + "overrides: [{match: '*'}]", ["overrides.0.solve", "required"]),
+        (BASE + "ignore: lm_head", ["ignore", "found 'lm_head'"]),
+        (BASE + "overrides: [{quantize: {method: rtn}}]", ["overrides.0.match", "required"]),
+        (BASE + "overrides: [{match: '*'}]", ["overrides.0.quantize", "required"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -160,13 +164,15 @@ def test_a_bad_value_is_told_with_its_place(write, text, words):
 
 
 def test_all_mistakes_are_told_at_once(write):
-    text = "solve: {method: gptq, bits: 7, bist: 2}\ncalibration: {samples: 0, lenght: 4}\nsumary: x"
-    found = refused(write(text), "solve.bits", "solve.bist", "calibration.samples", "calibration.lenght", "sumary")
+    text = "quantize: {method: gptq, bits: 7, bist: 2}\ncalibration: {samples: 0, lenght: 4}\nsumary: x"
+    found = refused(
+        write(text), "quantize.bits", "quantize.bist", "calibration.samples", "calibration.lenght", "sumary"
+    )
     assert found.count(";") == 4
 
 
 def test_null_is_the_whole_row(write):
-    assert Recipe.load(write("solve: {method: gptq, bits: 2, group: null}")).solve == GPTQ(bits=2, group=None)
+    assert Recipe.load(write("quantize: {method: gptq, bits: 2, group: null}")).quantize == GPTQ(bits=2, group=None)
 
 
 # --- --set -----------------------------------------------------------------------------------------------------------
@@ -174,28 +180,28 @@ def test_null_is_the_whole_row(write):
 
 def test_settings_replace_values_before_they_are_checked(write):
     settings = (
-        "solve.bits=3",
-        "solve.group=null",
-        "solve.symmetric=true",
+        "quantize.bits=3",
+        "quantize.group=null",
+        "quantize.symmetric=true",
         "calibration.source=./text.txt",
         "calibration.clip_tokens=0.999",
-        "skip=['*down_proj', \"x.*\"]",
+        "ignore=['*down_proj', \"x.*\"]",
         "name=other",
     )
     recipe = Recipe.load(write(BASE), settings)
-    assert recipe.solve == GPTQ(bits=3, group=None, symmetric=True)
+    assert recipe.quantize == GPTQ(bits=3, group=None, symmetric=True)
     assert recipe.calibration == CalibrationSpec(source="./text.txt", clip_tokens=0.999)
-    assert recipe.skip == ("*down_proj", "x.*")
+    assert recipe.ignore == ("*down_proj", "x.*")
     assert recipe.name == "other"
 
 
 def test_a_later_setting_wins_and_may_hold_an_equals_sign(write):
-    recipe = Recipe.load(write(BASE), ["solve.bits=3", "solve.bits=4", "summary=a=b"])
-    assert recipe.solve.bits == 4
+    recipe = Recipe.load(write(BASE), ["quantize.bits=3", "quantize.bits=4", "summary=a=b"])
+    assert recipe.quantize.bits == 4
     assert recipe.summary == "a=b"
 
 
-@pytest.mark.parametrize("setting", ["solve.bits", "=3", "solve..bits=3", ".=1", "", "solve.=3"])
+@pytest.mark.parametrize("setting", ["quantize.bits", "=3", "quantize..bits=3", ".=1", "", "quantize.=3"])
 def test_a_setting_without_key_or_value_is_refused(write, setting):
     refused(write(BASE), f"--set {setting!r} is not KEY.PATH=VALUE", settings=(setting,))
 
@@ -203,23 +209,23 @@ def test_a_setting_without_key_or_value_is_refused(write, setting):
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("solve.bits=[1", ["not YAML"]),
+        ("quantize.bits=[1", ["not YAML"]),
         ("name.first=x", ["name is not a group of keys"]),
-        ("solve.method.x=3", ["method is not a group of keys"]),
-        ("solve.bist=3", ["unknown key solve.bist", "did you mean bits?"]),
-        ("solve.bits=5", ["solve.bits", "found 5"]),
+        ("quantize.method.x=3", ["method is not a group of keys"]),
+        ("quantize.bist=3", ["unknown key quantize.bist", "did you mean bits?"]),
+        ("quantize.bits=5", ["quantize.bits", "found 5"]),
         ("calibration.samples=many", ["calibration.samples", "found 'many'"]),
-        ("overrides.0.solve.bits=3", ["overrides"]),
+        ("overrides.0.quantize.bits=3", ["overrides"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_setting_that_does_not_fit_is_refused(write, setting, words):
-    refused(write(BASE + "overrides: [{match: '*', solve: {method: rtn}}]"), *words, settings=(setting,))
+    refused(write(BASE + "overrides: [{match: '*', quantize: {method: rtn}}]"), *words, settings=(setting,))
 
 
 def test_a_setting_can_change_the_method(write):
-    recipe = Recipe.load(write("solve: {method: gptq}"), ["solve.method=rtn", "solve.bits=8"])
-    assert recipe.solve == RTN(bits=8)
+    recipe = Recipe.load(write("quantize: {method: gptq}"), ["quantize.method=rtn", "quantize.bits=8"])
+    assert recipe.quantize == RTN(bits=8)
 
 
 # --- which method ----------------------------------------------------------------------------------------------------
@@ -227,9 +233,9 @@ def test_a_setting_can_change_the_method(write):
 
 def test_the_last_matching_override_decides(write):
     overrides = [
-        {"match": "*.mlp.*", "solve": {"method": "sign"}},
-        {"match": "*down_proj", "solve": {"method": "rtn", "bits": 3}},
-        {"match": "model.layers.[01].*", "solve": {"method": "rtn", "bits": 8}},
+        {"match": "*.mlp.*", "quantize": {"method": "sign"}},
+        {"match": "*down_proj", "quantize": {"method": "rtn", "bits": 3}},
+        {"match": "model.layers.[01].*", "quantize": {"method": "rtn", "bits": 8}},
     ]
     recipe = Recipe.load(write(BASE + yaml.safe_dump({"overrides": overrides})))
     assert recipe.method_for("model.layers.5.self_attn.q_proj") == GPTQ(bits=2)
@@ -244,7 +250,7 @@ def test_recipes_do_not_change():
     with pytest.raises(ValueError, match="frozen"):
         recipe.name = "x"
     with pytest.raises((ValueError, AttributeError)):
-        recipe.solve.bits = 4
+        recipe.quantize.bits = 4
 
 
 @pytest.mark.parametrize(("name", "reads"), [("rtn-4bit", False), ("gptq-2bit", True), ("db-llm", True)])
@@ -256,28 +262,28 @@ def test_what_reads_text(name, reads):
 @pytest.mark.parametrize("name", shipped())
 def test_every_shipped_recipe_has_sound_values_for_small_models(name):
     usual, small = Recipe.load(name), Recipe.load(name, small=True)
-    trains = any((usual.prepare, usual.tune, usual.distill))
+    trains = any((usual.preprocess, usual.blockwise, usual.finetune))
     assert (usual != small) == trains  # what is only solved suits any size
-    assert usual.solve == small.solve
+    assert usual.quantize == small.quantize
 
 
 def test_small_values_take_the_place_of_the_others_group_by_group(tmp_path):
     (tmp_path / "r.yaml").write_text(
-        "solve: {method: gptq, bits: 2, group: 64}\n"
-        "small: {solve: {group: 32}, calibration: {samples: 3}}\n"
+        "quantize: {method: gptq, bits: 2, group: 64}\n"
+        "small: {quantize: {group: 32}, calibration: {samples: 3}}\n"
         "calibration: {samples: 9, length: 7}\n"
     )
     usual, small = (Recipe.load(tmp_path / "r.yaml", small=small) for small in (False, True))
-    assert (usual.solve.group, usual.calibration.samples) == (64, 9)
-    assert (small.solve.bits, small.solve.group) == (2, 32)
+    assert (usual.quantize.group, usual.calibration.samples) == (64, 9)
+    assert (small.quantize.bits, small.quantize.group) == (2, 32)
     assert (small.calibration.samples, small.calibration.length) == (3, 7)
-    assert Recipe.load(tmp_path / "r.yaml", ["solve.group=128"], small=True).solve.group == 128
+    assert Recipe.load(tmp_path / "r.yaml", ["quantize.group=128"], small=True).quantize.group == 128
     assert "small" not in yaml.safe_load(small.to_yaml())
 
 
 @pytest.mark.parametrize("text", ["small: 3", "small: [a]", "small: {sovle: {}}"])
 def test_small_values_that_are_none_are_refused(tmp_path, text):
-    (tmp_path / "r.yaml").write_text(f"solve: {{method: rtn}}\n{text}\n")
+    (tmp_path / "r.yaml").write_text(f"quantize: {{method: rtn}}\n{text}\n")
     with pytest.raises(InputError, match=r"small holds|unknown key sovle"):
         Recipe.load(tmp_path / "r.yaml", small=True)
 
@@ -285,7 +291,11 @@ def test_small_values_that_are_none_are_refused(tmp_path, text):
 def test_values_of_texts_are_for_those_that_stages_train_on_too():
     found = Recipe.load("ptq161", texts={"source": "my.txt", "seed": 5})
     assert (found.calibration.source, found.calibration.seed) == ("my.txt", 5)
-    assert (found.prepare.data.source, found.prepare.data.seed, found.prepare.data.samples) == ("my.txt", 5, 20000)
-    found = Recipe.load("ptq161", ["prepare.data.source=c4"], texts={"source": "my.txt"})
-    assert (found.calibration.source, found.prepare.data.source) == ("my.txt", "c4")  # a setting goes before them
-    assert Recipe.load("db-llm", texts={"source": "my.txt"}).distill.data is None
+    assert (found.preprocess.data.source, found.preprocess.data.seed, found.preprocess.data.samples) == (
+        "my.txt",
+        5,
+        20000,
+    )
+    found = Recipe.load("ptq161", ["preprocess.data.source=c4"], texts={"source": "my.txt"})
+    assert (found.calibration.source, found.preprocess.data.source) == ("my.txt", "c4")  # a setting goes before them
+    assert Recipe.load("db-llm", texts={"source": "my.txt"}).finetune.data is None

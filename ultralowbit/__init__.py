@@ -5,8 +5,8 @@ Importing it registers the packed format with transformers: `AutoModelForCausalL
 
 from importlib.metadata import version
 
-from ultralowbit.hf import load
-from ultralowbit.pipeline import compress
+from ultralowbit.nn.hf import load
+from ultralowbit.pipeline.compress import compress
 from ultralowbit.recipe import Recipe
 
 __version__ = version("ultralowbit")

@@ -1,5 +1,5 @@
 """`python -m ultralowbit` is the `ultralowbit` command."""
 
-from ultralowbit.cli import main
+from ultralowbit.cli.app import main
 
 main()

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from ultralowbit.text import InputError, reason
+from ultralowbit.errors import InputError, reason
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "merges*", "README.md", "LICENSE*", "NOTICE*"]
 _UNWANTED = ["original/*", "onnx/*", "consolidated*"]  # the same weights again, in other layouts

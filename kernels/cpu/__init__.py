@@ -5,7 +5,7 @@ Three paths, each faster than `packed_matmul_ref` where it is chosen:
 - `exact_matmul`  fp32 arithmetic: sums of activations are looked up by the nibbles of the words (kernel.h)
 - `int8_matmul`   the same with activations rounded to 8 bits, a scale for each token and up to 128 columns; only where
                   the caller asks for it
-- `tiled_matmul`  decodes some rows at a time and multiplies by them: many tokens, and weights with an overlay
+- `tiled_matmul`  decodes some rows at a time and multiplies by them: many tokens, and weights with outliers
 
 They are C++ (`native.cpp`, compiled when the package is installed) called through ctypes: it depends on no version of
 Python or torch, and numba could not write the AVX-512 lookups that it lives from. The instruction set is chosen at run
@@ -28,7 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ultralowbit.format import Format, Ints, Overlay, Planes, TiedPlanes, group_count, word_count
+from ultralowbit.format.ints import Ints
+from ultralowbit.format.outliers import IndexedOutliers
+from ultralowbit.format.planes import Planes, TiedPlanes
+from ultralowbit.format.weight import Format
+from ultralowbit.format.words import group_count, word_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,18 +77,18 @@ class _Offset(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("values", "scale", "table", "width", "middle")]
 
 
-class _Overlay(ctypes.Structure):
+class _Outliers(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("index", "mask", "values", "scale", "zero", "count", "block")]
 
 
 class _Plan(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("columns", "hadamard", "partition", "first", "column_scale")),
-        *((name, ctypes.c_int64) for name in ("tables", "streams", "offsets", "overlays")),
+        *((name, ctypes.c_int64) for name in ("columns", "hadamard", "channel_order", "first", "column_scale")),
+        *((name, ctypes.c_int64) for name in ("tables", "streams", "offsets", "outliers")),
         ("table", ctypes.POINTER(_Table)),
         ("stream", ctypes.POINTER(_Stream)),
         ("offset", ctypes.POINTER(_Offset)),
-        ("overlay", ctypes.POINTER(_Overlay)),
+        ("outliers", ctypes.POINTER(_Outliers)),
     ]
 
 
@@ -165,8 +169,8 @@ class _Planned(NamedTuple):
 def _plan(format: Format) -> _Planned | None:
     """How the native code sees a format; None where it has a part that the native code does not know."""
     names = {name: i for i, name in enumerate(format.tensors(1, format.in_features))}
-    tables, streams, offsets, overlays = [], [], [], []
-    column, bits, fields, direct = 0, 0, 0, format.overlay is None
+    tables, streams, offsets, outliers = [], [], [], []
+    column, bits, fields, direct = 0, 0, 0, format.outliers is None
     for i, segment in enumerate(format.segments):
         prefix, group = "weight" if i == 0 else f"weight_{i}", getattr(segment, "group", None) or segment.columns
         scale, first = names[f"{prefix}_scale"], len(tables)
@@ -199,17 +203,17 @@ def _plan(format: Format) -> _Planned | None:
         bits += share * segment.code_bits
         fields += share * sum(s.table >= first for s in streams)
         column += segment.columns
-    if (overlay := format.overlay) is not None:
-        index, mask = names.get("weight_overlay_index", -1), names.get("weight_overlay_mask", -1)
-        values, scale, zero = (names[f"weight_overlay_{part}"] for part in ("value", "scale", "zero"))
-        size = (overlay.count, overlay.block) if isinstance(overlay, Overlay) else (overlay.capacity, 0)
-        overlays.append(_Overlay(index, mask, values, scale, zero, *size))
+    if (outliers := format.outliers) is not None:
+        index, mask = names.get("weight_outliers_index", -1), names.get("weight_outliers_mask", -1)
+        values, scale, zero = (names[f"weight_outliers_{part}"] for part in ("value", "scale", "zero"))
+        size = (outliers.count, outliers.block) if isinstance(outliers, IndexedOutliers) else (outliers.capacity, 0)
+        outliers.append(_Outliers(index, mask, values, scale, zero, *size))
     transform = format.transform
     plan = _Plan(
-        format.in_features, (transform and transform.hadamard) or 0, names.get("weight_input_partition", -1),
+        format.in_features, (transform and transform.hadamard) or 0, names.get("weight_input_channel_order", -1),
         format.segments[0].columns, names.get("weight_input_scale", -1), len(tables), len(streams), len(offsets),
-        len(overlays), (_Table * len(tables))(*tables), (_Stream * len(streams))(*streams),
-        (_Offset * len(offsets))(*offsets), (_Overlay * len(overlays))(*overlays),
+        len(outliers), (_Table * len(tables))(*tables), (_Stream * len(streams))(*streams),
+        (_Offset * len(offsets))(*offsets), (_Outliers * len(outliers))(*outliers),
     )  # fmt: skip
     return _Planned(plan, bits, fields, direct)
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ultralowbit.errors import InputError
 from ultralowbit.eval.fidelity import Fidelity, by_depth, divergence, observe, recorded
 from ultralowbit.eval.perplexity import cut, perplexity
-from ultralowbit.text import InputError
 
 VOCAB = 64
 

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ultralowbit.data.corpora import token_sha256
+from ultralowbit.errors import InputError
 from ultralowbit.eval.perplexity import Perplexity, perplexity, token_stream
-from ultralowbit.text import InputError, token_sha256
 
 VOCAB = 64
 

@@ -17,13 +17,13 @@ import yaml
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from ultralowbit.cli import app
+from ultralowbit.cli.app import app
+from ultralowbit.errors import InputError
 from ultralowbit.eval import zeroshot
+from ultralowbit.eval.runner import open_model
 from ultralowbit.eval.zeroshot import Score, averages
-from ultralowbit.hf import pack_model
-from ultralowbit.measure import open_model
 from ultralowbit.methods.rtn import RTN
-from ultralowbit.text import InputError
+from ultralowbit.nn.hf import pack_model
 
 pytest.importorskip("lm_eval")
 
@@ -257,7 +257,7 @@ def test_names_may_be_patterns(ask):
 def test_a_group_without_a_score_stands_for_its_members(ask):
     found = ask("toy_loose", limit=4)
     assert [(s.task, s.metric) for s in found.scores] == [
-        ("toy_group", "acc"), ("toy_choice", "acc"), ("toy_choice", "acc_norm")
+        ("toy_group", "acc"), ("toy_choice", "acc"), ("toy_choice", "acc_norm"),
     ]  # fmt: skip
     assert found.averages[0].metrics == {"toy_group": "acc", "toy_choice": "acc"}
 

@@ -16,7 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ultralowbit.format import Bitmap, Format, InputTransform, Ints, Overlay, PackedWeight, Planes, Segment, TiedPlanes
+from ultralowbit.format.ints import Ints
+from ultralowbit.format.outliers import IndexedOutliers, MaskedOutliers
+from ultralowbit.format.planes import Planes, TiedPlanes
+from ultralowbit.format.segment import Segment
+from ultralowbit.format.transform import InputTransform
+from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.kernels import cpu
 from ultralowbit.kernels import packed_matmul as op
 from ultralowbit.kernels.packed_matmul import kernel_for, packed_matmul, packed_matmul_ref
@@ -50,20 +55,20 @@ def random_weight(format: Format, out: int, seed: int = 0) -> PackedWeight:
             info = torch.iinfo(spec.dtype)
             tensors[name] = torch.randint(info.min, info.max + 1, spec.shape, generator=g).to(spec.dtype)
     share = torch.rand(out, format.in_features, generator=g)
-    if isinstance(format.overlay, Overlay):
+    if isinstance(format.outliers, IndexedOutliers):
         mask = torch.zeros_like(share, dtype=torch.bool)
-        for start, size, entries in format.overlay.blocks:
+        for start, size, entries in format.outliers.blocks:
             mask[:, start : start + size].scatter_(1, share[:, start : start + size].topk(entries).indices, True)
-        found = format.overlay.encode(mask, torch.zeros_like(mask, dtype=torch.uint8), share[:, 0], share[:, 0])
-        tensors["weight_overlay_index"] = found["_index"]
-    if isinstance(format.overlay, Bitmap):
-        mask = share < format.overlay.capacity / format.in_features / 2
-        found = format.overlay.encode(mask, torch.zeros_like(mask, dtype=torch.uint8), share[:, 0], share[:, 0])
-        tensors["weight_overlay_mask"] = found["_mask"]
-    if format.transform is not None and format.transform.partition:
+        found = format.outliers.encode(mask, torch.zeros_like(mask, dtype=torch.uint8), share[:, 0], share[:, 0])
+        tensors["weight_outliers_index"] = found["_index"]
+    if isinstance(format.outliers, MaskedOutliers):
+        mask = share < format.outliers.capacity / format.in_features / 2
+        found = format.outliers.encode(mask, torch.zeros_like(mask, dtype=torch.uint8), share[:, 0], share[:, 0])
+        tensors["weight_outliers_mask"] = found["_mask"]
+    if format.transform is not None and format.transform.channel_order:
         marked = torch.zeros(format.in_features, dtype=torch.bool)
         marked[torch.randperm(format.in_features, generator=g)[: format.segments[0].columns]] = True
-        tensors["weight_input_partition"] = format.transform.encode(marked, share[0])["_partition"]
+        tensors["weight_input_channel_order"] = format.transform.encode(marked, share[0])["_channel_order"]
     return PackedWeight(format, (out, format.in_features), tensors)
 
 
@@ -165,9 +170,9 @@ def formats(draw) -> Format:
     transform = None
     if draw(st.booleans()):
         hadamard = draw(st.sampled_from([None, 2, 32, 4096]))
-        partition, scale = draw(st.booleans()), draw(st.booleans())
-        if hadamard or partition or scale:
-            transform = InputTransform(columns, partition, scale, hadamard)
+        channel_order, scale = draw(st.booleans()), draw(st.booleans())
+        if hadamard or channel_order or scale:
+            transform = InputTransform(columns, channel_order, scale, hadamard)
     return Format(parts, None, transform)
 
 
@@ -310,28 +315,28 @@ def test_on_arm(arm_program, index, name, kind, monkeypatch):
     assert_int8(packed, x)
 
 
-OVERLAYS = {
-    "overlay": Format((Planes(700, 1, 128, "pm1", True),), Overlay(700, 25)),
-    "bitmap": Format((Planes(300, 2, 64), Ints(400, 3, 50)), Bitmap(700, 120, 0.1)),
-    "transform": Format((Ints(700, 4, 128),), Overlay(700, 3, 100), InputTransform(700, hadamard=64)),
+OUTLIER_FORMATS = {
+    "outliers": Format((Planes(700, 1, 128, "pm1", True),), IndexedOutliers(700, 25)),
+    "masked": Format((Planes(300, 2, 64), Ints(400, 3, 50)), MaskedOutliers(700, 120, 0.1)),
+    "transform": Format((Ints(700, 4, 128),), IndexedOutliers(700, 3, 100), InputTransform(700, hadamard=64)),
 }
 
 
-@pytest.mark.parametrize("kind", [*FORMATS, *OVERLAYS])
+@pytest.mark.parametrize("kind", [*FORMATS, *OUTLIER_FORMATS])
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)
 def test_decoding_is_that_of_the_format(isa, kind, dtype):
-    packed = random_weight((FORMATS | OVERLAYS)[kind], 37)
+    packed = random_weight((FORMATS | OUTLIER_FORMATS)[kind], 37)
     tile = torch.full(packed.shape, torch.nan, dtype=dtype)
     cpu.decode_rows(packed.tensors, packed.format, 0, tile)
     assert torch.equal(tile, packed.format.untransformed.decode(packed.tensors, dtype))
 
 
-@pytest.mark.parametrize("kind", OVERLAYS)
+@pytest.mark.parametrize("kind", OUTLIER_FORMATS)
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)
 @pytest.mark.parametrize("tokens", [1, 70])
 def test_tiles_multiply_like_the_reference(isa, kind, dtype, tokens, monkeypatch):
     monkeypatch.setattr(cpu, "_TILE", 700 * 16)
-    packed = random_weight(OVERLAYS[kind], 37)
+    packed = random_weight(OUTLIER_FORMATS[kind], 37)
     x = torch.randn(tokens, 700, generator=generator(1)).to(dtype)
     assert kernel_for(packed.format, "cpu", dtype, tokens) is cpu.tiled_matmul
     found, reference = multiply(x, packed), packed_matmul_ref(x, packed.tensors, packed.format)
@@ -360,14 +365,14 @@ def test_slices_of_rows_and_strided_inputs(isa):
 
 @needs_kernels
 def test_the_path_is_told():
-    plain, small, overlay = FORMATS["int4, g32"], Format((Planes(100, 1, 8),)), OVERLAYS["overlay"]
+    plain, small, outliers = FORMATS["int4, g32"], Format((Planes(100, 1, 8),)), OUTLIER_FORMATS["outliers"]
     assert kernel_for(plain, "cpu", torch.bfloat16, 1) is cpu.exact_matmul
     assert kernel_for(plain, "cpu", torch.bfloat16, 20) is cpu.tiled_matmul
     assert kernel_for(plain, "cpu", torch.bfloat16, 1, int8=True) is cpu.int8_matmul
     assert kernel_for(plain, "cpu", torch.bfloat16, 20, int8=True) is cpu.int8_matmul
     assert kernel_for(plain, "cpu", torch.bfloat16, 400, int8=True) is cpu.tiled_matmul
     assert kernel_for(plain, "cpu", torch.float64) is packed_matmul_ref
-    for format in (small, overlay):  # groups of 8 columns would need 16 tables for a nibble
+    for format in (small, outliers):  # groups of 8 columns would need 16 tables for a nibble
         assert kernel_for(format, "cpu") is cpu.tiled_matmul is kernel_for(format, "cpu", int8=True)
     assert kernel_for(plain, "meta") is packed_matmul_ref
 

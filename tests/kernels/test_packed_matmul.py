@@ -8,7 +8,12 @@ import sys
 import pytest
 import torch
 
-from ultralowbit.format import Bitmap, Format, InputTransform, Ints, Overlay, PackedWeight, Planes, Zones
+from ultralowbit.format.ints import Ints
+from ultralowbit.format.outliers import IndexedOutliers, MaskedOutliers
+from ultralowbit.format.planes import Planes
+from ultralowbit.format.salient import SalientSplit
+from ultralowbit.format.transform import InputTransform
+from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.kernels import packed_matmul as op
 from ultralowbit.kernels.packed_matmul import kernel_for, packed_matmul, packed_matmul_ref
 
@@ -69,33 +74,38 @@ ON_CUDA = [
     (PLANES, torch.float16, 65, "dequantized"),
     (PLANES, torch.float64, 1, "packed_matmul_ref"),
     (FORMAT, torch.bfloat16, 1, "gemv"),
-    (Format((Planes(512, 1),), None, InputTransform(512, partition=True, hadamard=32768)), torch.bfloat16, 1, "gemv"),
+    (
+        Format((Planes(512, 1),), None, InputTransform(512, channel_order=True, hadamard=32768)),
+        torch.bfloat16,
+        1,
+        "gemv",
+    ),
     (Format((Planes(512, 1),), None, InputTransform(512, hadamard=65536)), torch.bfloat16, 1, "packed_matmul_ref"),
-    (Format((Planes(512, 1),), Overlay(512, 8)), torch.bfloat16, 8, "gemv"),
-    (Format((Planes(512, 1),), Overlay(512, 8)), torch.bfloat16, 9, "dequantized"),
-    (Format((Ints(512, 4),), Overlay(512, 8)), torch.bfloat16, 1, "dequantized"),
-    (Format((Planes(512, 1),), Bitmap(512, 8, 0.01)), torch.bfloat16, 1, "dequantized"),
+    (Format((Planes(512, 1),), IndexedOutliers(512, 8)), torch.bfloat16, 8, "gemv"),
+    (Format((Planes(512, 1),), IndexedOutliers(512, 8)), torch.bfloat16, 9, "dequantized"),
+    (Format((Ints(512, 4),), IndexedOutliers(512, 8)), torch.bfloat16, 1, "dequantized"),
+    (Format((Planes(512, 1),), MaskedOutliers(512, 8, 0.01)), torch.bfloat16, 1, "dequantized"),
     (Format((Planes(512, 1, 96),)), torch.bfloat16, 1, "dequantized"),
-    (Format((Zones(512, 8),)), torch.bfloat16, 1, "dequantized"),
+    (Format((SalientSplit(512, 8),)), torch.bfloat16, 1, "dequantized"),
 ]
 
 
 @pytest.mark.parametrize(("format", "dtype", "tokens", "name"), ON_CUDA, ids=lambda v: getattr(v, "summary", str(v)))
 def test_the_path_on_cuda(monkeypatch, format, dtype, tokens, name):
-    triton_matmul = pytest.importorskip("ultralowbit.kernels.triton_matmul")
+    triton_matmul = pytest.importorskip("ultralowbit.kernels.gpu.dispatch")
     monkeypatch.setattr(triton_matmul, "has_tensor_cores", lambda device: True)
     monkeypatch.setattr(triton_matmul, "tuning_of", lambda device: triton_matmul.read_tuning("", 132))
     assert kernel_for(format, "cuda", dtype, tokens).__name__ == name
 
 
 def test_old_gpus_have_the_reference(monkeypatch):
-    triton_matmul = pytest.importorskip("ultralowbit.kernels.triton_matmul")
+    triton_matmul = pytest.importorskip("ultralowbit.kernels.gpu.dispatch")
     monkeypatch.setattr(triton_matmul, "has_tensor_cores", lambda device: False)
     assert kernel_for(PLANES, "cuda") is packed_matmul_ref
 
 
 def test_without_triton_there_is_the_reference(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ultralowbit.kernels.triton_matmul", None)
+    monkeypatch.setitem(sys.modules, "ultralowbit.kernels.gpu.dispatch", None)
     op._triton.cache_clear()
     try:
         assert kernel_for(PLANES, "cuda") is packed_matmul_ref
@@ -104,7 +114,7 @@ def test_without_triton_there_is_the_reference(monkeypatch):
 
 
 def test_a_triton_that_cannot_run_is_said_and_left(monkeypatch):
-    pytest.importorskip("ultralowbit.kernels.triton_matmul")
+    pytest.importorskip("ultralowbit.kernels.gpu.dispatch")
     from triton.runtime import driver
 
     class Broken:
@@ -123,7 +133,7 @@ def test_a_triton_that_cannot_run_is_said_and_left(monkeypatch):
 
 
 def test_tuning_is_by_name_with_the_rest_from_the_default():
-    triton_matmul = pytest.importorskip("ultralowbit.kernels.triton_matmul")
+    triton_matmul = pytest.importorskip("ultralowbit.kernels.gpu.dispatch")
     tuning = triton_matmul.read_tuning("no such GPU", 7)
     assert tuning.processors == 7 and tuning.gemv_tokens <= max(tuning.tiles)
     narrow = triton_matmul.NARROWEST_DOT

@@ -18,7 +18,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ultralowbit.format import Bitmap, Format, InputTransform, Ints, Overlay, Planes, TiedPlanes, Zones
+from ultralowbit.format.ints import Ints
+from ultralowbit.format.outliers import IndexedOutliers, MaskedOutliers
+from ultralowbit.format.planes import Planes, TiedPlanes
+from ultralowbit.format.salient import SalientSplit
+from ultralowbit.format.transform import InputTransform
+from ultralowbit.format.weight import Format
+from ultralowbit.kernels.gpu.dequantize import dequantize
+from ultralowbit.kernels.gpu.dispatch import lies_on_planes, product, read_tuning
+from ultralowbit.kernels.gpu.fields import matrices, multiply
+from ultralowbit.kernels.gpu.launch import NARROWEST_DOT, Launch
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET"):
@@ -26,11 +35,6 @@ if os.environ.get("TRITON_INTERPRET"):
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-
-from ultralowbit.kernels.triton_dequantize import dequantize  # noqa: E402
-from ultralowbit.kernels.triton_fields import matrices, multiply  # noqa: E402
-from ultralowbit.kernels.triton_launch import NARROWEST_DOT, Launch  # noqa: E402
-from ultralowbit.kernels.triton_matmul import lies_on_planes, product, read_tuning  # noqa: E402
 
 if NARROWEST_DOT > 8:
     pytest.skip("the budget is that of tiles of 8 tokens", allow_module_level=True)
@@ -162,11 +166,11 @@ def test_fields_without_subnormals(code, capability):
     assert len(found.loop) <= 1.35 * 8 * found.count("HMMA")
 
 
-TRANSFORM = InputTransform(11008, partition=True, column_scale=True, hadamard=4096)
+TRANSFORM = InputTransform(11008, channel_order=True, column_scale=True, hadamard=4096)
 OTHERS = [
-    Format((Planes(11008, 2, 128, offset=True),), Overlay(11008, 26), TRANSFORM),
-    Format((Ints(4096, 3, 128),), Bitmap(4096, 600, 0.1)),
-    Format((Zones(4096, 200, third=True, column_scale=True, offset=True),)),
+    Format((Planes(11008, 2, 128, offset=True),), IndexedOutliers(11008, 26), TRANSFORM),
+    Format((Ints(4096, 3, 128),), MaskedOutliers(4096, 600, 0.1)),
+    Format((SalientSplit(4096, 200, third=True, column_scale=True, offset=True),)),
 ]
 
 
@@ -175,7 +179,7 @@ def launches_of(format: Format) -> list[Launch]:
     x, tensors = torch.empty(1, format.in_features, dtype=torch.bfloat16, device="meta"), stored(format, 4096)
     weight = torch.empty(4096, format.in_features, dtype=torch.bfloat16, device="meta")
     found = list(dequantize(tensors, format, 0, weight))
-    if matrices(format) is not None and (format.overlay is None or lies_on_planes(format)):
+    if matrices(format) is not None and (format.outliers is None or lies_on_planes(format)):
         found += product(x, tensors, format, read_tuning("", 132))[0]
     return list({launch.kernel: launch for launch in found if launch.kernel is not multiply}.values())
 
@@ -189,7 +193,7 @@ def test_other_kernels_keep_to_registers(code, format, capability):
     for name, each in found.items():
         assert each.stack == 0, name
         assert each.shared <= SHARED[capability], name
-        if name in ("planes", "ints", "zones"):
+        if name in ("planes", "ints", "salient_split"):
             assert any(re.match(r"STG\S*\.128", operation) for operation, _ in each.instructions), (
                 f"{name} stores narrow"
             )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ultralowbit.stats import InputStats, Need
+from ultralowbit.methods.statistics import InputStats, Need
 
 
 class Layer(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ultralowbit.format import unpack_fields
+from ultralowbit.format.words import unpack_fields
 from ultralowbit.methods import billm
 from ultralowbit.methods.arb_rc import ARBRC, _Term
 from ultralowbit.methods.billm import BiLLM

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ultralowbit.format import Zones, unpack_fields
+from ultralowbit.format.salient import SalientSplit
+from ultralowbit.format.words import unpack_fields
 from ultralowbit.methods import billm
 from ultralowbit.methods.billm import BiLLM, break_of, salient_columns
 from ultralowbit.methods.rtn import RTN
@@ -171,4 +172,4 @@ def test_bits_of_the_recipe(layer):
     assert packed.format.tensors(16, 512) == BiLLM().format(512).tensors(16, 512)
     assert packed.bits_per_weight == 2 + 7 * 16 / 128 + 1 / 16
     assert packed.format.claimed_bits == 1 + segment.salient / 512
-    assert isinstance(segment, Zones) and segment.salient <= 4 * billm.MOST_SALIENT
+    assert isinstance(segment, SalientSplit) and segment.salient <= 4 * billm.MOST_SALIENT

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ultralowbit.format import unpack_fields
+from ultralowbit.format.words import unpack_fields
 from ultralowbit.methods.db_llm import DBLLM, DualRounding
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ultralowbit.methods import base
+from ultralowbit.methods import compensate as base
 from ultralowbit.methods.gptq import GPTQ
 from ultralowbit.methods.rtn import RTN
 

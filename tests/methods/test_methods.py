@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from ultralowbit.methods import METHODS, Need
+from ultralowbit.methods import METHODS
 from ultralowbit.methods.arb_rc import ARBRC
 from ultralowbit.methods.billm import BiLLM
 from ultralowbit.methods.db_llm import DBLLM
@@ -18,7 +18,7 @@ from ultralowbit.methods.pb_llm import PBLLM
 from ultralowbit.methods.ptq161 import PTQ161
 from ultralowbit.methods.rtn import RTN
 from ultralowbit.methods.sign import Sign
-from ultralowbit.stats import InputStats, SingularHessian
+from ultralowbit.methods.statistics import InputStats, Need, SingularHessian
 
 ALL = {
     "rtn-2-g32": RTN(bits=2, group=32),
@@ -29,16 +29,16 @@ ALL = {
     "gptq-4-act-order-symmetric": GPTQ(bits=4, group=64, symmetric=True, act_order=True),
     "gptq-8-clip": GPTQ(bits=8, clip="mse"),
     "sign-1": Sign(),
-    "sign-2-g64": Sign(bases=2, group=64),
-    "sign-3-act-order": Sign(bases=3, group=32, act_order=True),
-    "sign-4": Sign(bases=4),
+    "sign-2-g64": Sign(planes=2, group=64),
+    "sign-3-act-order": Sign(planes=3, group=32, act_order=True),
+    "sign-4": Sign(planes=4),
     "pb-llm": PBLLM(),
     "pb-llm-magnitude-g32": PBLLM(ratio=0.2, salience="magnitude", group=32),
     "pb-llm-from-scratch": PBLLM(salience="magnitude", compensation="none"),
     "db-llm": DBLLM(),
     "db-llm-row-free": DBLLM(group=None, iterations=10),
     "db-llm-g32-gptq": DBLLM(group=32, iterations=10, compensation="gptq"),
-    "sign-2-refined": Sign(bases=2, group=64, refine=2),
+    "sign-2-refined": Sign(planes=2, group=64, refine=2),
     "ptq161": PTQ161(),
     "ptq161-mean-gptq": PTQ161(ratio=0.3, score="mean", compensation="gptq"),
     "billm": BiLLM(),
@@ -201,8 +201,8 @@ def test_a_hessian_that_cannot_be_used_is_refused(method, layer):
         (GPTQ, {"damp": 2}),
         (GPTQ, {"clip": "max"}),
         (GPTQ, {"method": "rtn"}),
-        (Sign, {"bases": 0}),
-        (Sign, {"bases": 5}),
+        (Sign, {"planes": 0}),
+        (Sign, {"planes": 5}),
         (Sign, {"iterations": -1}),
         (Sign, {"bits": 1}),
         (PBLLM, {"ratio": 1.1}),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ultralowbit.format import unpack_fields
+from ultralowbit.format.words import unpack_fields
 from ultralowbit.methods.pb_llm import PBLLM, _SomeSalient
 from ultralowbit.methods.rtn import RTN
 
@@ -18,12 +18,12 @@ def solved(method: PBLLM | RTN, weight: Tensor, stats=None) -> Tensor:
 def salient_of(packed) -> Tensor:
     """The mask [out, in] that is stored."""
     out, columns = packed.shape
-    if packed.format.overlay is None:
+    if packed.format.outliers is None:
         return torch.zeros(out, columns, dtype=torch.bool)
-    if "weight_overlay_mask" in packed.tensors:
-        return unpack_fields(packed.tensors["weight_overlay_mask"], 1, columns).bool()
-    starts = [start for start, _, entries in packed.format.overlay.blocks for _ in range(entries)]
-    places = packed.tensors["weight_overlay_index"].long() + torch.tensor(starts)[:, None]
+    if "weight_outliers_mask" in packed.tensors:
+        return unpack_fields(packed.tensors["weight_outliers_mask"], 1, columns).bool()
+    starts = [start for start, _, entries in packed.format.outliers.blocks for _ in range(entries)]
+    places = packed.tensors["weight_outliers_index"].long() + torch.tensor(starts)[:, None]
     return torch.zeros(out, columns, dtype=torch.bool).scatter_(1, places.T, True)
 
 
@@ -87,7 +87,7 @@ def test_threshold_takes_the_largest_of_all_rows(layer, group):
     for part, mask in zip(score.split(group or 96, 1), found.split(group or 96, 1), strict=True):
         assert mask.sum().item() == pytest.approx(0.1 * part.numel(), abs=1)
         assert part[mask].min() > part[~mask].max()
-    assert packed.format.overlay.capacity == found.sum(1).max()
+    assert packed.format.outliers.capacity == found.sum(1).max()
     assert packed.format.claimed_bits == pytest.approx(0.1 * 8 + 0.9)
 
 
@@ -144,7 +144,7 @@ def test_any_share_of_any_layer_can_be_salient(layer, selection, ratio, shape):
 def test_without_salient_weights_it_is_one_plane_and_with_only_them_8_bits(layer):
     problem = layer(8, 64)
     packed = PBLLM(ratio=0).quantize(problem.weight, problem.stats)
-    assert packed.format.overlay is None and packed.format.claimed_bits == 1
+    assert packed.format.outliers is None and packed.format.claimed_bits == 1
     every = PBLLM(ratio=1).quantize(problem.weight, None)
     assert torch.equal(every.dequantize(), solved(RTN(bits=8, group=None), problem.weight))
 
@@ -165,7 +165,7 @@ def test_constant_and_one_sided_rows(layer, selection, value):
 
 def test_a_constant_layer_has_nothing_above_its_order_statistic():
     packed = PBLLM(selection="threshold").quantize(torch.full((4, 32), 0.5), None)
-    assert packed.format.overlay is None
+    assert packed.format.outliers is None
     assert torch.equal(packed.dequantize(), torch.full((4, 32), 0.5))
 
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ultralowbit.format import Ints, Planes, unpack_fields
+from ultralowbit.format.ints import Ints
+from ultralowbit.format.planes import Planes
+from ultralowbit.format.words import unpack_fields
 from ultralowbit.methods.ptq161 import PTQ161
-from ultralowbit.stats import InputStats, Need
+from ultralowbit.methods.statistics import InputStats, Need
 
 GPTQ = {"compensation": "gptq", "damp": 0.05}
 
@@ -22,8 +24,8 @@ def solved(method: PTQ161, weight: Tensor, stats: InputStats | None = None) -> T
 def salient_of(packed) -> Tensor:
     """The channels [in] that are stored as integers."""
     columns = packed.shape[1]
-    if "weight_input_partition" in packed.tensors:
-        return unpack_fields(packed.tensors["weight_input_partition"], 1, columns).bool()
+    if "weight_input_channel_order" in packed.tensors:
+        return unpack_fields(packed.tensors["weight_input_channel_order"], 1, columns).bool()
     return torch.full((columns,), isinstance(packed.format.segments[0], Ints))
 
 
@@ -130,7 +132,7 @@ def test_no_channel_or_every_channel_may_be_salient(layer, settings):
     assert [type(s) for s in ints.format.segments] == [Ints]
     assert problem.loss(ints.dequantize()) < 0.1 * problem.loss(plane.dequantize())
     for packed in (plane, ints):
-        assert not packed.format.transform.partition
+        assert not packed.format.transform.channel_order
         assert packed.format == PTQ161(ratio=packed is ints, **settings).format(50)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ultralowbit.format import FormatError, PackedWeight, unpack_fields
+from ultralowbit.errors import FormatError
+from ultralowbit.format.weight import PackedWeight
+from ultralowbit.format.words import unpack_fields
 from ultralowbit.methods.gptq import GPTQ
 from ultralowbit.methods.refine import refine
 from ultralowbit.methods.sign import Sign
@@ -27,9 +29,9 @@ def errors(weight: torch.Tensor, values: torch.Tensor, H: torch.Tensor) -> torch
 
 
 def start(layer, shape) -> tuple[torch.Tensor, torch.Tensor, PackedWeight]:
-    out, columns, bases, group = shape
+    out, columns, planes, group = shape
     found = layer(out, columns)
-    packed = Sign(bases=bases, group=group, damp=DAMP).quantize(found.weight, found.stats)
+    packed = Sign(planes=planes, group=group, damp=DAMP).quantize(found.weight, found.stats)
     return found.weight, found.stats.hessian, packed
 
 
@@ -59,12 +61,12 @@ def test_it_pays_where_inputs_are_correlated(layer):
 def test_scales_are_the_joint_least_squares(layer, shape):
     """Of the signs that are stored: each row of V [K groups, in] is a plane within a group."""
     weight, hessian, packed = start(layer, shape)
-    out, columns, bases, group = shape
+    out, columns, planes, group = shape
     found = refine(packed, weight, hessian, DAMP, 1)
     signs = unpack_fields(found.tensors["weight"], 1, columns).double() * 2 - 1  # [K, out, in]
     H, width = damped(hessian), group or columns
     for row in range(out):
-        V = torch.zeros(bases, -(-columns // width), columns, dtype=torch.float64)
+        V = torch.zeros(planes, -(-columns // width), columns, dtype=torch.float64)
         for g in range(V.shape[1]):
             V[:, g, g * width : (g + 1) * width] = signs[:, row, g * width : (g + 1) * width]
         V = V.flatten(0, 1)
@@ -97,7 +99,7 @@ def test_edges(layer):
     packed = Sign(damp=DAMP, refine=2).quantize(weight, constant.stats)
     assert torch.equal(packed.dequantize(), weight)
     nothing = torch.zeros(4, 64)
-    packed = Sign(bases=2, damp=DAMP, refine=2).quantize(nothing, constant.stats)
+    packed = Sign(planes=2, damp=DAMP, refine=2).quantize(nothing, constant.stats)
     assert torch.equal(packed.dequantize(), nothing)
 
 

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from ultralowbit.format import FormatError
-from ultralowbit.methods import Need
+from ultralowbit.errors import FormatError
 from ultralowbit.methods.rtn import RTN
+from ultralowbit.methods.statistics import Need
 
 MIN_SCALE = 2.0**-24
 

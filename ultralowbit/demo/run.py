@@ -9,25 +9,38 @@ from typing import Any
 
 import torch
 
-from ultralowbit import report as reports
-from ultralowbit.checkpoint import MANIFEST, sha256_file, write_atomic, write_json
-from ultralowbit.console import Watch
-from ultralowbit.generation import generate
+from ultralowbit.checkpoint.manifest import MANIFEST
+from ultralowbit.checkpoint.storage import sha256_file, write_atomic, write_json
+from ultralowbit.cli.console import Watch
+from ultralowbit.errors import InputError
+from ultralowbit.eval.generation import generate
+from ultralowbit.eval.runner import open_model, pick_dtype
 from ultralowbit.hub import open_tokenizer
-from ultralowbit.measure import open_model, pick_dtype
-from ultralowbit.pipeline import pick_device
 from ultralowbit.recipe import Recipe
-from ultralowbit.text import InputError
+from ultralowbit.report.run import Texts, compress_and_measure
+from ultralowbit.report.schema import SCHEMA_VERSION, stored_perplexity, strict
+from ultralowbit.report.tables import render
+from ultralowbit.system import pick_device
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
+
+
 RECIPES = ("gptq-4bit", "gptq-3bit", "gptq-2bit", "sign-2-g128", "sign-2", "sign-1")
+
+
 SETTINGS = ("calibration.source=python-docs", "calibration.samples=48", "calibration.length=256")
-TEXTS = reports.Texts(("python-docs",), max_tokens=16_384)
+
+
+TEXTS = Texts(("python-docs",), max_tokens=16_384)
+
+
 PROMPT = "Return a string"
+
+
 TOKENS = 24
 
 
-def run(
+def run_demo(
     out: Path,
     watch: Watch,
     *,
@@ -63,8 +76,8 @@ def run(
     for recipe in chosen:
         watch.say(f"{recipe.name}: {recipe.summary}")
         folder = out / recipe.name
-        known = [reports.stored_perplexity(p) for p in rows[0]["perplexity"]] if rows else ()
-        report = reports.run(
+        known = [stored_perplexity(p) for p in rows[0]["perplexity"]] if rows else ()
+        report = compress_and_measure(
             str(checkpoint), recipe, folder, TEXTS, device=device, restart=restart, watch=watch, known=known,
             thorough=False,
         )  # fmt: skip
@@ -73,7 +86,7 @@ def run(
         rows.append(_row(report, "packed", _sample(folder, where)))
         manifests[recipe.name] = report["manifest"]["sha256"]
     report = {
-        "schema_version": reports.SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION,
         "command": command,
         "key": key,
         "manifests": manifests,
@@ -82,8 +95,8 @@ def run(
         "environment": report["environment"],
         "rows": rows,
     }
-    write_json(out / "report.json", reports.strict(report))
-    write_atomic(out / "report.md", reports.render("demo.md.j2", report).encode())
+    write_json(out / "report.json", strict(report))
+    write_atomic(out / "report.md", render("demo.md.j2", report).encode())
     return report
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ultralowbit.demo.corpus import corpus, documents
+from ultralowbit.data.python_docs import corpus, documents
 
 END = "<|endoftext|>"
 CHECKPOINT = Path(__file__).parent / "checkpoint"

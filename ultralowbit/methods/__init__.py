@@ -1,7 +1,7 @@
 """Quantization methods, one paper a file; `METHODS` is the closed table that recipes choose from."""
 
 from ultralowbit.methods.arb_rc import ARBRC
-from ultralowbit.methods.base import Method, Need
+from ultralowbit.methods.base import Method
 from ultralowbit.methods.billm import BiLLM
 from ultralowbit.methods.db_llm import DBLLM
 from ultralowbit.methods.gptq import GPTQ
@@ -9,6 +9,7 @@ from ultralowbit.methods.pb_llm import PBLLM
 from ultralowbit.methods.ptq161 import PTQ161
 from ultralowbit.methods.rtn import RTN
 from ultralowbit.methods.sign import Sign
+from ultralowbit.methods.statistics import Need
 
 METHODS: dict[str, type[Method]] = {
     "rtn": RTN,

@@ -24,10 +24,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ultralowbit.format import Format, PackedWeight, Zones, to_scale
-from ultralowbit.methods.base import Need, fields
+from ultralowbit.format.salient import SalientSplit
+from ultralowbit.format.weight import Format, PackedWeight
+from ultralowbit.format.words import to_scale
+from ultralowbit.methods.base import fields
 from ultralowbit.methods.billm import Parts, break_of, quantize_blocks, salient_columns, sample
-from ultralowbit.stats import InputStats
+from ultralowbit.methods.statistics import InputStats, Need
 
 
 @fields
@@ -45,7 +47,7 @@ class ARBRC:
     def format(self, in_features: int) -> Format:
         """How many columns are salient depends on data, and with `cgb` the size on how many: 8 % are expected."""
         salient = max(1, round(0.08 * in_features))
-        return Format((Zones(in_features, salient, self.block, third=self.cgb, column_scale=True),))
+        return Format((SalientSplit(in_features, salient, self.block, third=self.cgb, column_scale=True),))
 
     def quantize(self, weight: Tensor, stats: InputStats | None) -> PackedWeight:
         factor = None if stats is None else stats.factor(self.damp)

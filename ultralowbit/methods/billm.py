@@ -31,9 +31,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ultralowbit.format import Format, PackedWeight, Zones, to_scale
-from ultralowbit.methods.base import Need, fields
-from ultralowbit.stats import Factor, InputStats
+from ultralowbit.format.salient import SalientSplit
+from ultralowbit.format.weight import Format, PackedWeight
+from ultralowbit.format.words import to_scale
+from ultralowbit.methods.base import fields
+from ultralowbit.methods.statistics import Factor, InputStats, Need
 
 MOST_SALIENT = 49
 QUANTILES = tuple(q / 100 for q in range(10, 91))
@@ -53,7 +55,7 @@ class BiLLM:
 
     def format(self, in_features: int) -> Format:
         """The bits are those of any number of salient columns."""
-        return Format((Zones(in_features, max(1, round(0.08 * in_features)), self.block, offset=True),))
+        return Format((SalientSplit(in_features, max(1, round(0.08 * in_features)), self.block, offset=True),))
 
     def quantize(self, weight: Tensor, stats: InputStats | None) -> PackedWeight:
         factor = None if stats is None else stats.factor(self.damp)
@@ -61,7 +63,7 @@ class BiLLM:
 
 
 Parts = dict[str, Tensor]
-"""Arguments of `Zones.encode`, for some columns; those of consecutive blocks join on the last axis."""
+"""Arguments of `SalientSplit.encode`, for some columns; those of consecutive blocks join on the last axis."""
 
 
 def quantize_blocks(
@@ -90,7 +92,9 @@ def quantize_blocks(
 def _pack(blocks: list[Parts], block: int) -> PackedWeight:
     parts = {name: torch.cat([part[name] for part in blocks], -1) for name in blocks[0]}
     salient = parts["salient"]
-    segment = Zones(len(salient), int(salient.sum()), block, "third" in parts, "column" in parts, "offset" in parts)
+    segment = SalientSplit(
+        len(salient), int(salient.sum()), block, "third" in parts, "column" in parts, "offset" in parts
+    )
     return PackedWeight.encode(Format((segment,)), parts)
 
 

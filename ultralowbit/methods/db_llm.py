@@ -6,7 +6,7 @@ Flexible dual binarization: w ~ a_1 b_1 + a_2 b_2 with b in {0, 1} and two scale
 
 which is the nearest of the four levels a_2 < 0 < a_1 + a_2 < a_1. It starts from a 2-bit grid of step s, a_1 = 2 s and
 a_2 = -s: the levels -s, 0, s, 2 s. The paper then trains the scales, end to end and with a frozen teacher, by its
-deviation-aware distillation (the recipe's `distill` stage, `tune/objectives.py`).
+deviation-aware distillation (the recipe's `finetune` stage, `blockwise/objectives.py`).
 
 Where the paper is silent or differs: the authors published no code. s is the share of max |w| / 2, to a fortieth, that
 leaves the least sum h (w - q)^2 (h from the Hessian where there is compensation, else 1), not all of it, which is far
@@ -23,17 +23,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ultralowbit.format import Format, PackedWeight, Planes, to_scale
-from ultralowbit.methods.base import (
-    MIN_SCALE,
-    AlternatingRounding,
-    Levels,
-    Need,
-    compensate,
-    fields,
-    round_to_nearest,
-)
-from ultralowbit.stats import InputStats
+from ultralowbit.format.planes import Planes
+from ultralowbit.format.weight import Format, PackedWeight
+from ultralowbit.format.words import to_scale
+from ultralowbit.methods.base import MIN_SCALE, fields
+from ultralowbit.methods.compensate import compensate, round_to_nearest
+from ultralowbit.methods.rounding.alternating import AlternatingRounding, Levels
+from ultralowbit.methods.statistics import InputStats, Need
 
 _COARSE, _FINE = 8, 4
 """Steps of the grid that are tried evenly, and then on each side of the best one."""

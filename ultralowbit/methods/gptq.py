@@ -17,9 +17,12 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from ultralowbit.format import Format, Ints, PackedWeight
-from ultralowbit.methods.base import IntRounding, Need, compensate, fields, round_to_nearest
-from ultralowbit.stats import InputStats
+from ultralowbit.format.ints import Ints
+from ultralowbit.format.weight import Format, PackedWeight
+from ultralowbit.methods.base import fields
+from ultralowbit.methods.compensate import compensate, round_to_nearest
+from ultralowbit.methods.rounding.ints import IntRounding
+from ultralowbit.methods.statistics import InputStats, Need
 
 
 @fields

@@ -27,9 +27,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ultralowbit.format import Bitmap, Format, Overlay, PackedWeight, Planes
-from ultralowbit.methods.base import Need, PartlyBinary, compensate, fields, round_to_nearest
-from ultralowbit.stats import Factor, InputStats
+from ultralowbit.format.outliers import IndexedOutliers, MaskedOutliers
+from ultralowbit.format.planes import Planes
+from ultralowbit.format.weight import Format, PackedWeight
+from ultralowbit.methods.base import fields
+from ultralowbit.methods.compensate import compensate, round_to_nearest
+from ultralowbit.methods.rounding.partly_binary import PartlyBinary
+from ultralowbit.methods.statistics import Factor, InputStats, Need
 
 BLOCK = 256
 """Columns in which `count` takes the same number of weights from every row: their places are bytes."""
@@ -60,11 +64,13 @@ class PBLLM:
         return self._format(in_features, round(self.ratio * BLOCK))
 
     def _format(self, columns: int, count: int) -> Format:
-        overlay = None
+        outliers = None
         if count:
             threshold = self.selection == "threshold"
-            overlay = Bitmap(columns, count, self.ratio) if threshold else Overlay(columns, count, BLOCK)
-        return Format((Planes(columns, 1, self.group, offset=True),), overlay)
+            outliers = (
+                MaskedOutliers(columns, count, self.ratio) if threshold else IndexedOutliers(columns, count, BLOCK)
+            )
+        return Format((Planes(columns, 1, self.group, offset=True),), outliers)
 
     def quantize(self, weight: Tensor, stats: InputStats | None) -> PackedWeight:
         factor = None if stats is None else stats.factor(self.damp)
@@ -85,8 +91,8 @@ class PBLLM:
     def _largest(self, score: Tensor) -> Tensor:
         """The `ratio` largest scores [out, in] of every row and block."""
         salient = torch.zeros_like(score, dtype=torch.bool)
-        overlay = self.format(score.shape[1]).overlay
-        for start, size, entries in overlay.blocks if overlay else ():
+        outliers = self.format(score.shape[1]).outliers
+        for start, size, entries in outliers.blocks if outliers else ():
             largest = score[:, start : start + size].topk(entries, dim=1, sorted=False).indices
             salient[:, start : start + size].scatter_(1, largest, True)
         return salient
@@ -106,7 +112,7 @@ class PBLLM:
 
 
 class _SomeSalient(PartlyBinary):
-    """Any weights may be salient: those of an overlay over one plane."""
+    """Any weights may be salient: those of outliers over one plane."""
 
     def __init__(self, weight: Tensor, salient: Tensor, format: Format) -> None:
         super().__init__(weight, salient, 8, format.segments[0].group)
@@ -115,6 +121,6 @@ class _SomeSalient(PartlyBinary):
     def pack(self, codes: Tensor) -> PackedWeight:
         low = self.low.T > 0
         parts = [{"bits": ((codes > 0) & low)[None], "scale": self.scale.T[None], "offset": self.mean.T}]
-        if self.format.overlay is not None:
+        if self.format.outliers is not None:
             parts.append({"mask": ~low, "codes": codes, "scale": self.high.scale[0], "zero": self.high.zero[0]})
         return PackedWeight.encode(self.format, *parts)

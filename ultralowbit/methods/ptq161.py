@@ -28,9 +28,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ultralowbit.format import Format, InputTransform, Ints, PackedWeight, Planes, to_scale
-from ultralowbit.methods.base import Need, PartlyBinary, compensate, fields, round_to_nearest
-from ultralowbit.stats import InputStats, SingularHessian
+from ultralowbit.format.ints import Ints
+from ultralowbit.format.planes import Planes
+from ultralowbit.format.transform import InputTransform
+from ultralowbit.format.weight import Format, PackedWeight
+from ultralowbit.format.words import to_scale
+from ultralowbit.methods.base import fields
+from ultralowbit.methods.compensate import compensate, round_to_nearest
+from ultralowbit.methods.rounding.partly_binary import PartlyBinary
+from ultralowbit.methods.statistics import InputStats, Need, SingularHessian
 
 BITS = 4
 """Of the salient columns."""
@@ -56,7 +62,7 @@ class PTQ161:
         count = self._count(in_features)
         salient = (Ints(count, BITS),) if count else ()
         others = (Planes(in_features - count, 1, offset=True),) if count < in_features else ()
-        transform = InputTransform(in_features, partition=bool(salient and others), column_scale=True)
+        transform = InputTransform(in_features, channel_order=bool(salient and others), column_scale=True)
         return Format(salient + others, transform=transform)
 
     def quantize(self, weight: Tensor, stats: InputStats | None) -> PackedWeight:
@@ -124,5 +130,5 @@ class _SalientColumns(PartlyBinary):
         ints = {"codes": codes[:, self.salient], "scale": self.high.scale.T, "zero": self.high.zero.T}
         planes = {"bits": codes[:, ~self.salient][None] > 0, "scale": self.scale.T[None], "offset": self.mean.T}
         parts = [ints if isinstance(segment, Ints) else planes for segment in self.format.segments]
-        transform = {"partition": self.salient, "scale": torch.ones(len(self.salient), device=codes.device)}
+        transform = {"channel_order": self.salient, "scale": torch.ones(len(self.salient), device=codes.device)}
         return PackedWeight.encode(self.format, *parts, transform)

@@ -19,7 +19,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ultralowbit.format import FormatError, PackedWeight, Planes, to_scale, unpack_fields
+from ultralowbit.errors import FormatError
+from ultralowbit.format.planes import Planes
+from ultralowbit.format.weight import PackedWeight
+from ultralowbit.format.words import to_scale, unpack_fields
 
 _BLOCK = 128
 """Columns whose changes reach the others in one product."""
@@ -32,7 +35,7 @@ def refine(packed: PackedWeight, weight: Tensor, hessian: Tensor, damp: float, r
     inputs. Raises `FormatError` for any other format."""
     format = packed.format
     planes = format.segments[0]
-    simple = len(format.segments) == 1 and format.overlay is None and format.transform is None
+    simple = len(format.segments) == 1 and format.outliers is None and format.transform is None
     if not (simple and isinstance(planes, Planes) and planes.alphabet == "pm1" and not planes.offset):
         raise FormatError(f"{format.summary} cannot be refined: expected one segment of -1/+1 planes without an offset")
     H = hessian.clone()
@@ -70,11 +73,13 @@ class _Fit:
         signs = bits.float().mul_(2).sub_(1)  # [K, in, rows]
         HW = self.H @ W
         b = torch.stack([self._by_group(plane * HW) for plane in signs]).flatten(0, 1)  # [K groups, rows]
-        A = torch.stack([
-            torch.stack([self._by_group(other * product) for other in signs]).flatten(0, 1)
-            for plane in signs
-            for product in (self.H[:, columns] @ plane[columns] for columns in self.groups)
-        ]).permute(2, 0, 1)  # [rows, K groups, K groups]  # fmt: skip
+        A = torch.stack(
+            [
+                torch.stack([self._by_group(other * product) for other in signs]).flatten(0, 1)
+                for plane in signs
+                for product in (self.H[:, columns] @ plane[columns] for columns in self.groups)
+            ]
+        ).permute(2, 0, 1)  # [rows, K groups, K groups]  # fmt: skip
         # equal planes make A singular: the ridge then splits their scale
         ridge = 1e-6 * A.diagonal(dim1=1, dim2=2).mean(1)
         found = torch.linalg.solve(A + ridge[:, None, None] * torch.eye(len(b), device=A.device), b.T)

@@ -1,7 +1,7 @@
-"""Sign planes with free scales: 1 to 4 binary bases, the XNOR-Net scale at one.
+"""Sign planes with free scales: 1 to 4 binary planes, the XNOR-Net scale at one.
 
 Rastegari et al.: XNOR-Net, ECCV 2016, arXiv 1603.05279 (a = mean |w|); Lin et al.: Towards Accurate Binary
-Convolutional Neural Network, NIPS 2017, arXiv 1711.11294 (several bases); alternating least squares as in Xu et al.:
+Convolutional Neural Network, NIPS 2017, arXiv 1711.11294 (several planes); alternating least squares as in Xu et al.:
 Alternating Multi-bit Quantization, ICLR 2018, arXiv 1802.00150.
 
 w ~ sum_p a_p b_p, b_p in {-1, +1}, a_p for each row (and group): residual start a_p = sum h|r| / sum h, then alternate
@@ -20,21 +20,24 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ultralowbit.format import Format, PackedWeight, Planes, TiedPlanes
-from ultralowbit.methods.base import Need, SignRounding, TiedSignRounding, compensate, fields, round_to_nearest
+from ultralowbit.format.planes import Planes, TiedPlanes
+from ultralowbit.format.weight import Format, PackedWeight
+from ultralowbit.methods.base import fields
+from ultralowbit.methods.compensate import compensate, round_to_nearest
 from ultralowbit.methods.refine import refine
-from ultralowbit.stats import InputStats
+from ultralowbit.methods.rounding.signs import SignRounding, TiedSignRounding
+from ultralowbit.methods.statistics import InputStats, Need
 
 
 @fields
 class Sign:
-    """bases: K sign planes; group: columns that share K scales, null for the row; tied: each scale is half the one
-    before it, for 2 or 4 bases; iterations: of the alternating fit, at most; refine: rounds of joint scales and codes
+    """planes: K sign planes; group: columns that share K scales, null for the row; tied: each scale is half the one
+    before it, for 2 or 4 planes; iterations: of the alternating fit, at most; refine: rounds of joint scales and codes
     after the compensation, of free scales; damp, act_order: as in GPTQ."""
 
     needs: ClassVar[Need] = Need.HESSIAN
     method: Literal["sign"] = "sign"
-    bases: Literal[1, 2, 3, 4] = 1
+    planes: Literal[1, 2, 3, 4] = 1
     group: Literal[32, 64, 128] | None = None
     tied: bool = False
     iterations: int = Field(15, ge=0)
@@ -44,16 +47,16 @@ class Sign:
 
     @model_validator(mode="after")
     def _can_be_tied(self) -> Sign:
-        if self.tied and (self.bases not in (2, 4) or self.refine):
-            raise ValueError("tied planes are 2 or 4 bases without refine")
+        if self.tied and (self.planes not in (2, 4) or self.refine):
+            raise ValueError("tied planes are 2 or 4 planes without refine")
         return self
 
     def format(self, in_features: int) -> Format:
-        return Format(((TiedPlanes if self.tied else Planes)(in_features, self.bases, self.group),))
+        return Format(((TiedPlanes if self.tied else Planes)(in_features, self.planes, self.group),))
 
     def quantize(self, weight: Tensor, stats: InputStats | None) -> PackedWeight:
         kind = TiedSignRounding if self.tied else SignRounding
-        rounding = kind(*weight.shape, self.bases, self.group, self.iterations, weight.device)
+        rounding = kind(*weight.shape, self.planes, self.group, self.iterations, weight.device)
         if stats is None:
             return round_to_nearest(weight, rounding)
         factor = stats.factor(self.damp, self.act_order)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ultralowbit.bench_gpu import random_packed
-from ultralowbit.format import Format, PackedWeight
-from ultralowbit.kernels.triton_launch import INTERPRETED, Launch, run
+from ultralowbit.format.testing import random_packed
+from ultralowbit.format.weight import Format, PackedWeight
+from ultralowbit.kernels.gpu.launch import INTERPRETED, Launch, run
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Weights written out, inputs transformed and overlays corrected for: against `Format` itself, to the bit where it is
+"""Weights written out, inputs transformed and outliers corrected for: against `Format` itself, to the bit where it is
 exact."""
 
 from __future__ import annotations
@@ -6,12 +6,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ultralowbit.format import Bitmap, Format, InputTransform, Ints, Overlay, Planes, TiedPlanes, Zones
-from ultralowbit.kernels import triton_matmul
-from ultralowbit.kernels.triton_dequantize import dequantize
-from ultralowbit.kernels.triton_inputs import transformed
-from ultralowbit.kernels.triton_launch import INTERPRETED
-from ultralowbit.kernels.triton_matmul import dequantized, product, read_tuning
+from ultralowbit.format.ints import Ints
+from ultralowbit.format.outliers import IndexedOutliers, MaskedOutliers
+from ultralowbit.format.planes import Planes, TiedPlanes
+from ultralowbit.format.salient import SalientSplit
+from ultralowbit.format.transform import InputTransform
+from ultralowbit.format.weight import Format
+from ultralowbit.kernels.gpu import dispatch as triton_matmul
+from ultralowbit.kernels.gpu.dequantize import dequantize
+from ultralowbit.kernels.gpu.dispatch import dequantized, product, read_tuning
+from ultralowbit.kernels.gpu.inputs import transformed
+from ultralowbit.kernels.gpu.launch import INTERPRETED
 
 TUNING = read_tuning("", processors=4)
 
@@ -25,13 +30,13 @@ FORMATS = [
     Format((Ints(600, 3, 128),)),
     Format((Ints(545, 3, None, True),)),
     Format((Ints(70, 4, 7, True), Ints(33, 8, 32))),
-    Format((Zones(300, 17),)),
-    Format((Zones(600, 20, 128, third=True, offset=True),)),
-    Format((Zones(300, 30, 100, third=True, column_scale=True),)),
-    Format((Zones(300, 30, 64, column_scale=True, offset=True),)),
-    Format((Planes(600, 1, None, offset=True),), Overlay(600, 25)),
-    Format((Ints(20, 4), Planes(50, 1)), Overlay(70, 3, 16)),
-    Format((Planes(600, 1, 64, offset=True),), Bitmap(600, 90, 0.1)),
+    Format((SalientSplit(300, 17),)),
+    Format((SalientSplit(600, 20, 128, third=True, offset=True),)),
+    Format((SalientSplit(300, 30, 100, third=True, column_scale=True),)),
+    Format((SalientSplit(300, 30, 64, column_scale=True, offset=True),)),
+    Format((Planes(600, 1, None, offset=True),), IndexedOutliers(600, 25)),
+    Format((Ints(20, 4), Planes(50, 1)), IndexedOutliers(70, 3, 16)),
+    Format((Planes(600, 1, 64, offset=True),), MaskedOutliers(600, 90, 0.1)),
 ]
 each_format = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.summary)
 
@@ -56,11 +61,11 @@ def test_some_rows_rounded_once(gpu, dtype):
 
 
 TRANSFORMS = [
-    InputTransform(1300, partition=True),
+    InputTransform(1300, channel_order=True),
     InputTransform(1300, column_scale=True),
     InputTransform(1300, hadamard=64),
     InputTransform(1300, hadamard=1024),  # and of 256, 16 and 4
-    InputTransform(1300, partition=True, column_scale=True, hadamard=256),
+    InputTransform(1300, channel_order=True, column_scale=True, hadamard=256),
 ]
 
 
@@ -75,14 +80,14 @@ def test_transform(gpu, transform, dtype):
 
 
 OVERLAID = [
-    (Format((Planes(600, 1, None, offset=True),), Overlay(600, 10)), 130, 1),
-    (Format((Planes(300, 2, 64, "01"),), Overlay(300, 3, 70)), 5, 3),
-    (Format((Planes(300, 1),), Overlay(300, 5), InputTransform(300, partition=True, hadamard=8)), 5, 1),
+    (Format((Planes(600, 1, None, offset=True),), IndexedOutliers(600, 10)), 130, 1),
+    (Format((Planes(300, 2, 64, "01"),), IndexedOutliers(300, 3, 70)), 5, 3),
+    (Format((Planes(300, 1),), IndexedOutliers(300, 5), InputTransform(300, channel_order=True, hadamard=8)), 5, 1),
 ]
 
 
 @pytest.mark.parametrize(("format", "out", "tokens"), OVERLAID, ids=lambda v: getattr(v, "summary", str(v)))
-def test_product_under_an_overlay(gpu, assert_product, format, out, tokens):
+def test_product_under_an_outliers(gpu, assert_product, format, out, tokens):
     packed = gpu.packed(format, out)
     x = gpu.x(tokens, format.in_features)
     launches, y = product(x, packed.tensors, packed.format, TUNING)
@@ -93,7 +98,7 @@ def test_product_under_an_overlay(gpu, assert_product, format, out, tokens):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_product_of_transformed_inputs(gpu, assert_product, dtype):
     """As PTQ1.61 stores a layer; the transformed inputs of a bf16 x are rounded to the 11 bits of fp16."""
-    transform = InputTransform(700, partition=True, column_scale=True)
+    transform = InputTransform(700, channel_order=True, column_scale=True)
     packed = gpu.packed(Format((Ints(140, 4), Planes(560, 1, None, offset=True)), transform=transform), 37)
     x = gpu.x(2, 700, dtype)
     launches, y = product(x, packed.tensors, packed.format, TUNING)
@@ -110,7 +115,7 @@ def test_product_of_transformed_inputs(gpu, assert_product, dtype):
 def test_dequantized_product(gpu, assert_product, monkeypatch, dense_weights):
     """At once, and eight rows at a time."""
     monkeypatch.setattr(triton_matmul, "DENSE_WEIGHTS", dense_weights)
-    transform = InputTransform(600, partition=True, hadamard=128)
-    packed = gpu.packed(Format((Zones(200, 30), Ints(400, 3, 48)), Overlay(600, 25), transform), 21)
+    transform = InputTransform(600, channel_order=True, hadamard=128)
+    packed = gpu.packed(Format((SalientSplit(200, 30), Ints(400, 3, 48)), IndexedOutliers(600, 25), transform), 21)
     x = gpu.x(3, 600)
     assert_product(dequantized(x, packed.tensors, packed.format), x, packed.dequantize())

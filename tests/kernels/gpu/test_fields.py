@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ultralowbit.format import Format, Ints, Planes, TiedPlanes, Zones
-from ultralowbit.kernels.triton_fields import matrices
-from ultralowbit.kernels.triton_inputs import prologue, prologue_ref
-from ultralowbit.kernels.triton_matmul import product, read_tuning
+from ultralowbit.format.ints import Ints
+from ultralowbit.format.planes import Planes, TiedPlanes
+from ultralowbit.format.salient import SalientSplit
+from ultralowbit.format.weight import Format
+from ultralowbit.kernels.gpu.dispatch import product, read_tuning
+from ultralowbit.kernels.gpu.fields import matrices
+from ultralowbit.kernels.gpu.inputs import prologue, prologue_ref
 
 TUNING = read_tuning("", processors=4)
 
@@ -139,4 +142,4 @@ def test_prologue_is_its_reference(gpu, segment, dtype):
 def test_what_is_no_sum_of_fields():
     assert matrices(Format((Planes(1024, 1, 96),))) is None  # a group ends inside a field
     assert matrices(Format((Planes(1024, 1, 768),))) is None  # or inside a block
-    assert matrices(Format((Planes(8, 1), Zones(128, 3)))) is None
+    assert matrices(Format((Planes(8, 1), SalientSplit(128, 3)))) is None

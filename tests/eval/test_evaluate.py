@@ -1,0 +1,144 @@
+"""`ultralowbit eval`: models side by side or one after another, and what cannot be compared is refused."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from ultralowbit.cli.app import app
+from ultralowbit.cli.console import Watch
+from ultralowbit.errors import InputError
+from ultralowbit.eval import runner as measure
+from ultralowbit.eval.evaluate import Wanted, evaluate_models, to_json
+from ultralowbit.eval.perplexity import perplexity
+from ultralowbit.eval.runner import open_model, read_texts
+
+CONFIG = LlamaConfig(
+    vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(save_model, tmp_path_factory):
+    """An original and two others with its tokenizer."""
+    root = tmp_path_factory.mktemp("evaluation")
+    return [str(save_model(CONFIG, root / name, seed)) for seed, name in enumerate(("base", "one", "two"))]
+
+
+@pytest.fixture
+def evaluate(text):
+    def evaluate(models, **wanted):
+        options = {"sources": (text,), "max_tokens": 640, **wanted}
+        return evaluate_models(models, Wanted(**options), device="cpu", watch=Watch(quiet=True))
+
+    return evaluate
+
+
+def test_perplexity_is_that_of_the_model_alone(folders, evaluate, text):
+    found = evaluate(folders[:2])
+    for folder, row in zip(folders, found["results"], strict=False):
+        (tokens,) = read_texts(folder=Path(folder), sources=[text], max_tokens=640)
+        model = open_model(Path(folder), torch.device("cpu"), torch.float32)
+        assert row["perplexity"] == [perplexity(model, tokens.tokens, context=64, source=text)]
+        assert (row["fidelity"], row["noise_floor"], row["tasks"]) == ([], [], None)
+
+
+def test_fidelity(folders, evaluate):
+    base, one, two = folders
+    found = evaluate([one, two], fidelity=base)
+    rows = {row["model"]: row for row in found["results"]}
+    assert [*rows] == [base, one, two] and found["fidelity_to"] == base
+    alone = evaluate([base, one, two])
+    assert [row["perplexity"] for row in alone["results"]] == [row["perplexity"] for row in found["results"]]
+    (floor,) = rows[base]["noise_floor"]
+    assert (floor.dtype, floor.base_dtype) == ("bfloat16", "float32") and rows[base]["fidelity"] == []
+    for model in (one, two):
+        (fidelity,), (p,) = rows[model]["fidelity"], rows[model]["perplexity"]
+        assert (fidelity.sha256, fidelity.tokens, fidelity.dtype) == (p.sha256, p.tokens, p.dtype)
+        assert fidelity.kl_mean > 100 * floor.kl_mean > 0 and fidelity.top1 < floor.top1
+    plain = json.loads(json.dumps(to_json(found), allow_nan=False))
+    assert plain["results"][1]["fidelity"][0]["kl_mean"] == rows[one]["fidelity"][0].kl_mean
+    # of itself, named twice or not
+    (row,) = evaluate([base, base], fidelity=base)["results"]
+    assert row["model"] == base and row["perplexity"] == rows[base]["perplexity"]
+    assert evaluate([two, one], fidelity=base)["results"][1]["fidelity"] == rows[two]["fidelity"]
+
+
+def test_a_model_against_itself(folders, evaluate, tmp_path):
+    (tmp_path / "same").symlink_to(folders[0])
+    (fidelity,) = evaluate([str(tmp_path / "same")], fidelity=folders[0])["results"][1]["fidelity"]
+    assert (fidelity.kl_mean, fidelity.kl_p99, fidelity.top1) == (0, 0, 1)
+
+
+def test_models_that_do_not_fit_together_run_one_after_another(folders, evaluate, monkeypatch):
+    together = evaluate(folders[1:], fidelity=folders[0])
+    monkeypatch.setattr(measure, "available_memory", lambda: 200_000)  # one of them needs 260 kB
+    opened, most = [], 0
+    load = open_model
+
+    def count(folder, device, dtype, trust):
+        nonlocal most
+        gc.collect()
+        opened.append(weakref.ref(model := load(folder, device, dtype, trust)))
+        most = max(most, sum(ref() is not None for ref in opened))
+        return model
+
+    monkeypatch.setattr(measure, "open_model", count)
+    apart = evaluate(folders[1:], fidelity=folders[0])
+    assert apart["results"] == together["results"]
+    assert (len(opened), most) == (4, 1)
+
+
+def test_other_tokens_are_refused(folders, evaluate, save_model, tmp_path, text):
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel()
+    other = save_model(CONFIG, tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").unlink()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(other)
+    with pytest.raises(InputError, match=r"other cannot be compared.*tokenizers cut.*original that it was made from"):
+        evaluate([str(other)], fidelity=folders[0], max_tokens=200)
+    wide = save_model(LlamaConfig(**{**CONFIG.to_dict(), "vocab_size": 128}), tmp_path / "wide")
+    with pytest.raises(InputError, match=r"vocabularies differ \(96 and 128"):
+        evaluate([str(wide)], fidelity=folders[0])
+    long = save_model(LlamaConfig(**{**CONFIG.to_dict(), "max_position_embeddings": 128}), tmp_path / "long")
+    with pytest.raises(InputError, match="the same --context"):
+        evaluate([str(long)], fidelity=folders[0])
+    assert evaluate([str(long)], fidelity=folders[0], context=32)["results"][1]["fidelity"][0].context == 32
+
+
+def test_mistakes_cost_nothing(folders, evaluate, tmp_path, save_model, monkeypatch):
+    monkeypatch.setattr(measure, "open_model", lambda *a: pytest.fail("a model was opened"))
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "short.txt").write_text("abc")
+    bare = save_model(CONFIG, tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).unlink(missing_ok=True)
+    for models_, wanted, said in (
+        (folders, {"sources": (str(tmp_path / "blank.txt"),)}, "holds no text"),
+        (folders, {"sources": (str(tmp_path / "short.txt"),)}, "3 tokens .* at least one window of 64"),
+        ([str(bare)], {}, "no tokenizer"),
+        (folders, {"sources": ()}, "nothing to measure"),
+    ):
+        with pytest.raises(InputError, match=said):
+            evaluate(models_, **wanted)
+
+
+def test_the_command(folders, text, tmp_path):
+    base, one, _ = folders
+    options = ["--ppl", text, "--max-tokens", "640", "--device", "cpu", "--fidelity", base]
+    result = CliRunner().invoke(app, ["eval", one, *options, "--json", str(tmp_path / "found.json")])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "found.json").read_text(), parse_constant=pytest.fail)
+    assert found["command"].startswith("ultralowbit eval ") and {"torch", "device"} <= found["environment"].keys()
+    for part in ("token perplexity", "KL mean", "noise floor", "same top-1", "bfloat16 against float32"):
+        assert part in result.stdout
+    assert f"{found['results'][1]['fidelity'][0]['kl_mean']:.3g}" in result.stdout

@@ -1,0 +1,200 @@
+"""The plan's sizes are what compress then writes, to the byte; its estimates are sane."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PhiConfig
+
+from ultralowbit.bench.models import Shape, write_model, write_text
+from ultralowbit.checkpoint.size import measure_size
+from ultralowbit.errors import InputError
+from ultralowbit.nn.inputs import shared_inputs
+from ultralowbit.pipeline.compress import compress
+from ultralowbit.pipeline.estimate import estimate
+from ultralowbit.pipeline.source import open_decoder
+from ultralowbit.recipe import Recipe
+
+SHAPE = Shape(hidden=64, inter=172, heads=4, kv_heads=2, vocab=96)
+RECIPES = {
+    "pb_llm": {"quantize": {"method": "pb_llm"}},
+    "gptq": {"quantize": {"method": "gptq", "bits": 2}},
+    "ptq161": {"quantize": {"method": "ptq161"}},
+    "ptq161-mixed": {
+        "quantize": {"method": "ptq161", "compensation": "gptq"},
+        "overrides": [{"match": "*.o_proj", "quantize": {"method": "ptq161"}}],
+    },
+    "rtn": {"quantize": {"method": "rtn", "bits": 3, "group": None, "symmetric": True}},
+    "sign": {"quantize": {"method": "sign", "planes": 3, "group": 32, "iterations": 2}},
+    "mixed": {
+        "quantize": {"method": "sign"},
+        "ignore": ["*.0.*.down_proj"],
+        "overrides": [{"match": "*.v_proj", "quantize": {"method": "rtn", "bits": 8, "group": 64}}],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write_text(folder / "text.txt", 500, SHAPE.vocab)
+    return write_model(folder, layers=2, shape=SHAPE)
+
+
+def recipe(model, name="gptq", **calibration):
+    calibration = {"source": str(model / "text.txt"), "samples": 4, "length": 16, **calibration}
+    return Recipe.model_validate({"name": name, "calibration": calibration, **RECIPES[name]})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_sizes_are_exact(model, name, tmp_path):
+    planned = estimate(str(model), recipe(model, name), device="cpu")
+    measured = measure_size(compress(str(model), recipe(model, name), tmp_path / "out", device="cpu").folder)
+    assert planned.size == replace(measured, header_bytes=0)
+    assert planned.size.total_bytes == measured.total_bytes
+    assert planned.size.linear_bits_per_weight == measured.linear_bits_per_weight
+    assert planned.size.model_bits_per_weight == measured.model_bits_per_weight
+
+
+@pytest.mark.parametrize(
+    ("quantize", "exact"),
+    [
+        ({"method": "gptq"}, True),
+        ({"method": "billm"}, True),  # which columns are salient depends on data, their bits do not
+        ({"method": "pb_llm"}, True),
+        ({"method": "pb_llm", "selection": "threshold"}, False),
+        ({"method": "arb_rc"}, False),
+        ({"method": "ptq161"}, True),
+    ],
+)
+def test_sizes_that_depend_on_data_are_said_to(model, tmp_path, quantize, exact):
+    chosen = recipe(model).model_copy(
+        update={"quantize": Recipe.model_validate({"name": "x", "quantize": quantize}).quantize}
+    )
+    planned = estimate(str(model), chosen, device="cpu")
+    assert any("depends on data" in note for note in planned.notes) is not exact
+    measured = measure_size(compress(str(model), chosen, tmp_path / "out", device="cpu").folder)
+    assert (planned.size.total_bytes == measured.total_bytes) is exact
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=96, n_positions=32, n_embd=64, n_layer=2, n_head=4),
+        OPTConfig(
+            vocab_size=96,
+            hidden_size=64,
+            ffn_dim=80,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+            word_embed_proj_dim=32,
+        ),
+        LlamaConfig(
+            vocab_size=96,
+            hidden_size=64,
+            intermediate_size=100,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            tie_word_embeddings=True,
+            attention_bias=True,
+            dtype="float32",
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_sizes_are_exact_for_tied_biased_and_transposed(config, tmp_path):
+    folder = str(tmp_path / "model")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    rtn = Recipe.model_validate({"name": "rtn", "quantize": {"method": "rtn", "bits": 2, "group": 32}})
+    planned = estimate(folder, rtn, device="cpu")
+    assert planned.size == replace(measure_size(compress(folder, rtn, tmp_path / "out").folder), header_bytes=0)
+
+
+def test_groups_are_the_pipelines(model, tmp_path):
+    decoder = open_decoder(model, torch.device("cpu"))
+    groups = {}
+    for name, leader in shared_inputs(decoder).items():
+        groups.setdefault(leader, []).append(name.split(".", 4)[-1].removesuffix("_proj"))
+    assert list(groups.values()) == [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]] * 2
+
+    phi = PhiConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
+    )  # its attention and MLP run side by side
+    AutoModelForCausalLM.from_config(phi).save_pretrained(tmp_path)
+    groups = shared_inputs(open_decoder(tmp_path, torch.device("cpu")))
+    assert groups["model.layers.0.mlp.fc1"] == groups["model.layers.0.self_attn.q_proj"]
+
+
+def test_memory_and_disk_follow_the_calibration(model):
+    small = estimate(str(model), recipe(model), device="cpu")
+    large = estimate(str(model), recipe(model, samples=400), device="cpu")
+    assert large.disk["activation files"] == 100 * small.disk["activation files"] == 100 * 2 * 4 * 16 * 64 * 4
+    assert large.disk["packed checkpoint"] == small.size.total_bytes
+    assert small.device_memory == {} and small.memory["this process"] > 1e7
+    # the widest, of down: an fp32 sum and an fp32 factor
+
+    assert small.memory["Hessian and its factor"] == 8 * 172**2
+
+
+def test_no_data_no_forward_passes(model):
+    planned = estimate(str(model), recipe(model, "rtn"), device="cpu")
+    assert planned.disk["activation files"] == 0
+    assert planned.seconds.keys() == {"hashing", "rounding"}
+
+
+def test_stages_that_train_are_in_the_estimates(model):
+    training = {"lr": {"scale": 1e-3}, "epochs": 3, "batch": 2}
+    plain = recipe(model)
+    stages = {
+        "blockwise": {"objective": {"kind": "mse"}, "training": training},
+        "finetune": {"objective": {"kind": "kl"}, "training": training},
+        "preprocess": {"training": training | {"lr": {"adapter": 1e-3}}},
+    }
+    before = estimate(str(model), plain, device="cpu")
+    trained = Recipe.model_validate(plain.model_dump() | stages)
+    planned = estimate(str(model), trained, device="cpu")
+    assert {"tuning", "distilling", "preparing"} <= planned.seconds.keys()
+    assert planned.seconds["preparing"] > planned.seconds["tuning"] > 0
+    assert planned.disk["activation files"] == 2.5 * before.disk["activation files"]
+    assert planned.size == before.size
+
+    latent = {"finetune": stages["finetune"] | {"training": training | {"lr": {"latent": 1e-3}, "batch": 256}}}
+    planned = estimate(str(model), Recipe.model_validate(plain.model_dump() | latent), device="cpu")
+    weights = sum(math.prod(shape) for shape in SHAPE.linears.values()) * 2
+    assert planned.memory["latent weights, gradients and moments"] == 16 * weights
+
+
+def test_magnitudes_take_forward_passes_but_no_hessian(model):
+    planned = estimate(str(model), recipe(model, "ptq161"), device="cpu")
+    assert planned.seconds.keys() == {"forward passes", "hashing", "rounding"}
+    assert planned.memory["Hessian and its factor"] == 0
+    assert planned.disk["activation files"] == 2 * 4 * 16 * 64 * 4
+
+
+def test_what_does_not_fit_is_said(model):
+    planned = estimate(str(model), recipe(model), device="cpu")
+    assert planned.warnings == []
+    tight = replace(planned, available_disk=10, available_memory=10)
+    assert [w.split(" are needed")[0].split(" of ")[1] for w in tight.warnings] == ["memory", "disk"]
+    assert str(tight).count("WARNING") == 2
+
+
+def test_prints_and_json(model):
+    planned = estimate(str(model), recipe(model), device="cpu")
+    found = json.loads(json.dumps(planned.to_dict()))
+    assert found["size"]["total_bytes"] == planned.size.total_bytes
+    assert found["seconds_total"] == pytest.approx(sum(planned.seconds.values()))
+    assert all(seconds >= 0 for seconds in planned.seconds.values())
+    assert f"{planned.size.total_bytes:,} bytes" in str(planned)
+
+
+def test_refuses_what_compress_refuses(model):
+    with pytest.raises(InputError, match="nothing would be compressed"):
+        estimate(str(model), recipe(model).model_copy(update={"ignore": ("*",)}), device="cpu")
+    with pytest.raises(InputError, match="no such folder"):
+        estimate("./nowhere", recipe(model))

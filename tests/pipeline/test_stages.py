@@ -1,0 +1,239 @@
+"""The stages that train: what is packed is what was trained, killed runs go on, and bad settings are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import ultralowbit
+from ultralowbit.data.calibration import calibrate
+from ultralowbit.errors import InputError
+from ultralowbit.hub import open_tokenizer
+from ultralowbit.nn.linear import PackedLinear
+from ultralowbit.pipeline.compress import compress
+from ultralowbit.recipe import Recipe
+from ultralowbit.training.loop import fit
+
+LLAMA = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+
+SCALES = {"lr": {"scale": 1e-2}, "epochs": 3, "batch": 2, "evaluations": 3}
+TUNE = {"objective": {"kind": "mse"}, "held_out": 0.2, "training": SCALES}
+DISTILL = {"objective": {"kind": "kl"}, "held_out": 0.2, "training": SCALES}
+PB_LLM = {"method": "pb_llm", "salience": "magnitude", "compensation": "none"}
+PREPARE = {"rank": 4, "held_out": 0.2, "training": {"lr": {"adapter": 1e-2}, "epochs": 3, "batch": 2}}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, save_model) -> Path:
+    return save_model(AutoConfig.for_model("llama", **LLAMA), tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    """A local file with something to be learnt."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 100)
+    return str(path)
+
+
+@pytest.fixture
+def recipe(text) -> Callable[..., Recipe]:
+    """recipe(stage=..., ...): one sign plane, rounded to nearest, on ten windows of a local text."""
+
+    def make(**values: Any) -> Recipe:
+        quantize = {"method": "sign", "damp": 1.0}
+        calibration = {"source": text, "samples": 10, "length": 24}
+        return Recipe.model_validate({"name": "test", "quantize": quantize, "calibration": calibration} | values)
+
+    return make
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+def windows(source: Path, recipe: Recipe) -> torch.Tensor:
+    spec = recipe.calibration
+    return calibrate(
+        spec.source, open_tokenizer(source), samples=spec.samples, length=spec.length, seed=spec.seed,
+        model_path=source, device=torch.device("cpu"), progress=None,
+    ).tokens  # fmt: skip
+
+
+@torch.no_grad()
+def hidden_states(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
+    return list(model(tokens, output_hidden_states=True).hidden_states)
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_tuned_blocks_are_nearer_to_the_original(config, source, save_model, recipe, tmp_path):
+    """Both objectives of the report are those of the packed blocks, on windows that were held out."""
+    if config is GPT2:
+        source = save_model(AutoConfig.for_model("gpt2", **GPT2), tmp_path / "gpt2")
+    tuned = recipe(blockwise=TUNE)
+    plain = compress(str(source), recipe(), tmp_path / "plain")
+    result = compress(str(source), tuned, tmp_path / "tuned")
+    reports = list(result.manifest["tuning"].values())
+    assert len(reports) == 2
+    assert all(r["after"] < r["before"] for r in reports)
+    assert plain.manifest["layers"].keys() == result.manifest["layers"].keys()
+    assert all(layer["error"] is None for layer in result.manifest["layers"].values())
+
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    packed = ultralowbit.load(tmp_path / "tuned", dtype=torch.float32)
+    held_out = windows(source, tuned)[8:]
+    # block 0: both streams feed it the same, so that its objective is twice the error of its outputs
+    ours, theirs = (hidden_states(model, held_out)[1] for model in (packed, original))
+    assert 2 * (ours - theirs).square().mean().item() == pytest.approx(reports[0]["after"], rel=1e-4)
+
+
+def test_codes_stay_where_only_scales_are_trained(source, recipe, tmp_path):
+    plain, tuned = tmp_path / "plain", tmp_path / "tuned"
+    compress(str(source), recipe(), plain)
+    compress(str(source), recipe(blockwise=TUNE), tuned)
+    before, after = tensors(plain), tensors(tuned)
+    first = [name for name in before if "layers.0" in name and name.endswith("proj.weight")]
+    assert len(first) == 7 and all(torch.equal(before[name], after[name]) for name in first)
+    assert not any(torch.equal(before[f"{name}_scale"], after[f"{name}_scale"]) for name in first)
+    others = [name for name in before if "proj" not in name]
+    assert all(torch.equal(before[name], after[name]) for name in others)
+
+
+@pytest.mark.parametrize("objective", [{"kind": "kl"}, {"kind": "dad"}, {"kind": "ce"}, {"kind": "lowrank"}])
+def test_distilling_lowers_the_objective_of_the_packed_model(source, recipe, tmp_path, objective):
+    distilled = recipe(finetune=DISTILL | {"objective": objective})
+    result = compress(str(source), distilled, tmp_path / "out")
+    report = result.manifest["finetune"]
+    assert report["after"] < report["before"]
+    if objective["kind"] == "kl":
+        tokens = windows(source, distilled)[8:]
+        with torch.no_grad():
+            log_p, log_q = (
+                model(tokens).logits.log_softmax(-1)
+                for model in (
+                    AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
+                    ultralowbit.load(tmp_path / "out", dtype=torch.float32),
+                )
+            )
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+        assert kl == pytest.approx(report["after"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "quantize, training, scales",
+    [
+        (
+            {"method": "pb_llm", "ratio": 0.1, "salience": "magnitude", "compensation": "none"},
+            {"latent": 1e-3},
+            "analytic",
+        ),
+        ({"method": "db_llm", "group": 32}, {"scale": 1e-3}, "free"),
+        ({"method": "sign", "planes": 2}, {"latent": 1e-3, "scale": 1e-3}, "free"),
+        ({"method": "gptq", "bits": 2, "group": 32}, {"scale": 1e-3}, "free"),
+    ],
+    ids=["pb-llm", "db-llm", "sign-2", "gptq-2"],
+)
+def test_every_format_that_can_be_trained_is(source, recipe, tmp_path, quantize, training, scales):
+    stage = {"objective": {"kind": "kl"}, "scales": scales, "training": SCALES | {"lr": training}}
+    result = compress(str(source), recipe(quantize=quantize, finetune=stage), tmp_path / "out")
+    report = result.manifest["finetune"]
+    assert report["after"] < report["before"]
+    packed = [m for m in ultralowbit.load(tmp_path / "out").modules() if isinstance(m, PackedLinear)]
+    assert len(packed) == 14
+
+
+def test_preprocessing_restores_before_it_quantizes(source, recipe, tmp_path):
+    """The adapters lower the loss of the quantized model; what is quantized in the end is the model with them merged,
+    of which only the Linears differ from the original."""
+    result = compress(str(source), recipe(preprocess=PREPARE), tmp_path / "out")
+    plain = compress(str(source), recipe(), tmp_path / "plain")
+    report = result.manifest["preprocess"]
+    assert report["after"] < report["before"]
+    ours, theirs = tensors(result.folder), tensors(plain.folder)
+    assert ours.keys() == theirs.keys()
+    differ = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert differ and all("proj" in name for name in differ)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "plain"]
+
+
+class Stop:
+    """Ends the run at the n-th step of a stage."""
+
+    def __init__(self, stage: str, n: int) -> None:
+        self.stage, self.left, self.current = stage, n, ""
+
+    def start(self, what: str, total: int) -> None:
+        self.current = what
+
+    def step(self, n: int = 1) -> None:
+        if self.current.startswith(self.stage):
+            self.left -= n
+            if self.left <= 0:
+                raise KeyboardInterrupt
+
+    def say(self, line: str) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "stage, stop, steps",
+    [
+        ({"blockwise": TUNE}, "blocks", (1, 5, 9)),
+        ({"finetune": DISTILL}, "distilling", (1, 7)),
+        ({"preprocess": PREPARE}, "training adapters", (1, 7)),
+        ({"preprocess": PREPARE}, "blocks", (2, 3)),
+    ],
+    ids=["blockwise", "finetune", "adapters", "after-adapters"],
+)
+def test_an_interrupted_stage_ends_with_the_same_bytes(source, recipe, tmp_path, monkeypatch, stage, stop, steps):
+    whole = compress(str(source), recipe(**stage), tmp_path / "whole")
+    monkeypatch.setitem(fit.__kwdefaults__, "save_seconds", 0.0)
+    for n in steps:
+        with pytest.raises(KeyboardInterrupt):
+            compress(str(source), recipe(**stage), tmp_path / "out", progress=Stop(stop, n))
+    result = compress(str(source), recipe(**stage), tmp_path / "out")
+    expected, found = tensors(whole.folder), tensors(result.folder)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_another_text_to_train_on_is_another_run(source, recipe, tmp_path, text):
+    other = tmp_path / "other.txt"
+    other.write_text(Path(text).read_text()[::-1])
+    compress(str(source), recipe(finetune=DISTILL), tmp_path / "out")
+    data = {"source": str(other), "samples": 10, "length": 24}
+    with pytest.raises(InputError, match="different"):
+        compress(str(source), recipe(finetune=DISTILL | {"data": data}), tmp_path / "out")
+    fingerprint = json.loads((tmp_path / "out/manifest.json").read_text())["fingerprint"]
+    assert set(fingerprint["calibration"]) == {"sha256", "finetune sha256"}
+
+
+def test_a_format_without_what_is_to_be_trained_is_refused_in_words(source, recipe, tmp_path):
+    stage = TUNE | {"training": SCALES | {"lr": {"offset": 1e-3}}}
+    with pytest.raises(InputError, match="x1sign/row has none of what is to be trained: offset"):
+        compress(str(source), recipe(blockwise=stage), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_that_makes_nothing_better_changes_nothing(source, recipe, tmp_path):
+    """A rate so large that the first step spoils all."""
+    stage = {"training": SCALES | {"lr": {"scale": 1e3}}}
+    plain = compress(str(source), recipe(), tmp_path / "plain")
+    result = compress(str(source), recipe(blockwise=TUNE | stage, finetune=DISTILL | stage), tmp_path / "out")
+    assert result.manifest["finetune"]["best_step"] == 0
+    assert result.manifest["finetune"]["after"] == result.manifest["finetune"]["before"]
+    expected, found = tensors(plain.folder), tensors(result.folder)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    errors = [[layer["error"] for layer in r.manifest["layers"].values()] for r in (plain, result)]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-5)  # in sums over other batches

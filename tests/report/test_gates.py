@@ -1,0 +1,107 @@
+"""Limits hold or are named, what to try can be typed, and a repeated token is seen."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ultralowbit.recipe import Recipe, shipped
+from ultralowbit.report.gates import LADDER, Continuation, Limits, advice, continuation, exceeded
+
+
+def rows(before: float | None, after: float, kl: float | None) -> tuple[dict, dict]:
+    original = {"perplexity": [] if before is None else [{"source": "a", "perplexity": before}]}
+    fidelity = [] if kl is None else [{"source": "a", "kl_mean": kl}]
+    return original, {"perplexity": [{"source": "a", "perplexity": after}], "fidelity": fidelity}
+
+
+@pytest.mark.parametrize(
+    ("limits", "measured", "said"),
+    [
+        (Limits(), (10, math.nan, math.nan), []),
+        (Limits(ppl_ratio=3), (10, 30, None), []),
+        (Limits(ppl_ratio=3), (10, 30.1, None), ["3.01 times the original's, --max-ppl-ratio allows 3"]),
+        (Limits(ppl_ratio=3), (10, math.nan, None), ["nan times"]),
+        (Limits(ppl_ratio=3), (10, "inf", None), ["inf times"]),  # as report.json holds it
+        (Limits(ppl_ratio=3), (None, 30, None), ["cannot be checked"]),
+        (Limits(kl=0.5), (10, 99, 0.5), []),
+        (Limits(kl=0.5), (10, 10, 0.51), ["0.51 nats a token, --max-kl allows 0.5"]),
+        (Limits(kl=0.5), (10, 10, math.nan), ["nan nats"]),
+        (Limits(kl=0.5), (10, 10, None), ["cannot be checked"]),
+        (Limits(ppl_ratio=1, kl=0.5), (10, 20, 1), ["2.00 times", "1 nats"]),
+    ],
+)
+def test_limits(limits, measured, said):
+    found = exceeded(limits, *rows(*measured))
+    assert len(found) == len(said) and all(part in line for part, line in zip(said, found, strict=True))
+    assert bool(limits) == (limits != Limits())
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_what_to_try_can_be_typed(name):
+    text = advice(Recipe.load(name))
+    settings = re.findall(r"--set (\S+?)\)", text)
+    assert text.startswith("Try ") and text.endswith(").") and settings
+    for setting in settings:
+        assert Recipe.load(name, [setting]) != Recipe.load(name)
+    for recipe in re.findall(r"--recipe (\S+?)\)", text):
+        assert recipe in LADDER and recipe != name
+
+
+def test_advice_goes_up():
+    assert "--set quantize.planes=2" in advice(Recipe.load("sign-1")) and "--recipe sign-2)" in advice(
+        Recipe.load("sign-1")
+    )
+    two = advice(Recipe.load("gptq-2bit"))
+    assert all(part in two for part in ("quantize.bits=3", "quantize.group=64", "--samples 256", "--recipe gptq-3bit"))
+    assert "quantize.bits=8" in advice(Recipe.load("gptq-4bit")) and "--recipe" not in advice(Recipe.load("gptq-4bit"))
+    assert "--samples" not in advice(Recipe.load("rtn-4bit"))  # it reads no text
+    assert "quantize.group" not in advice(Recipe.load("gptq-2bit", ["quantize.group=32"]))
+    skipped = Recipe.load("gptq-4bit", ["quantize.bits=8", "quantize.group=32", "calibration.samples=3"])
+    assert advice(skipped) == "Try more calibration text (--samples 6)."
+
+
+class Words:
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=32, initializer_range=0.5, eos_token_id=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+def test_a_continuation_takes_the_likeliest_token(llama):
+    tokens = torch.randint(32, (100,), generator=torch.Generator().manual_seed(1))
+    seen = []
+    found = continuation(llama, Words(), tokens, prompt=8, length=6, progress=lambda *done: seen.append(done))
+    ids = tokens[:8].tolist()
+    with torch.no_grad():
+        for _ in range(6):
+            ids.append(llama(torch.tensor([ids])).logits[0, -1].argmax().item())
+    assert found.prompt == Words().decode(tokens[:8].tolist()) and found.text == Words().decode(ids[8:])
+    assert found.share == max(ids[8:].count(i) for i in ids[8:]) / 6 and seen[-1] == (6, 6)
+    short = continuation(llama, Words(), tokens[:3])  # of a short text, in a context of 32
+    assert len(short.prompt.split()) == 3 and len(short.text.split()) == 24
+    assert len(continuation(llama, Words(), tokens).prompt.split()) == 8  # cut so that the rest fits
+
+
+def test_a_repeated_token_is_seen(llama):
+    broken = LlamaForCausalLM(llama.config).eval()
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(torch.nan)
+    found = continuation(broken, Words(), torch.arange(20))
+    assert (found.share, found.repeats) == (1, True)
+    assert not replace(found, share=0.4).repeats and Continuation("", "", 0.5).repeats
+    assert found.to_dict()["repeats"] is True

@@ -1,0 +1,173 @@
+"""The table of methods: resumable, one failure does not cost the others, tracks beside perplexity."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from ultralowbit.cli.app import app
+from ultralowbit.report import sweep as bench_methods
+
+CONFIG = LlamaConfig(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(save_model, tmp_path_factory) -> Path:
+    return save_model(CONFIG, tmp_path_factory.mktemp("methods") / "tiny")
+
+
+@pytest.fixture
+def bench(model, text, tmp_path, monkeypatch):
+    """bench(*options) runs the command into `out`; a recipe `broken` is there beside the shipped ones."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ultralowbit.report.plots.save", lambda plot, folder: {"wide": "", "narrow": ""})  # slow
+    Path("broken.yaml").write_text(
+        "quantize: {method: rtn}\noverrides: [{match: '*.nothing', quantize: {method: rtn}}]\n"
+    )
+    Path("sign-2.yaml").write_text("quantize: {method: sign, planes: 2}\n")
+    Path("other.txt").write_text("0123456789 " * 200)
+
+    def run(*options: str):
+        common = ["--calib", text, "--samples", "4", "--length", "32", "--eval", text, "--max-tokens", "640", "-q"]
+        args = ["bench", "methods", str(model), *common, "--context", "32", "--device", "cpu", "--out", "out"]
+        return CliRunner(env={"COLUMNS": "160"}).invoke(app, [*args, *options])
+
+    return run
+
+
+def test_seeds_failures_and_tracks_in_one_table(bench, monkeypatch, tmp_path):
+    options = ("--recipes", "rtn-4bit,sign-2,./broken.yaml", "--seeds", "0,3", "--calib", "other.txt")
+    result = bench(*options)
+    assert result.exit_code == 1, result.output  # one failed
+    runs = sorted(path.parent.relative_to(tmp_path / "out/runs/tiny") for path in tmp_path.glob("out/**/manifest.json"))
+    expected = ["rtn-4bit/seed-0", "sign-2/calibrated-on-other.txt", "sign-2/seed-0", "sign-2/seed-3"]
+    assert [path.as_posix() for path in runs] == expected  # no seed for what reads no text
+    comparison = json.loads(Path("out/report.json").read_text(), parse_constant=pytest.fail)
+    (section,) = comparison["sections"]
+    found = {row["label"]: row for row in section["rows"]}
+    assert [*found] == ["original", "rtn-4bit", "sign-2"]
+    assert [run["seed"] for run in found["sign-2"]["runs"]] == [0, 3]
+    quality = next(column["key"] for column in section["columns"] if column["group"] == "perplexity")
+    stored = [
+        json.loads(Path(f"out/runs/tiny/sign-2/seed-{s}/report.json").read_text())["packed"]["perplexity"][0]
+        for s in (0, 3)
+    ]
+    assert found["sign-2"]["metrics"][quality]["values"] == [p["perplexity"] for p in stored]
+    failed = comparison["failed"]
+    assert {entry["label"] for entry in failed} == {"broken/seed-0", "broken/seed-3", "broken/calibrated-on-other.txt"}
+    assert all("matches no Linear" in entry["error"] for entry in failed) and "matches no Linear" in result.stdout
+
+    (of_model,) = comparison["tracks"]["models"]
+    tracks = {row["label"]: row["tracks"] for row in of_model["rows"]}
+    sign = {name: track["ratios"] for name, track in tracks["sign-2"].items()}
+    original = found["original"]["metrics"][quality]["mean"]
+    nll = sum(p["nll"] for p in stored) / 2
+    assert [*sign["language"].values()] == [pytest.approx(math.log(original) / nll)]
+    assert sign["cost"].keys() == {"time", "seeds"} and tracks["rtn-4bit"]["cost"]["ratios"].keys() == {"time"}
+    assert {"typos", "casing", "whitespace", "calibration on other.txt"} <= sign["robustness"].keys()
+    bits = found["sign-2"]["metrics"]
+    assert sign["complexity"] == {"linear": 16 / bits["linear_bits"]["mean"], "model": 16 / bits["model_bits"]["mean"]}
+    assert sign["inference"].keys() == {"prompt", "decoding"} and not sign["tasks"]
+    assert comparison["tracks"]["across"] == []
+    page, markdown = Path("out/report.html").read_text(), Path("out/report.md").read_text()
+    for part in ("gave no result", "matches no Linear", "calibration on other.txt"):
+        assert part in page
+    assert "| sign-2 |" in markdown and "Time is compared with" in markdown
+
+    # again: nothing is run or measured
+    monkeypatch.setattr("ultralowbit.eval.runner.open_model", lambda *a, **k: pytest.fail("measured again"))
+    monkeypatch.setattr(bench_methods, "open_model", lambda *a, **k: pytest.fail("measured again"))
+    monkeypatch.setattr("ultralowbit.pipeline.stream.quantize_linear", lambda *a, **k: pytest.fail("packed again"))
+    assert bench(*options).exit_code == 1
+    again = json.loads(Path("out/report.json").read_text())
+    assert again["tracks"] == comparison["tracks"]
+    assert [s["rows"] for s in again["sections"]] == [s["rows"] for s in comparison["sections"]]
+
+
+@pytest.fixture
+def tasks_dir(tmp_path) -> Path:
+    """A folder with one task, whose data are local."""
+    pytest.importorskip("lm_eval")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [{"question": f"{i} and", "choices": [f" {i} {i}", f" {7 * i % 9}"], "gold": i % 2} for i in range(12)]
+    (folder / "toy.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "toy", "dataset_path": "json", "validation_split": "validation", "metadata": {"version": 1.0},
+        "dataset_kwargs": {"data_files": {"validation": str(folder / "toy.jsonl")}, "cache_dir": str(folder / "cache")},
+        "doc_to_text": "{{question}}", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}",
+        "doc_to_target": "gold", "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    (folder / "toy.yaml").write_text(json.dumps(task))
+    return folder
+
+
+def test_tasks_are_asked_once_and_stand_in_the_table(bench, tasks_dir, monkeypatch):
+    options = ["--recipes", "rtn-4bit,sign-2", "--seeds", "0,3", "--tasks-dir", str(tasks_dir), "--limit", "10"]
+    asked = []
+    evaluate = bench_methods.evaluation.run
+    monkeypatch.setattr(
+        bench_methods.evaluation, "run", lambda models, *a, **k: asked.extend(models) or evaluate(models, *a, **k)
+    )
+    result = bench(*options, "--tasks", "toy")
+    assert result.exit_code == 0, result.output
+    assert [Path(model).name for model in asked] == ["tiny", "seed-0", "seed-0"]  # the original once
+    comparison = json.loads(Path("out/report.json").read_text())
+    (section,) = comparison["sections"]
+    column = next(c for c in section["columns"] if c["group"] == "accuracy" and c["title"].startswith("toy"))
+    assert "10 of 12 documents" in column["protocol"]
+    scores = {row["label"]: row["metrics"][column["key"]]["values"] for row in section["rows"]}
+    assert scores.keys() == {"original", "rtn-4bit", "sign-2"} and all(len(values) == 1 for values in scores.values())
+    for label in ("rtn-4bit", "sign-2"):
+        kept = json.loads(Path(f"out/runs/tiny/{label}/seed-0/eval-tasks.json").read_text())
+        assert [row["tasks"]["scores"][0]["value"] for row in kept["results"]] == [*scores[label], *scores["original"]]
+
+    asked.clear()
+    assert bench(*options, "--tasks", "toy").exit_code == 0 and not asked
+    assert bench(*options[:-1], "5", "--tasks", "toy").exit_code == 0 and len(asked) == 3  # other questions
+    result = bench(*options, "--tasks", "toyy")
+    assert result.exit_code == 2 and "did you mean 'toy'?" in result.stderr
+
+
+def test_tasks_are_taken_from_eval_json(tmp_path):
+    def row(model: str, value: float) -> dict:
+        score = {"task": "a", "metric": "acc", "value": value, "stderr": None, "chance": 0.5, "documents": 9, "of": 9}
+        score |= {"shots": 0, "version": "1"}
+        tasks = {"scores": [score, {**score, "metric": "acc_norm", "value": value + 0.1}], "averages": []}
+        return {"model": model, "perplexity": [], "fidelity": [], "noise_floor": [], "tasks": tasks}
+
+    found = {"fidelity_to": None, "results": [row("models/tiny", 0.7), row(str(tmp_path), 0.6)]}
+    (tmp_path / "eval.json").write_text(json.dumps(found))
+    seen = bench_methods._Seen.__new__(bench_methods._Seen)
+    seen.one = bench_methods._Results(folders=[tmp_path])
+    packed, original = seen._tasks("tiny")
+    assert packed == {"a": (pytest.approx(0.7), 0.5)} and original == {"a": (pytest.approx(0.8), 0.5)}
+
+
+def test_what_cannot_be_told_apart_or_run_is_refused(bench, model, monkeypatch):
+    for options, words in (
+        (("--recipes", "sign-2,./sign-2.yaml"), "two of the recipes are called sign-2"),
+        (("--recipes", "sign-9"), "no recipe 'sign-9'"),
+        (("--recipes", "sign-2", "--seeds", "a"), "expected numbers with commas"),
+        (("--recipes", "sign-2", str(model) + "/"), "two of the models are called tiny"),
+        (("--recipes", "./broken.yaml"), "every run failed, the first one with: the override"),
+    ):
+        result = bench(*options)
+        assert result.exit_code == 2 and words in result.stderr, (options, result.output)
+
+
+def test_an_interrupt_is_no_failure(bench, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_methods, "compress_and_measure", stop)
+    result = bench("--recipes", "rtn-4bit")
+    assert result.exit_code == 130 and "to go on, run:" in result.stderr

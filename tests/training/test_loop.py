@@ -1,0 +1,421 @@
+"""The loop: it finds minima, keeps the best, survives infinities, and a killed run ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import chain, pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import TypeAdapter, ValidationError
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn import Parameter
+
+from ultralowbit.errors import InputError
+from ultralowbit.progress import Silent
+from ultralowbit.training.loop import Fitted, fit
+from ultralowbit.training.specs import TrainSpec
+
+SAMPLES = 13
+
+
+class Problem:
+    """A two-layer regression from a random start; sample i is `x[i]`, the last four are held out."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(SAMPLES + 4, 6, generator=generator)
+        self.y = torch.tanh(self.x @ torch.randn(6, 5, generator=generator)) @ torch.randn(5, 2, generator=generator)
+        self.hidden = Parameter(0.3 * torch.randn(6, 8, generator=generator))
+        self.out = Parameter(0.3 * torch.randn(8, 2, generator=generator))
+        self.seen: list[list[int]] = []
+
+    @property
+    def parameters(self) -> dict[str, list[Parameter]]:
+        return {"scale": [self.hidden], "row": [self.out], "offset": []}
+
+    @property
+    def values(self) -> list[Tensor]:
+        return [p.detach().clone() for p in (self.hidden, self.out)]
+
+    def error(self, rows) -> Tensor:
+        return F.mse_loss(torch.tanh(self.x[rows] @ self.hidden) @ self.out, self.y[rows])
+
+    def loss(self, rows: list[int]) -> Tensor:
+        self.seen.append(rows)
+        return self.error(rows)
+
+    def evaluate(self) -> float:
+        return self.error(slice(SAMPLES, None)).item()
+
+    def fit(self, spec: TrainSpec, **options) -> Fitted:
+        options = {"loss": self.loss, "evaluate": self.evaluate} | options
+        return fit(self.parameters, options.pop("loss"), spec, SAMPLES, options.pop("evaluate"), **options)
+
+
+def spec(**changes) -> TrainSpec:
+    return TrainSpec(**{"lr": {"scale": 0.02, "row": 0.02}, "epochs": 6, "batch": 2, "evaluations": 6} | changes)
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_training_lowers_the_objective_and_says_so():
+    problem = Problem()
+    start, before = problem.values, problem.evaluate()
+    found = problem.fit(spec())
+    assert found.before == before and found.accepted and not found.notes
+    assert found.after < 0.7 * before and found.after == problem.evaluate()
+    assert found.steps == 6 * 7 and [entry["step"] for entry in found.history] == [7, 14, 21, 28, 35, 42]
+    assert found.after == min(entry["objective"] for entry in found.history)
+    assert found.history[-1]["loss"] < found.history[0]["loss"]
+    assert not same(start, problem.values) and problem.hidden.grad is None
+
+
+def test_it_is_adamw_with_a_rate_for_each_kind():
+    """The same steps written down once more."""
+    problem, again = Problem(), Problem()
+    settings = spec(
+        lr={"scale": 0.02, "row": 0.003}, warmup=0.2, clip_norm=2.5, weight_decay=0.01, betas=(0.8, 0.9),
+        accumulation=2, epochs=3, evaluations=1,
+    )  # fmt: skip
+    found = problem.fit(settings)
+    optimizer = torch.optim.AdamW(
+        [{"params": [again.hidden]}, {"params": [again.out]}], 0, (0.8, 0.9), weight_decay=0.01
+    )
+    norms = []
+    for step in range(12):  # 4 steps an epoch: 4, 4, 4 and 1 samples
+        first = step // 4 * 7 + step % 4 * 2
+        rows = list(chain(*problem.seen[first : first + (2 if step % 4 < 3 else 1)]))
+        assert len(rows) == (4, 4, 4, 1)[step % 4]
+        factor = (step + 1) / 2 if step < 2 else 0.05 + 0.95 * (1 + math.cos(math.pi * (step - 2) / 10)) / 2
+        for group, lr in zip(optimizer.param_groups, (0.02, 0.003), strict=True):
+            group["lr"] = lr * factor
+        optimizer.zero_grad()
+        again.error(rows).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_([again.hidden, again.out], 2.5).item())
+        optimizer.step()
+    assert found.steps == 12 and min(norms) < 2.5 < max(norms)
+    for a, b in zip(problem.values, again.values, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_every_epoch_sees_every_sample_once_in_its_own_order():
+    orders = []
+    for seed in (0, 0, 1):
+        problem = Problem()
+        before = torch.random.get_rng_state()
+        problem.fit(spec(seed=seed, epochs=3))
+        assert torch.equal(before, torch.random.get_rng_state())
+        epochs = [list(chain(*problem.seen[7 * e : 7 * e + 7])) for e in range(3)]
+        assert all(sorted(epoch) == list(range(SAMPLES)) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) == 3
+        orders.append(epochs)
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_the_schedule():
+    rates = [spec(warmup=0.1, final_lr=0.1).factor(step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * k for k in range(1, 11)]) and rates[10] == 1
+    assert all(a > b for a, b in pairwise(rates[10:])) and rates[-1] == pytest.approx(0.1, abs=1e-3)
+    assert spec(final_lr=1).factor(99, 100) == 1 and spec(warmup=1).factor(99, 100) == 1
+    assert [
+        spec(epochs=e, batch=b, accumulation=a).total_steps(SAMPLES)
+        for e, b, a in ((1, 2, 1), (0.01, 2, 1), (1.5, 4, 2), (2, 100, 1))
+    ] == [7, 1, 3, 2]  # fmt: skip
+    assert spec(steps=5).total_steps(SAMPLES) == 5
+
+
+def test_progress_is_told():
+    watch, shares = Watch(), []
+    Problem().fit(spec(epochs=2), progress=watch, what="tuning block 3", on_progress=shares.append)
+    assert (watch.stages, watch.steps, watch.said) == ([("tuning block 3", 14)], 14, [])
+    assert shares == [k / 14 for k in range(14)]
+
+
+# --- what is kept ---------------------------------------------------------------------------------------------------
+
+
+def test_the_start_is_kept_where_nothing_was_better():
+    """An absurd rate, and a held-out objective that has nothing to do with what is trained."""
+    problem = Problem()
+    start = problem.values
+    found = problem.fit(spec(lr={"scale": 1e3, "row": 1e3}))
+    assert same(start, problem.values)
+    assert not found.accepted and found.after == found.before == problem.evaluate() and found.best_step == 0
+    assert found.notes[-1].startswith("the start was kept: the held-out objective was ")
+    problem = Problem()
+    objectives = iter([1.0, *[1.0 + k for k in range(6)]])
+    found = problem.fit(spec(), evaluate=lambda: next(objectives))
+    assert same(start, problem.values) and not found.accepted and found.steps == 42  # a tie is no gain
+
+
+def test_the_best_parameters_are_kept_and_not_the_last():
+    problem, kept = Problem(), []
+    objectives = iter([5.0, 4.0, 2.0, 3.0, 2.5, 9.0, 8.0])
+
+    def evaluate() -> float:
+        kept.append(problem.values)
+        return next(objectives)
+
+    found = problem.fit(spec(), evaluate=evaluate)
+    assert (found.before, found.after, found.best_step, found.accepted) == (5.0, 2.0, 14, True)
+    assert same(problem.values, kept[2]) and not same(problem.values, kept[-1])
+    assert [entry["objective"] for entry in found.history] == [4.0, 2.0, 3.0, 2.5, 9.0, 8.0]
+
+
+def test_patience():
+    problem = Problem()
+    objectives = iter([5.0, 4.0, 4.5, 3.0, 3.5, 3.2, 1.0])
+    found = problem.fit(spec(patience=2), evaluate=lambda: next(objectives))
+    assert (found.steps, found.best_step, found.after) == (35, 21, 3.0)
+    assert found.notes == ("training ended at step 35: 2 evaluations in a row were no better",)
+
+
+# --- what is not finite ---------------------------------------------------------------------------------------------
+
+
+class Watch(Silent):
+    def __init__(self) -> None:
+        self.stages, self.steps, self.said = [], 0, []
+
+    def start(self, what: str, total: int) -> None:
+        self.stages.append((what, total))
+
+    def step(self, n: int = 1) -> None:
+        self.steps += n
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("where", ["loss", "gradient", "objective"])
+def test_one_infinity_costs_half_the_rate_and_a_second_ends_it(where, bad, times):
+    problem, watch, kept = Problem(), Watch(), {}
+    bad_steps, bad_evaluations = {"objective": ([], [3, 5])}.get(where, ([17, 30], []))
+
+    def loss(rows: list[int]) -> Tensor:
+        value = problem.loss(rows)
+        if len(problem.seen) in bad_steps[:times]:
+            if where == "loss":
+                return value * bad
+            value.register_hook(lambda grad: grad * bad)
+        return value
+
+    def evaluate() -> float:
+        kept[len(problem.seen)] = problem.values
+        return bad if len(kept) - 1 in bad_evaluations[:times] else problem.evaluate()
+
+    found = problem.fit(spec(), loss=loss, evaluate=evaluate, progress=watch)
+    assert all(v.isfinite().all() for v in problem.values) and math.isfinite(found.after)
+    assert same(problem.values, kept[found.best_step]) and found.accepted
+    first, second = (17, 30) if where != "objective" else (21, 35)
+    what = {"loss": "the loss was", "gradient": "the gradient's norm was", "objective": "the held-out objective was"}
+    assert re.match(
+        rf"at step {first} {what[where]} (inf|nan): the parameters of step 14 were restored and training went on from "
+        "them at half the learning rates$",
+        found.notes[0],
+    )
+    assert watch.said == [f"WARNING training: {note}" for note in found.notes]
+    if times == 1:
+        assert len(found.notes) == 1 and found.steps == 42 and found.best_step > 14
+    else:
+        assert len(found.notes) == 2 and found.steps == second
+        assert found.notes[1].endswith("were restored and training ended with them")
+
+
+def test_rates_are_halved_once_and_moments_start_anew():
+    """A constant gradient: Adam's first step is the rate itself."""
+    p, values, calls = Parameter(torch.zeros(1)), [], Counter()
+
+    def loss(rows: list[int]) -> Tensor:
+        calls["loss"] += 1
+        values.append(p.item())
+        return p.sum() * (math.inf if calls["loss"] == 4 else 1)
+
+    settings = TrainSpec(lr={"scale": 0.1}, steps=8, batch=1, final_lr=1, evaluations=8, clip_norm=None)
+    found = fit({"scale": [p]}, loss, settings, 1, lambda: p.item())
+    assert values == pytest.approx([0, -0.1, -0.2, -0.3, -0.3, -0.35, -0.4, -0.45], abs=1e-5)
+    assert found.after == pytest.approx(-0.5) and len(found.notes) == 1
+
+
+def test_a_start_that_cannot_be_judged_is_left_for_one_that_can():
+    problem = Problem()
+    objectives = iter([math.nan, *[float(k) for k in range(6)]])
+    found = problem.fit(spec(), evaluate=lambda: next(objectives))
+    assert math.isnan(found.before) and found.after == 0.0 and found.best_step == 7
+
+
+# --- going on after a kill --------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+RUNS = {
+    "plain": {},
+    "accumulation": {"accumulation": 3, "epochs": 14},
+    "patience": {"patience": 1, "lr": {"scale": 0.3, "row": 0.3}},
+    "infinity": {},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("save_seconds", [0, 1e9], ids=["saving every step", "never"])
+def test_a_killed_run_ends_with_the_same_bytes(name, save_seconds, tmp_path, monkeypatch):
+    """Killed in the loss of each step in turn, at each evaluation, and while its state is written."""
+
+    settings = spec(**({"epochs": 3, "evaluations": 3} | RUNS[name]))
+
+    def run(problem: Problem, die: tuple[str, int] | None, file) -> Fitted:
+        calls: Counter[str] = Counter()
+
+        def count(what: str) -> None:
+            calls[what] += 1
+            if die == (what, calls[what]):
+                raise Killed
+
+        def loss(rows: list[int]) -> Tensor:
+            count("loss")
+            return problem.loss(rows) * (math.nan if name == "infinity" and rows[0] == 7 else 1)
+
+        def evaluate() -> float:
+            count("evaluate")
+            return problem.evaluate()
+
+        def replace(self, target, real=Path.replace):
+            count("write")
+            return real(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", replace)
+            return problem.fit(settings, loss=loss, evaluate=evaluate, state=file, save_seconds=save_seconds)
+
+    problem = Problem()
+    whole = run(problem, None, tmp_path / "whole")
+    assert whole.notes or name in ("plain", "accumulation")
+    deaths = {"loss": (1, 2, 5, 9, 16, 21), "evaluate": (1, 2, 3), "write": (1, 4)}
+    for die in ((what, k) for what, times in deaths.items() for k in times):
+        file = tmp_path / f"{die[0]}-{die[1]}"
+        for attempt in (die, ("loss", 2), None):  # killed, killed again soon after, then left alone
+            again = Problem()
+            try:
+                found = run(again, attempt, file)
+            except Killed:
+                continue
+        assert found == whole and same(again.values, problem.values)
+        assert content(file) == content(tmp_path / "whole")
+
+
+def content(file) -> tuple[dict, dict]:
+    """Of a state: bytes of the tensors, and what else it says."""
+    with safe_open(file, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name).numpy().tobytes() for name in stored.keys()}  # noqa: SIM118 - no mapping
+        return tensors, json.loads(stored.metadata()["state"])
+
+
+def test_a_finished_run_is_not_made_again(tmp_path):
+    problem, again = Problem(), Problem()
+    found = problem.fit(spec(), state=tmp_path / "state")
+    assert again.fit(spec(), state=tmp_path / "state", evaluate=None) == found
+    assert not again.seen and same(again.values, problem.values)
+
+
+def test_states_of_something_else_are_refused(tmp_path):
+    file = tmp_path / "state"
+    Problem().fit(spec(), state=file)
+    other = Problem()
+    with torch.no_grad():
+        other.out[0, 0] += 1e-7
+    for problem, settings in ((other, spec()), (Problem(), spec(seed=1)), (Problem(), spec(lr={"scale": 1, "row": 1}))):
+        with pytest.raises(InputError, match=r"state of another training.*remove it"):
+            problem.fit(settings, state=file)
+    for content in (b"", b"{}", file.read_bytes()[:200]):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=r"is no state of a training .*remove it"):
+            Problem().fit(spec(), state=file)
+
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {folder!r})
+from pathlib import Path
+from test_loop import Problem, spec
+problem = Problem()
+
+def loss(rows):
+    time.sleep(0.02)
+    return problem.loss(rows)
+
+problem.fit(spec(epochs=20), loss=loss, state=Path({file!r}), save_seconds=0)
+"""
+
+
+def test_kill_9(tmp_path):
+    """A process that ends in the middle of whatever it does leaves a state that another can go on from."""
+    file = tmp_path / "state"
+    script = SCRIPT.format(folder=str(Path(__file__).parent), file=str(file))
+    killed = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 120
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    problem, again = Problem(), Problem()
+    assert again.fit(spec(epochs=20), state=file) == problem.fit(spec(epochs=20))
+    assert same(again.values, problem.values) and 0 < len(again.seen) < len(problem.seen)
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_trained():
+    problem = Problem()
+    with pytest.raises(InputError, match=r"row would be trained without a learning rate: give lr\.row"):
+        problem.fit(spec(lr={"scale": 1e-3}))
+    with pytest.raises(ValueError, match="nothing to train"):
+        fit({"scale": []}, problem.loss, spec(), SAMPLES, problem.evaluate)
+    with pytest.raises(ValueError, match="nothing to train"):
+        fit(problem.parameters, problem.loss, spec(), 0, problem.evaluate)
+
+
+def test_recipes_spell_the_settings():
+    adapter = TypeAdapter(TrainSpec)
+    assert adapter.validate_python({"lr": {"scale": 1e-3}, "epochs": 1.5, "clip_norm": None}).clip_norm is None
+    for wrong in (
+        {},
+        {"lr": {"scale": 0}},
+        {"lr": {}, "epochs": 0},
+        {"lr": {}, "epoch": 1},
+        {"lr": {}, "betas": [0.9]},
+    ):
+        with pytest.raises(ValidationError):
+            adapter.validate_python(wrong)
+
+
+def test_autocast():
+    seen = []
+
+    def loss(rows: list[int]) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return Problem().out.sum() + p.sum()
+
+    for setting in ("auto", "on", "off"):
+        p = Parameter(torch.zeros(1))
+        fit({"scale": [p]}, loss, TrainSpec(lr={"scale": 1e-3}, steps=1, autocast=setting), 1, lambda: loss([]).item())
+    assert seen == [False] * 3 + [True] * 3 + [False] * 3

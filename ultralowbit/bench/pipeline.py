@@ -1,0 +1,201 @@
+"""What compressing costs beside the work that cannot be avoided."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ultralowbit.bench.models import Shape, write_model, write_text
+from ultralowbit.bench.timing import best_of, sum_over
+from ultralowbit.format.ints import Ints
+from ultralowbit.format.planes import Planes
+from ultralowbit.format.segment import Segment
+from ultralowbit.format.weight import Format, PackedWeight
+from ultralowbit.format.words import group_count
+from ultralowbit.methods.statistics import invert_upper
+from ultralowbit.pipeline.compress import compress
+from ultralowbit.pipeline.source import batched
+from ultralowbit.recipe import Recipe
+from ultralowbit.system import peak_memory
+
+
+def pipeline_bench(
+    layers: Sequence[int] = (4, 22),
+    samples: int = 16,
+    length: int = 512,
+    recipe: str = "gptq-2bit",
+    out: Path | str | None = None,
+    json_file: Path | str | None = None,
+    shape: Shape = Shape(),
+    say: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Compress random models of a few depths, each in a fresh process, and set cost against unavoidable work.
+
+    `out` is the folder for models and outputs, a temporary one unless given. Returns, and writes to `json_file`, what
+    `say` is told: bytes, seconds, GB/s.
+    """
+    result: dict[str, Any] = {
+        "shape": asdict(shape), "recipe": recipe, "samples": samples, "length": length, "torch": torch.__version__,
+        "machine": platform.machine(), "threads": torch.get_num_threads(), "runs": {},
+    }  # fmt: skip
+    say(f"{recipe}, {samples} x {length} tokens, {result['threads']} threads, Llama of {shape}")
+    with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as folder:
+        for depth in layers:
+            run = _fresh_run(Path(folder), depth, samples, length, recipe, shape)
+            result["runs"][depth] = run
+            blocks = sorted(run["block_seconds"])
+            say(
+                f"{depth:>3} layers: peak memory {run['peak_bytes'] / 1e9:.2f} GB, {run['seconds']:.1f} s; a block "
+                f"{statistics.median(blocks):.2f} s ({blocks[0]:.2f} to {blocks[-1]:.2f}), of which solving "
+                f"{run['solving_seconds'] / depth:.2f} s; outside blocks {run['seconds'] - sum(blocks):.1f} s"
+            )
+            if run["unavoidable"]:
+                parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in run["unavoidable"].items())
+                say(
+                    f"           unavoidable {run['unavoidable_seconds']:.1f} s: {parts} a block; "
+                    f"the run takes {run['ratio']:.2f} times that"
+                )
+    peaks = [run["peak_bytes"] for run in result["runs"].values()]
+    medians = [statistics.median(run["block_seconds"]) for run in result["runs"].values()]
+    say(
+        f"between depths, peak memory differs by {(max(peaks) - min(peaks)) / 1e6:.0f} MB, the seconds of a block by "
+        f"{max(medians) / min(medians) - 1:.0%}"
+    )
+    result["packing"] = packing_bench()
+    say("one thread, GB of fp32 weights a second:")
+    for row in result["packing"]:
+        say(f"{row['what']:>24}: pack {row['pack']:5.2f}, unpack {row['unpack']:5.2f}")
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _fresh_run(folder: Path, depth: int, samples: int, length: int, recipe: str, shape: Shape) -> dict[str, Any]:
+    """Compress in a new process, whose peak memory is then the run's own."""
+    model = write_model(folder / f"model-{depth}", depth, shape)
+    text = write_text(folder / "text.txt", 2 * samples * length + 1, shape.vocab)
+    packed = folder / f"packed-{depth}"
+    shutil.rmtree(packed, ignore_errors=True)
+    settings = [f"calibration.source={text}", f"calibration.samples={samples}", f"calibration.length={length}"]
+    task = {"model": str(model), "out": str(packed), "recipe": recipe, "settings": settings, "shape": asdict(shape)}
+    done = subprocess.run(
+        [sys.executable, "-m", "ultralowbit.bench.pipeline", json.dumps(task)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    shutil.rmtree(model)
+    shutil.rmtree(packed)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _run(task: dict[str, Any]) -> dict[str, Any]:
+    """What the fresh process does: compress, note the peak, then time the bare products in the same process."""
+    recipe = Recipe.load(task["recipe"], task["settings"])
+    started = time.perf_counter()
+    manifest = compress(task["model"], recipe, task["out"], device="cpu").manifest
+    seconds = time.perf_counter() - started
+    peak = peak_memory()
+    blocks = list(manifest["block_seconds"].values())
+    bare = {}
+    if manifest["calibration"] is not None:
+        bare = unavoidable(Shape(**task["shape"]), recipe.calibration.samples, recipe.calibration.length)
+    total = len(blocks) * sum(bare.values())
+    return {
+        "peak_bytes": peak,
+        "seconds": seconds,
+        "block_seconds": blocks,
+        "solving_seconds": sum(layer["seconds"] for layer in manifest["layers"].values()),
+        "unavoidable": bare,
+        "unavoidable_seconds": total,
+        "ratio": seconds / total if total else None,
+    }
+
+
+def unavoidable(shape: Shape, samples: int, length: int) -> dict[str, float]:
+    """Seconds of the large products of one block, as bare torch calls in the shapes in which `compress` makes them.
+
+    Both forward passes, a Hessian for each input group, its factor, and the GPTQ updates as one large product a Linear.
+    Softmax, norms, rounding, packing, measuring the error and files are not in it.
+    """
+    batches, rows, _ = batched(torch.empty(samples, length)).shape
+    tokens = rows * length
+
+    def forward(out: int, m: int) -> float:
+        x, weight = torch.randn(tokens, m), torch.randn(out, m)
+        return 2 * batches * best_of(lambda: F.linear(x, weight))
+
+    def hessian(m: int) -> float:
+        x, H = torch.randn(tokens, m), torch.zeros(m, m)
+        return batches * best_of(lambda: H.addmm_(x.T, x))
+
+    def factor(m: int) -> float:
+        H = torch.full((m, m), 1 / m, dtype=torch.float64)
+        H.diagonal().add_(1)
+        return best_of(lambda: invert_upper(torch.linalg.cholesky_ex(H).L.T))
+
+    def update(out: int, m: int) -> float:
+        # by halves: out * m^2 flops in all, half of them in the first product
+        done, rest, U = torch.randn(m // 2, out), torch.randn(m // 2, out), torch.randn(m // 2, m // 2)
+        return 2 * best_of(lambda: rest.addmm_(U.T, done, alpha=-1))
+
+    groups = [shape.hidden, shape.hidden, shape.hidden, shape.inter]  # of q/k/v, o, gate/up, down
+    with torch.random.fork_rng(), torch.no_grad():
+        return {
+            "forward passes": sum_over(forward, shape.linears.values()),
+            "Hessians": sum_over(hessian, [(m,) for m in groups]),
+            "factors": sum_over(factor, [(m,) for m in groups]),
+            "updates": sum_over(update, shape.linears.values()),
+        }
+
+
+def packing_bench(out: int = 2048, columns: int = 2048) -> list[dict[str, Any]]:
+    """GB of fp32 weights a second that one thread packs (from codes) and unpacks, beside a plain copy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        weight = torch.zeros(out, columns)
+        gigabytes = weight.nbytes / 1e9
+        copy = gigabytes / best_of(weight.clone)
+        rows = [{"what": "copy", "pack": copy, "unpack": copy}]
+        segments = [Planes(columns, planes, group) for planes in (1, 2) for group in (None, 128)]
+        for segment in (*segments, *(Ints(columns, bits, 128) for bits in (2, 3, 4, 8))):
+            format = Format((segment,))
+            parts = random_parts(segment, out)
+            packed = PackedWeight.encode(format, parts)
+            pack = best_of(lambda format=format, parts=parts: PackedWeight.encode(format, parts))
+            unpack = best_of(packed.dequantize)
+            rows.append({"what": format.summary, "pack": gigabytes / pack, "unpack": gigabytes / unpack})
+        return rows
+    finally:
+        torch.set_num_threads(threads)
+
+
+def random_parts(segment: Segment, out: int) -> dict[str, Tensor]:
+    """What `encode` takes."""
+    generator = torch.Generator().manual_seed(0)
+    groups = group_count(segment.columns, segment.group)
+    if isinstance(segment, Planes):
+        bits = torch.randint(2, (segment.planes, out, segment.columns), generator=generator, dtype=torch.uint8)
+        return {"bits": bits.bool(), "scale": torch.ones(segment.planes, out, groups)}
+    codes = torch.randint(2**segment.bits, (out, segment.columns), generator=generator, dtype=torch.uint8)
+    return {"codes": codes, "scale": torch.ones(out, groups), "zero": torch.ones(out, groups)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_run(json.loads(sys.argv[1]))))

@@ -1,0 +1,58 @@
+"""How long methods take to pack one block, as a multiple of GPTQ's."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ultralowbit.bench.models import Shape
+from ultralowbit.methods.statistics import InputStats, Need
+from ultralowbit.recipe import Recipe
+
+QUANTIZED = ("gptq-2bit", "sign-1", "sign-2", "ptq161-gptq", "pb-llm", "billm", "arb-rc", "db-llm")
+"""Recipes whose `quantize` stage is timed; the first is what the others are compared with."""
+
+
+def quantize_bench(
+    recipes: Sequence[str] = QUANTIZED,
+    shape: Shape = Shape(),
+    repeat: int = 2,
+    json_file: Path | None = None,
+    say: Callable[[str], object] = print,
+) -> list[dict[str, Any]]:
+    """Seconds in which the method of each recipe packs the Linears of one block, statistics given, factors included;
+    the methods take turns, and the fastest of each counts, of one thread by its own clock."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(size, generator=generator) / size[1] ** 0.5 for name, size in shape.linears.items()}
+    inputs = {}  # Linears that see the same, by their first: a Hessian for each
+    for leader, names in (("q", "qkv"), ("o", "o"), ("gate", ("gate", "up")), ("down", ("down",))):
+        members = [name for name in weights if name.split(".")[1].removesuffix("_proj") in names]
+        m = weights[members[0]].shape[1]
+        inputs[leader] = InputStats(m, needs=Need.HESSIAN | Need.MAGNITUDES), members
+        inputs[leader][0].add(torch.randn(2 * m, m, generator=generator) * torch.rand(m, generator=generator))
+    methods = {name: Recipe.load(name).quantize for name in recipes}
+    seconds = dict.fromkeys(methods, math.inf)
+    for _ in range(repeat):
+        for name, method in methods.items():
+            started = clock()
+            for stats, members in inputs.values():
+                stats.forget_factors()
+                for member in members:
+                    method.quantize(weights[member], stats if method.needs else None)
+            seconds[name] = min(seconds[name], clock() - started)
+    base = seconds[recipes[0]]
+    rows = [{"recipe": name, "seconds": s, "ratio": s / base} for name, s in seconds.items()]
+    say(f"Linears of one block of {shape}, {torch.get_num_threads()} threads")
+    for row in rows:
+        say(f"{row['recipe']:>14}: {row['seconds']:6.2f} s, {row['ratio']:.2f} times {recipes[0]}")
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps({"shape": asdict(shape), "rows": rows}, indent=1) + "\n")
+    return rows

@@ -1,0 +1,121 @@
+"""How long a step of block-wise training takes, as a multiple of the block's own passes."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ultralowbit.bench.models import Shape, write_model
+from ultralowbit.bench.pipeline import random_parts
+from ultralowbit.bench.timing import now
+from ultralowbit.format.ints import Ints
+from ultralowbit.format.planes import Planes
+from ultralowbit.format.weight import Format, PackedWeight
+from ultralowbit.format.words import group_count
+from ultralowbit.nn.decoder import run_block
+from ultralowbit.nn.linear import swap
+from ultralowbit.pipeline.source import open_decoder
+from ultralowbit.system import pick_device
+from ultralowbit.training.fake_quant.linear import FakeQuantLinear
+
+
+class Trained(NamedTuple):
+    """What of a block's packed weights is trained."""
+
+    segment: Callable[[int], Planes | Ints]  # of its columns
+    train: set[str]
+    scales: Literal["free", "analytic"] = "free"
+
+
+TRAINED: dict[str, Trained] = {
+    "one plane: scale, offset, row": Trained(lambda m: Planes(m, 1, None, offset=True), {"scale", "offset", "row"}),
+    "two planes: scale": Trained(lambda m: Planes(m, 2), {"scale"}),
+    "2-bit integers, g128: scale": Trained(lambda m: Ints(m, 2, 128), {"scale"}),
+    "dual planes, g64: scale": Trained(lambda m: Planes(m, 2, 64, "01"), {"scale"}),
+    "one plane: latent": Trained(lambda m: Planes(m, 1, None, offset=True), {"latent"}, "analytic"),
+    "two planes: latent, scale": Trained(lambda m: Planes(m, 2), {"latent", "scale"}),
+}
+
+
+def training_bench(
+    length: int = 512,
+    batch: int = 2,
+    repeat: int = 5,
+    shape: Shape = Shape(),
+    device: str = "cpu",
+    json_file: Path | None = None,
+    say: Callable[[str], object] = print,
+) -> list[dict[str, Any]]:
+    """Seconds of a step of tuning one block, AdamW included, beside a forward and backward pass of the block as it is,
+    which makes the gradients of all its weights. Both take turns; the median of the ratios of neighbours counts."""
+    where, rows = pick_device(device), []
+    with tempfile.TemporaryDirectory() as folder:
+        decoder = open_decoder(write_model(Path(folder), 1, replace(shape, vocab=256)), where)
+        seen: list[Tensor] = []
+        tokens = torch.randint(256, (batch, length), generator=torch.Generator().manual_seed(0))
+        (call,) = decoder.block_inputs(iter([tokens]), lambda _, hidden: seen.append(hidden))
+        say(
+            f"one block of {shape}, {batch} x {length} tokens, {str(decoder.dtype).removeprefix('torch.')} on "
+            f"{where.type}, {torch.get_num_threads()} threads"
+        )
+        with decoder.filled_block(0) as (block, _):
+            target = -seen[0]
+
+            def step(block: nn.Module, optimizer: torch.optim.Optimizer | None) -> float:
+                started = now(where)
+                for p in block.parameters():
+                    p.grad = None
+                F.mse_loss(run_block(block, seen[0], call), target).backward()
+                if optimizer is not None:
+                    optimizer.step()
+                return now(where) - started
+
+            for name, tuned in TRAINED.items():
+                student = _student(block, tuned)
+                trained = [p for p in student.parameters() if p.requires_grad]
+                optimizer = torch.optim.AdamW(trained, 1e-5, weight_decay=0, fused=True)
+                block.requires_grad_(True)
+                step(block, None), step(student, optimizer)
+                times = [(step(block, None), step(student, optimizer)) for _ in range(repeat)]
+                plain, seconds = (statistics.median(column) for column in zip(*times, strict=True))
+                ratio = statistics.median(b / a for a, b in times)
+                rows.append({"what": name, "seconds": seconds, "plain": plain, "ratio": ratio})
+                say(f"{name:>30}: {seconds:7.3f} s a step, {ratio:.2f} times the plain {plain:.3f} s")
+                del student, trained, optimizer
+            block.requires_grad_(False)
+            for p in block.parameters():
+                p.grad = None
+    if json_file is not None:
+        settings = {"shape": asdict(shape), "length": length, "batch": batch, "device": where.type}
+        Path(json_file).write_text(json.dumps(settings | {"rows": rows}, indent=1) + "\n")
+    return rows
+
+
+def _student(block: nn.Module, tuned: Trained) -> nn.Module:
+    """A copy of the block with trainable views of its Linears, packed without care: nothing of it is timed."""
+    student = deepcopy(block).requires_grad_(False)
+    for name, module in [(name, m) for name, m in student.named_modules() if isinstance(m, nn.Linear)]:
+        weight = module.weight.float()
+        segment = tuned.segment(module.in_features)
+        scale = weight.abs().mean(1, keepdim=True).expand(-1, group_count(segment.columns, segment.group))
+        parts = {n: t.to(weight.device) for n, t in random_parts(segment, module.out_features).items()}
+        if isinstance(segment, Ints):
+            parts["scale"] = scale
+        else:
+            factors = (2, -1) if segment.alphabet == "01" else (1, 0.5)
+            parts["scale"] = torch.stack([f * scale for f in factors[: segment.planes]])
+        if isinstance(segment, Planes) and segment.offset:
+            parts["offset"] = torch.zeros_like(scale)
+        packed = PackedWeight.encode(Format((segment,)), parts)
+        swap(student, name, FakeQuantLinear(packed, tuned.train, latent=weight, scales=tuned.scales))
+    return student

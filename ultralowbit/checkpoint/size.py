@@ -1,0 +1,253 @@
+"""True size of a checkpoint: every bit is counted from the tensors that its files store."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ultralowbit.checkpoint.config import QUANT_METHOD, read_config_json
+from ultralowbit.checkpoint.files import read_headers, weight_files
+from ultralowbit.errors import CheckpointError
+from ultralowbit.format.weight import Format
+from ultralowbit.format.words import TensorSpec
+from ultralowbit.nn.hf import UltraLowBitConfig
+
+KINDS = ("embeddings", "head", "norms and other", "unquantized linears")
+"""What is stored beside the packed weights; biases count as other."""
+
+
+PART_KINDS = {
+    "sign planes": ("planes", "third"),
+    "integer codes": ("codes",),
+    "salient values": ("value",),
+    "scales and offsets": ("scale", "offset", "zero", "column"),
+    "masks and indices": ("salient", "mask", "index"),
+    "input transform": ("input",),
+    "other parts": (),
+}
+"""What a packed weight stores, and the words in its parts' names that say so."""
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """One packed weight."""
+
+    name: str
+    shape: tuple[int, int]
+    """(out, in)"""
+    format: str
+    """`Format.summary`"""
+    parts: dict[str, int]
+    """planes, codes, scale, zero, offset, outliers_index, ... -> bytes"""
+    claimed_bits: float
+    """Bits per weight as papers count them: the codes alone."""
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / self.weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields and totals, as JSON values."""
+        return {**asdict(self), "bytes": self.bytes, "bits_per_weight": self.bits_per_weight}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A whole checkpoint: `file_bytes` = `total_bytes` + `header_bytes`, exactly.
+
+    A packed weight counts as out * in weights, any other tensor as its elements. An unpacked checkpoint has no layers,
+    and None for the bits of its linears.
+    """
+
+    layers: tuple[LayerSize, ...]
+    other: dict[str, int]
+    """Each of KINDS -> bytes."""
+    other_weights: int
+    header_bytes: int
+
+    @property
+    def linear_bytes(self) -> int:
+        return sum(layer.bytes for layer in self.layers)
+
+    @property
+    def linear_weights(self) -> int:
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def linear_bits_per_weight(self) -> float | None:
+        return 8 * self.linear_bytes / self.linear_weights if self.layers else None
+
+    @property
+    def claimed_bits(self) -> float | None:
+        """Mean over the packed weights of what papers would claim."""
+        if not self.layers:
+            return None
+        return sum(layer.claimed_bits * layer.weights for layer in self.layers) / self.linear_weights
+
+    @property
+    def total_bytes(self) -> int:
+        return self.linear_bytes + sum(self.other.values())
+
+    @property
+    def total_weights(self) -> int:
+        return self.linear_weights + self.other_weights
+
+    @property
+    def model_bits_per_weight(self) -> float:
+        return 8 * self.total_bytes / self.total_weights
+
+    @property
+    def file_bytes(self) -> int:
+        return self.total_bytes + self.header_bytes
+
+    @property
+    def budget(self) -> dict[str, int]:
+        """What the bytes of the file are spent on: each of PART_KINDS, of KINDS, and the headers; they sum to
+        `file_bytes`."""
+        found = dict.fromkeys(PART_KINDS, 0)
+        for layer in self.layers:
+            for part, count in layer.parts.items():
+                found[_part_kind(part)] += count
+        return {**found, **self.other, "file headers": self.header_bytes}
+
+    @property
+    def fp16_bytes(self) -> int:
+        """The same weights at two bytes each."""
+        return 2 * self.total_weights
+
+    @property
+    def compression(self) -> float:
+        """How many times smaller than in fp16."""
+        return self.fp16_bytes / self.total_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields and totals, as JSON values."""
+        totals = (
+            "linear_bytes", "linear_weights", "linear_bits_per_weight", "claimed_bits", "total_bytes", "total_weights",
+            "model_bits_per_weight", "header_bytes", "file_bytes", "fp16_bytes", "compression",
+        )  # fmt: skip
+        return {
+            "layers": [layer.to_dict() for layer in self.layers],
+            "other": dict(self.other),
+            "budget": self.budget,
+            **{name: getattr(self, name) for name in totals},
+        }
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Mapping[str, TensorSpec],
+        formats: Mapping[str, Format],
+        vocabulary: int | None = None,
+        header_bytes: int = 0,
+    ) -> Size:
+        """From what is stored under which name, the format of each packed Linear, and the size of the vocabulary.
+
+        Raises `CheckpointError` where a packed weight lacks a tensor, or has one of another shape or dtype.
+        """
+        rest = dict(tensors)
+        layers = tuple(_layer(name, formats[name], rest) for name in sorted(formats, key=_natural))
+        other = dict.fromkeys(KINDS, 0)
+        for name, spec in rest.items():
+            other[_kind(name, spec.shape, vocabulary)] += _nbytes(spec)
+        return cls(layers, other, sum(math.prod(spec.shape) for spec in rest.values()), header_bytes)
+
+
+def measure_size(folder: Path | str) -> Size:
+    """Count what the safetensors files of a checkpoint folder store, packed or not; no tensor is read.
+
+    Raises `CheckpointError` for a folder that holds no checkpoint, a cut file, or tensors other than config.json
+    promises, `FormatError` for a packed format of a newer release.
+    """
+    folder = Path(folder)
+    config = read_config_json(folder)
+    tensors: dict[str, TensorSpec] = {}
+    header_bytes = 0
+    for file in weight_files(folder):
+        found = read_headers([file])
+        for name, spec in found.items():
+            if name in tensors:
+                raise CheckpointError(f"{name} is stored twice, once in {file}: remove the file that does not belong")
+            if spec.dtype is None:
+                raise CheckpointError(f"{name} in {file} has a dtype that torch cannot hold: re-save it as bf16")
+        with file.open("rb") as f:
+            header = 8 + int.from_bytes(f.read(8), "little")
+        if sum(map(_nbytes, found.values())) + header != file.stat().st_size:
+            raise CheckpointError(f"{file} holds bytes that belong to no tensor: compress or download it again")
+        tensors |= found
+        header_bytes += header
+    quantization = config.get("quantization_config") or {}
+    formats = (
+        UltraLowBitConfig(**quantization).module_formats() if quantization.get("quant_method") == QUANT_METHOD else {}
+    )
+    text = config.get("text_config") or config
+    return Size.of(tensors, formats, text.get("vocab_size"), header_bytes)
+
+
+def _natural(name: str) -> list[str | int]:
+    """Sorts block 2 before block 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _layer(name: str, format: Format, rest: dict[str, TensorSpec]) -> LayerSize:
+    """Take the tensors of one packed Linear out of `rest`."""
+    main = rest.get(f"{name}.weight")
+    if main is None or len(main.shape) < 2:
+        raise CheckpointError(
+            f"{name}.weight is missing or not packed, config.json expects {format.summary}: copy again"
+        )
+    out = main.shape[-2]
+    parts: dict[str, int] = {}
+    for suffix, spec in format.tensors(out, format.in_features).items():
+        found = rest.pop(f"{name}.{suffix}", None)
+        if found != spec:
+            is_ = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise CheckpointError(
+                f"{name}.{suffix} is {is_}, expected {spec.dtype} {list(spec.shape)} of {format.summary}: "
+                "copy the checkpoint again, or compress again"
+            )
+        part = suffix.removeprefix("weight").strip("_0123456789") or _codes(format, suffix)
+        parts[part] = parts.get(part, 0) + _nbytes(spec)
+    return LayerSize(name, (out, format.in_features), format.summary, parts, format.claimed_bits)
+
+
+def _codes(format: Format, suffix: str) -> str:
+    """What the main tensor of a segment holds: `weight` of the first, `weight_2` of the third."""
+    number = suffix.removeprefix("weight").strip("_")
+    return "planes" if format.segments[int(number or 0)].kind in ("planes", "salient_split") else "codes"
+
+
+def _part_kind(part: str) -> str:
+    """Which of PART_KINDS a part belongs to: the first word speaks for all of an input transform, else the last."""
+    words = part.split("_")
+    word = words[0] if words[0] == "input" else words[-1]
+    return next((kind for kind, known in PART_KINDS.items() if word in known), "other parts")
+
+
+def _kind(name: str, shape: tuple[int, ...], vocabulary: int | None) -> str:
+    """Which of KINDS a tensor that is not packed belongs to."""
+    if len(shape) < 2 or name.endswith("bias"):
+        return "norms and other"
+    if re.search(r"\.\d+\.", name):  # inside a list of blocks
+        return "unquantized linears"
+    if vocabulary and max(shape) >= vocabulary and re.search(r"head|out", name):
+        return "head"
+    if (vocabulary and max(shape) >= vocabulary) or re.search(r"emb|wpe|wte|pos", name):
+        return "embeddings"
+    return "unquantized linears"
+
+
+def _nbytes(spec: TensorSpec) -> int:
+    return math.prod(spec.shape) * spec.dtype.itemsize

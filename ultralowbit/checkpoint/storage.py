@@ -1,0 +1,70 @@
+"""Writing files so that a crash leaves the old or the new one, and hashing them."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from ultralowbit.errors import DiskFull
+
+
+def sha256_file(path: Path, progress: Callable[[int], object] | None = None) -> str:
+    """Hex digest of a file's bytes, read 8 MB at a time; `progress` gets the bytes of each read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(1 << 23):
+            digest.update(chunk)
+            if progress:
+                progress(len(chunk))
+    return digest.hexdigest()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that it holds `data` or what it held before, also after a power cut; `DiskFull` keeps the old."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise_disk_full(e, path)
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def raise_disk_full(error: OSError, path: Path) -> None:
+    """Raise `DiskFull` in place of an ENOSPC or quota error, else the error itself."""
+    if error.errno in FULL:
+        message = f"no space left to write {path}: free some, then run the same command to go on"
+        raise DiskFull(error.errno, message) from error
+    raise error
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """One safetensors file, atomically."""
+    stored = {name: t.contiguous() for name, t in tensors.items()}
+    write_atomic(path, save(stored, metadata={"format": "pt", **(metadata or {})}))
+
+
+def sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

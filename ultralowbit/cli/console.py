@@ -1,0 +1,134 @@
+"""What a terminal shows: results on stdout; on stderr a bar with the time left, or plain lines where it is a log."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.progress import Progress as Bars
+from rich.table import Column
+from rich.text import Text
+
+from ultralowbit.units import format_seconds
+
+PLAIN_EVERY = 10.0
+"""Seconds between the lines of a stage that nobody watches."""
+
+
+def _console(stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    # a pipe has no width: tables are not to be cut to a terminal's
+    width = None if stream.isatty() or "COLUMNS" in os.environ else 160
+    return Console(stderr=stderr, highlight=False, width=width)
+
+
+out = _console(stderr=False)
+
+
+err = _console(stderr=True)
+
+
+class Pace:
+    """How far a stage is, and how long the rest takes at the pace so far."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total = what, total
+        self.done = self.skipped = 0
+        self.began = self.last = time.monotonic()
+
+    def step(self, n: int) -> None:
+        self.last = time.monotonic()
+        if self.last - self.began < 0.02:  # what an earlier run has done comes at once, and says nothing of the pace
+            self.skipped += n
+        self.done += n
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    @property
+    def left(self) -> float | None:
+        """Seconds; None until a step has been timed."""
+        worked = self.done - self.skipped
+        if not worked:
+            return None
+        return max(0.0, (self.last - self.began) / worked * (self.total - self.done) - (time.monotonic() - self.last))
+
+    def __str__(self) -> str:
+        count = f"{self.done}/{self.total}" if self.total < 10_000 else f"{self.done / self.total:.0%}"
+        left = "" if self.left is None or self.done >= self.total else f", {format_seconds(self.left)} left"
+        return f"{count}, {format_seconds(self.elapsed)} elapsed{left}"
+
+
+class _PaceColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(str(task.fields["pace"]))
+
+
+class Watch:
+    """`progress.Progress` on stderr, to be used as a context. `quiet` leaves only the warnings."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.pace: Pace | None = None
+        self.printed = 0.0
+        self.bars: Bars | None = None
+        if err.is_terminal and not quiet:
+            what = TextColumn("{task.description}", table_column=Column(no_wrap=True))
+            columns = (SpinnerColumn(), what, BarColumn(None), _PaceColumn(table_column=Column(no_wrap=True)))
+            self.bars = Bars(*columns, console=err, transient=True, expand=True, refresh_per_second=4)
+
+    def __enter__(self) -> Watch:
+        if self.bars:
+            self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bars:
+            self.bars.stop()
+
+    def start(self, what: str, total: int) -> None:
+        self.pace = Pace(what, total)
+        self.printed = self.pace.began
+        if self.bars:
+            for task in self.bars.task_ids:
+                self.bars.remove_task(task)
+            self.bars.add_task(what, total=total, pace=self.pace)
+
+    def step(self, n: int = 1) -> None:
+        if self.pace is None:
+            return
+        self.pace.step(n)
+        if self.bars:
+            self.bars.update(self.bars.task_ids[-1], completed=self.pace.done)
+        elif not self.quiet and time.monotonic() - self.printed > PLAIN_EVERY:
+            self.printed = time.monotonic()
+            self._line(f"{self.pace.what}: {self.pace}")
+
+    def say(self, line: str) -> None:
+        warning = line.startswith("WARNING")
+        if warning or not self.quiet:
+            self._line(line, "bold yellow" if warning else "")
+
+    def _line(self, line: str, style: str = "") -> None:
+        err.print(line, style=style, markup=False, soft_wrap=not err.is_terminal)
+
+    def counter(self, what: str) -> Callable[[int, int], None]:
+        """A `progress(done, total)` callback that shows as the stage `what`."""
+        seen = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal seen
+            if not seen:
+                self.start(what, total)
+            self.step(done - seen)
+            seen = done
+
+        return progress

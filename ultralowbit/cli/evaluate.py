@@ -1,0 +1,167 @@
+"""`ultralowbit eval`, `compare` and `generate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ultralowbit.cli.app import app, command_line
+from ultralowbit.cli.console import Watch, out
+from ultralowbit.cli.options import (
+    ContextOption,
+    DeviceOption,
+    LimitOption,
+    ModelArgument,
+    QuietOption,
+    TasksDirOption,
+    TrustOption,
+    count,
+    download,
+    listed,
+)
+from ultralowbit.cli.render import show_comparison, show_evaluation
+from ultralowbit.errors import InputError
+from ultralowbit.eval.evaluate import Wanted, evaluate_models, to_json
+from ultralowbit.eval.generation import generate as write_text
+from ultralowbit.eval.runner import open_model, pick_dtype
+from ultralowbit.hub import open_tokenizer
+from ultralowbit.report.comparison import write_comparison
+from ultralowbit.system import pick_device
+
+
+@app.command("eval")
+def evaluate(
+    ctx: typer.Context,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="packed or original: folders or hub names")],
+    sources: Annotated[
+        list[str],
+        typer.Option(
+            "--ppl",
+            metavar="SOURCE",
+            help="text to measure token perplexity on, repeatable: a text file, wikitext2, c4, ptb, org/name, "
+            "python-docs",
+        ),
+    ] = [],  # noqa: B006 (typer reads it, nobody writes it)
+    fidelity: Annotated[
+        str | None,
+        typer.Option(metavar="ORIGINAL", help="compare predictions with this model's, on the texts of --ppl"),
+    ] = None,
+    tasks: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAMES",
+            help="lm-eval's tasks, groups or patterns, with commas between them: piqa,arc_easy,hellaswag; wikitext is "
+            "its word perplexity",
+        ),
+    ] = [],  # noqa: B006
+    tasks_dir: TasksDirOption = None,
+    limit: LimitOption = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="examples before each document, by default what the task says")
+    ] = None,
+    batch_size: Annotated[
+        str, typer.Option(metavar="N", help="requests of tasks at a time; auto: by their length in tokens")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="of the few-shot examples")] = 0,
+    log_samples: Annotated[
+        bool, typer.Option("--log-samples", help="keep each prompt and answer of the tasks in --json")
+    ] = False,
+    context: ContextOption = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="of each text, by default all")] = None,
+    dtype: Annotated[str, typer.Option(help="auto is float32 on a CPU, elsewhere the checkpoint's")] = "auto",
+    bos: Annotated[str, typer.Option(help="text: with the tokenizer's own start token; none: without")] = "text",
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the results here too")] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure packed and original models on the same texts and tasks.
+
+    --ppl: token perplexity as in published tables, one stream in windows that do not overlap.
+
+    --fidelity: how far predictions are from the original's, beside what rounding does to those.
+
+    --tasks: lm-eval's questions, with chance levels (pip install 'ultralowbit\\[eval]').
+
+    [bold]ultralowbit eval model-sign-2 --ppl wikitext2 --ppl c4 --fidelity model[/]
+
+    [bold]ultralowbit eval model model-sign-2 --tasks piqa,arc_easy,hellaswag --limit 200[/]
+    """
+    if json_file and not json_file.absolute().parent.is_dir():
+        raise InputError(f"--json {str(json_file)!r} lies in no folder: make it first, nothing has been measured")
+    wanted = Wanted(
+        sources=tuple(sources), fidelity=fidelity, tasks=tuple(name for names in tasks for name in listed(names)),
+        tasks_dir=tasks_dir, context=context, max_tokens=max_tokens, bos=bos,
+        dtype=None if dtype == "auto" else dtype(dtype), limit=limit, num_fewshot=num_fewshot,
+        batch_size=None if batch_size == "auto" else count(batch_size), seed=seed, log_samples=log_samples,
+    )  # fmt: skip
+    with Watch(quiet) as watch:
+        report = evaluate_models(
+            models, wanted, device=device, trust_remote_code=trust_remote_code, watch=watch,
+            fetch=lambda model: download(model, quiet), command=command_line(ctx.obj),
+        )  # fmt: skip
+    if json_file:
+        json_file.write_text(json.dumps(to_json(report), indent=1) + "\n", encoding="utf-8")
+    show_evaluation(report)
+
+
+@app.command()
+def compare(
+    ctx: typer.Context,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN", help="folders that compress wrote, folders of such, or measured original models"),
+    ],
+    out_folder: Annotated[Path, typer.Option("--out", help="folder to write")] = Path("comparison"),
+    references: Annotated[
+        list[Path],
+        typer.Option(
+            "--reference",
+            metavar="DIR",
+            help="a run or original of another model to draw beside them, such as a smaller one at more bits",
+        ),
+    ] = [],  # noqa: B006
+) -> None:  # fmt: skip
+    """Set finished runs side by side: one page that opens from disk, with tables and plots of quality against size.
+
+    Runs of different models, and perplexities on different windows, stand apart: those numbers do not compare. Runs
+    that differ only in their seed are one row, mean ± standard deviation.
+
+    [bold]ultralowbit compare model-sign-2 model-gptq-2bit model-gptq-3bit --out comparison[/]
+
+    [bold]ultralowbit compare big-sign-1 big-sign-2 --reference small-gptq-4bit[/]
+    """
+    comparison = write_comparison(runs, out_folder, references, command=command_line(ctx.obj))
+    show_comparison(comparison)
+    out.print(f"{out_folder / 'report.html'}  [dim]report.md, report.json, plots[/]", soft_wrap=True)
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="text to continue")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to write at most")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token every time")] = 0.0,
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="round the inputs of packed Linears to 8 bits: faster on a CPU")
+    ] = False,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Continue a prompt with a packed or original model, word by word.
+
+    [bold]ultralowbit generate model-sign-2 "The import statement" --temperature 0.7[/]
+    """
+    where = pick_device(device)
+    folder = download(model, quiet=False)
+    tokenizer = open_tokenizer(folder, trust_remote_code)
+    net = open_model(folder, where, pick_dtype(folder, where), trust_remote_code, int8, fuse=True)
+    write_text(
+        net, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+        on_text=lambda piece: print(piece, end="", flush=True),
+    )  # fmt: skip
+    print()

@@ -1,0 +1,133 @@
+"""What commands print."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from ultralowbit.checkpoint.size import Size
+from ultralowbit.cli.console import out
+from ultralowbit.report.columns import cell
+from ultralowbit.report.tables import (
+    average_notes,
+    divergence_lines,
+    fidelity_grid,
+    perplexity_grid,
+    protocol,
+    sparsity_lines,
+    table,
+    task_grid,
+)
+
+
+def show(report: dict[str, Any]) -> None:
+    """The table of a report, and below it what nobody may miss."""
+    original, packed = report["original"], report["packed"]
+    out.print(table([original, packed]))
+    for line in protocol(packed["perplexity"]):
+        out.print(f"[dim]{escape(line)}[/]")
+    for line in [*divergence_lines(packed["fidelity"]), *sparsity_lines(packed)]:
+        out.print(f"[dim]{escape(line)}[/]", soft_wrap=True)
+    if original["not_measured"]:
+        out.print(f"[yellow]original {escape(original['not_measured'])}[/]")
+    for source in report["collapsed"]:
+        shout(
+            "COLLAPSED",
+            f"On {source} the packed model predicts worse than a guess among the {report['vocabulary']} tokens of its "
+            f"vocabulary: it is not usable. {report['advice']}",
+        )
+    written = report["continuation"]
+    if written and written["repeats"]:
+        shout(
+            "COLLAPSED",
+            f"After {written['prompt']!r} the packed model writes {written['text']!r}: it is not usable. "
+            f"{report['advice']}",
+        )
+    if report["fallbacks"]:
+        lines = [f"{name}: {why}" for name, why in report["fallbacks"].items()]
+        more = [f"and {len(lines) - 5} more, see report.md"] if len(lines) > 5 else []
+        shout(
+            f"{len(lines)} OF {len(report['layers'])} LINEARS FELL BACK TO ROUND-TO-NEAREST",
+            "\n".join(lines[:5] + more),
+        )
+    if report["exceeded"]:
+        shout("QUALITY GATE FAILED", "\n".join([*(f"{line}." for line in report["exceeded"]), report["advice"]]))
+    out.print(f"{report['folder']}  [dim]README.md, report.md, report.json[/]", soft_wrap=True)
+
+
+def shout(title: str, text: str) -> None:
+    width = min(out.width, 100)
+    out.print(Panel(escape(text), title=title, border_style="bold red", title_align="left", width=width))
+
+
+def layer_table(size: Size) -> Table:
+    table = new_table("layer", "shape", "format", *(("bytes", "bits", "claimed")))
+    for layer in size.layers:
+        table.add_row(
+            layer.name, "x".join(map(str, layer.shape)), layer.format, f"{layer.bytes:,}",
+            f"{layer.bits_per_weight:.3f}", f"{layer.claimed_bits:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def size_table(size: Size) -> Table:
+    table = new_table("stored", "", "bytes", "in fp16", "bits per weight", "claimed", left=1)
+    if size.layers:
+        table.add_row(
+            "packed linears", str(len(size.layers)), f"{size.linear_bytes:,}", f"{2 * size.linear_weights:,}",
+            f"{size.linear_bits_per_weight:.3f}", f"{size.claimed_bits:.2f}",
+        )  # fmt: skip
+    for kind, count in size.other.items():
+        if count:
+            table.add_row(kind, "", f"{count:,}")
+    table.add_row("headers of the files", "", f"{size.header_bytes:,}")
+    table.add_section()
+    bits = f"{size.model_bits_per_weight:.3f}"
+    table.add_row("whole model", "", f"{size.file_bytes:,}", f"{size.fp16_bytes:,}", bits)
+    return table
+
+
+def new_table(*headers: str, left: int = 3) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="left" if i < left else "right", overflow="fold")
+    return table
+
+
+def show_evaluation(report: dict[str, Any]) -> None:
+    rows = report["results"]
+    for row in rows:
+        if row["tasks"]:
+            out.print(f"{row['model']}, lm-eval {row['tasks'].version}:", markup=False, soft_wrap=True)
+            out.print(row["tasks"].table, markup=False, soft_wrap=True)
+    for grid, left in (
+        (perplexity_grid(rows), 2),
+        (fidelity_grid(rows), 2),
+        (task_grid(rows), 2),
+    ):
+        if len(grid) > 1:
+            table = new_table(*grid[0], left=left)
+            for line in grid[1:]:
+                table.add_row(*map(escape, line))
+            out.print(table)
+    for line in average_notes(rows):
+        out.print(f"[dim]{escape(line)}[/]", soft_wrap=True)
+
+
+def show_comparison(comparison: dict[str, Any]) -> None:
+    """The columns of a comparison that a terminal has room for, and why something stands apart."""
+    for section in comparison["sections"]:
+        if len(comparison["sections"]) > 1:
+            out.print(f"[bold]{escape(section['model']['name'])}[/]")
+        columns = [c for c in section["columns"] if c["drawn"] or c["key"] in ("linear_bits", "file_bytes", "seconds")]
+        table = new_table("", *(f"{c['group']}\n{c['title']}" for c in columns), left=1)
+        for row in section["rows"]:
+            label = f"[bold]{escape(row['label'])}[/]" if row["on_front"] else escape(row["label"])
+            table.add_row(label, *(cell(row, column) for column in columns))
+        out.print(table)
+        for line in [*section["notes"], *(column["protocol"] for column in columns if column["drawn"])]:
+            out.print(f"[dim]{escape(line)}[/]")

@@ -1,0 +1,270 @@
+"""Text by name: a local file, one of the hub's usual corpora, or what every Python carries."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ultralowbit.errors import InputError, reason
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Split = Literal["train", "test"]
+
+
+SEPARATOR = "\n\n"  # between documents where no published protocol says otherwise
+
+
+_ALTERNATIVES = "a local .txt, .jsonl or .parquet file, 'self' (calibration only) or 'python-docs'"
+
+
+_INSTALL = "run `pip install 'ultralowbit[data]'`"
+
+
+_SUFFIXES = {".txt", ".md", ".raw", ".tokens", ".json", ".jsonl", ".parquet"}
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text and where it is from; `split` is "file" for a local file, which has none."""
+
+    source: str
+    split: str
+    text: str
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the text's UTF-8 bytes."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Hub:
+    """How a hub dataset is loaded and joined; `splits` and `files` are by our split's name."""
+
+    path: str
+    config: str | None = None
+    revision: str | None = None
+    splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
+    files: Mapping[str, str] | None = None
+    separator: str = SEPARATOR
+    lines: bool = False  # rows are the lines of one text, not documents
+    test_rows: int | None = None
+
+
+_HUB = {
+    "wikitext2": _Hub("Salesforce/wikitext", "wikitext-2-raw-v1", lines=True),
+    # One shard each, and in test what the papers report ("c4-new"): 1100 documents joined with spaces.
+    "c4": _Hub(
+        "allenai/c4",
+        splits={"train": "train", "test": "validation"},
+        files={"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-validation.00000-of-00008.json.gz"},
+        separator=" ",
+        test_rows=1100,
+    ),
+    # The dataset is a script, which `datasets` no longer runs: the hub's own parquet conversion is read instead.
+    "ptb": _Hub(
+        "ptb-text-only/ptb_text_only",
+        revision="refs/convert/parquet",
+        splits={"train": "train", "test": "validation"},
+        lines=True,
+    ),
+}
+
+
+SOURCES = (*_HUB, "python-docs", "self")
+"""The names that are neither a file nor `org/name`; "self" is text the model writes, for calibration only."""
+
+
+def read_text(source: str, split: Split) -> Text:
+    """Read one text; documents are joined by a blank line, c4's by a space as in the published script.
+
+    `source` is a local file (.jsonl, .json and .parquet hold documents, any other suffix is UTF-8 text), "python-docs"
+    (in every Python), "wikitext2", "c4", "ptb", or a hub dataset `org/name` or `org/name:config`, which is downloaded
+    whole. The field "text" is read, or the only field of strings. Raises `InputError` for whatever cannot be read.
+    """
+    documents, separator, found = _read(source, split)
+    return Text(source, found, separator.join(documents))
+
+
+def read_documents(source: str, split: Split) -> list[str]:
+    """The documents that `read_text` joins: a text file, wikitext2, ptb or python-docs is one. Raises `InputError`."""
+    return _read(source, split)[0]
+
+
+def is_collection(source: str) -> bool:
+    """Whether `source` is a hub dataset whose rows are separate documents, as c4's are. Raises `InputError`."""
+    found = _find(source)
+    return isinstance(found, _Hub) and not found.lines
+
+
+def token_sha256(tokens: Tensor) -> str:
+    """Hex digest of the shape, as in "(128, 2048)", and the tokens' little-endian int32 bytes."""
+    digest = hashlib.sha256(str(tuple(tokens.shape)).encode())
+    digest.update(tokens.cpu().numpy().astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def _read(source: str, split: str) -> tuple[list[str], str, str]:
+    """Documents, what joins them and the split to record."""
+    if split not in ("train", "test"):
+        raise InputError(f"split is {split!r}, expected 'train' or 'test'")
+    found = _find(source)
+    if isinstance(found, Path):
+        documents, separator, split = _file_documents(source, found), SEPARATOR, "file"
+    elif isinstance(found, _Hub):
+        documents, separator = _hub_documents(source, found, split), found.separator
+    else:
+        from ultralowbit.data.python_docs import corpus
+
+        documents, separator = [corpus("train" if split == "train" else "heldout")], SEPARATOR
+    if not any(document.strip() for document in documents):
+        raise InputError(f"{source!r} holds no text, expected at least one document that is not blank: choose another")
+    return documents, separator, split
+
+
+def _find(source: str) -> Path | _Hub | None:
+    """The file or the hub dataset that `source` names; None is python-docs."""
+    path = os.path.expanduser(source)
+    if os.path.isfile(path):
+        return Path(path)
+    if source in _HUB:
+        return _HUB[source]
+    if source == "python-docs":
+        return None
+    if source == "self":
+        raise InputError("'self' is text that the model writes for its own calibration: to read a text, name " + _NAMED)
+    if os.path.isdir(path):
+        raise InputError(f"{source!r} is a directory, expected one text file: give a .txt, .jsonl or .parquet in it")
+    if os.path.exists(path):
+        raise InputError(f"{source!r} is not a regular file: save the text to a .txt, .jsonl or .parquet file")
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in _SUFFIXES:
+        raise InputError(f"there is no file {source!r}: check the path, or give {_ALTERNATIVES}")
+    if match := re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?", source):
+        return _Hub(match[1], match[2])
+    if near := difflib.get_close_matches(source.lower(), SOURCES, n=1):
+        raise InputError(f"there is no file and no source {source!r}: did you mean {near[0]!r}?")
+    raise InputError(f"there is no file and no source {source!r}: name {_NAMED}")
+
+
+_NAMED = f"a local file, a hub dataset org/name, or one of {', '.join(name for name in SOURCES if name != 'self')}"
+
+
+def _file_documents(source: str, path: Path) -> list[str]:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _parquet_documents(source, path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{source!r} is not UTF-8 (byte {error.start}), expected plain text, .jsonl, .json or .parquet: "
+            "convert or decompress it first"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{source!r} cannot be read ({reason(error)}): check the file's permissions") from error
+    return _json_documents(source, text) if suffix in (".json", ".jsonl") else [text]
+
+
+def _json_documents(source: str, text: str) -> list[str]:
+    number = 0
+    try:
+        try:
+            rows = json.loads(text)
+            rows = rows if isinstance(rows, list) else [rows]
+        except json.JSONDecodeError:
+            if text.lstrip().startswith("["):
+                raise
+            rows = []
+            for number, line in enumerate(text.split("\n"), 1):  # noqa: B007 - the error names the line
+                if line.strip():
+                    rows.append(json.loads(line))
+    except (ValueError, RecursionError) as error:
+        where = f"line {number} of {source!r}" if number else repr(source)
+        what = error.msg if number and isinstance(error, json.JSONDecodeError) else reason(error)
+        raise InputError(f"{where} is not JSON ({what}), expected an object a line or one list: correct it") from error
+    if rows and not isinstance(rows[0], dict):
+        raise InputError(f"record 1 of {source!r} is a {type(rows[0]).__name__}, expected an object with a text field")
+    if not rows:
+        return []
+    name = _text_field(source, list(rows[0]), [key for key, value in rows[0].items() if isinstance(value, str)])
+    # a null is no document, but a field that is missing is a mistake
+    documents = _strings(source, name, [row[name] if isinstance(row, dict) and name in row else ... for row in rows])
+    try:
+        "".join(documents).encode()
+    except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
+        raise InputError(f"{source!r} holds an unpaired surrogate, which is no character: remove it") from error
+    return documents
+
+
+def _parquet_documents(source: str, path: Path) -> list[str]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise InputError(f"{source!r} is a parquet file, which needs the package pyarrow: {_INSTALL}") from error
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            strings = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
+            name = _text_field(source, schema.names, strings)
+            values = file.read(columns=[name]).column(name).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{source!r} is not a readable parquet file ({reason(error)}): write it again") from error
+    return _strings(source, name, values)
+
+
+def _hub_documents(source: str, hub: _Hub, split: str) -> list[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise InputError(
+            f"{source!r} is on the hub, which needs the package datasets: {_INSTALL}, or give {_ALTERNATIVES}"
+        ) from error
+    name = hub.splits[split]
+    # A part of a dataset never has the sizes that its card promises, so a part is not checked against them.
+    options: dict[str, Any] = (
+        {"data_files": {name: hub.files[split]}, "verification_mode": "no_checks"} if hub.files else {}
+    )
+    try:
+        rows = load_dataset(hub.path, hub.config, split=name, revision=hub.revision, **options)
+        if split == "test" and hub.test_rows is not None:
+            rows = rows.select(range(min(hub.test_rows, len(rows))))
+        fields = rows.features
+    except Exception as error:  # datasets lets through whatever the network, the cache and the parsers raise
+        raise InputError(
+            f"the {name} split of {source!r} cannot be read from the hub ({reason(error)}): "
+            f"check the name, the connection and `hf auth login`, or give {_ALTERNATIVES}"
+        ) from error
+    strings = [key for key, value in fields.items() if getattr(value, "dtype", None) in ("string", "large_string")]
+    column = _text_field(source, list(fields), strings)
+    documents = _strings(source, column, rows[column][:])
+    return [hub.separator.join(documents)] if hub.lines else documents
+
+
+def _text_field(source: str, fields: Sequence[str], strings: Sequence[str]) -> str:
+    if "text" in fields:
+        return "text"
+    if len(strings) == 1:
+        return strings[0]
+    raise InputError(
+        f"{source!r} has the fields {', '.join(map(repr, fields)) or 'none'}, expected 'text' or exactly one field of "
+        "strings: rename the field that holds the text to 'text'"
+    )
+
+
+def _strings(source: str, name: str, values: Sequence[Any]) -> list[str]:
+    """`values` without nulls, which are no documents."""
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, str | None):
+            raise InputError(f"record {number} of {source!r} has no string in the field {name!r}: fix or remove it")
+    return [value for value in values if value is not None]

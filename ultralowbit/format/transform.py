@@ -1,0 +1,118 @@
+"""What is done to the inputs of a weight before its segments multiply them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ultralowbit.errors import FormatError
+from ultralowbit.format.segment import check_fields
+from ultralowbit.format.words import TensorSpec, pack_fields, unpack_fields, word_count
+
+
+@dataclass(frozen=True)
+class InputTransform:
+    """What is done to the inputs of a weight before its segments and outliers multiply them: y = stored @ T(x),
+
+        T(x) = scale * partition(hadamard(x))
+
+    each part optional. `hadamard` is a block size, a power of two: blocks of so many channels are multiplied by the
+    orthonormal Hadamard matrix (-1)^popcount(i & j) / sqrt(size); the channels after the last whole block are cut into
+    falling powers of two. `channel_order` puts the channels of the first segment, which a bit marks, before the others,
+    both in rising order. `column_scale` is a factor for each channel, in the order that the segments then have.
+
+    Stored: channel_order words int16 [words]; scale fp16 [columns]. All rows share them.
+    """
+
+    kind: ClassVar[str] = "input"
+    row_axis: ClassVar[Mapping[str, int | None]] = {"_channel_order": None, "_scale": None}
+    columns: int
+    channel_order: bool = False
+    column_scale: bool = False
+    hadamard: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, channel_order=(True, False), column_scale=(True, False))
+        if self.hadamard not in (None, *(2**k for k in range(1, 17))):
+            raise FormatError(f"input.hadamard is {self.hadamard!r}, expected a power of two from 2 to 65536")
+        if not (self.channel_order or self.column_scale or self.hadamard):
+            raise FormatError(
+                "an input transform without channel_order, column_scale and hadamard is none: leave it out"
+            )
+
+    @property
+    def summary(self) -> str:
+        steps = (
+            f"hadamard{self.hadamard}" if self.hadamard else "",
+            "channel_order" if self.channel_order else "",
+            "scale" if self.column_scale else "",
+        )
+        return f"input({','.join(filter(None, steps))})"
+
+    def tensors(self, out_features: int) -> dict[str, TensorSpec]:
+        specs = {}
+        if self.channel_order:
+            specs["_channel_order"] = TensorSpec(torch.int16, (word_count(self.columns, 1),))
+        if self.column_scale:
+            specs["_scale"] = TensorSpec(torch.float16, (self.columns,))
+        return specs
+
+    def encode(self, channel_order: Tensor | None = None, scale: Tensor | None = None) -> dict[str, Tensor]:
+        """channel_order [columns] bool, set for the channels of the first segment; scale [columns] fp16-exact, in the order
+        of the segments."""
+        parts = {}
+        if self.channel_order:
+            parts["_channel_order"] = pack_fields(channel_order.to(torch.uint8), 1)
+        if self.column_scale:
+            parts["_scale"] = scale.half()
+        return parts
+
+    def order(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The channel [columns] int64 that is at each place after the channel_order."""
+        return unpack_fields(parts["_channel_order"], 1, self.columns).argsort(descending=True, stable=True)
+
+    def apply(self, parts: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """T(x) for x [..., columns]: computed in fp32, rounded once to x's dtype."""
+        found = x.float()
+        if self.hadamard:
+            found = block_hadamard(found, self.hadamard)
+        if self.channel_order:
+            found = found[..., self.order(parts)]
+        if self.column_scale:
+            found = found * parts["_scale"].float()
+        return found.to(x.dtype)
+
+    def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
+        """Turn out [rows, columns] fp32, which multiplies T(x), into the weight that multiplies x."""
+        if self.column_scale:
+            out *= parts["_scale"].float()
+        if self.channel_order:
+            out[:, self.order(parts)] = out.clone()
+        if self.hadamard:
+            out.copy_(block_hadamard(out, self.hadamard))
+
+
+def block_hadamard(x: Tensor, block: int) -> Tensor:
+    """x [..., columns] times the orthonormal, symmetric block matrix that `InputTransform` describes."""
+    columns = x.shape[-1]
+    start = columns // block * block
+    found = [_walsh(x[..., :start], block)] if start else []
+    while start < columns:
+        size = 1 << (columns - start).bit_length() - 1
+        found.append(_walsh(x[..., start : start + size], size))
+        start += size
+    return torch.cat(found, dim=-1)
+
+
+def _walsh(x: Tensor, size: int) -> Tensor:
+    """The fast transform of each `size` columns of x [..., columns]: log2(size) rounds of sums and differences."""
+    half = 1
+    while half < size:
+        a, b = x.unflatten(-1, (-1, 2, half)).unbind(-2)  # [..., pairs, half]
+        x = torch.stack([a + b, a - b], dim=-2).flatten(-3)
+        half *= 2
+    return x * size**-0.5

@@ -1,0 +1,202 @@
+"""What the calibration text says about the inputs of a Linear: one `InputStats` for all Linears that share an input.
+
+E(Q) = tr((W - Q) H (W - Q)^T) with H = sum x x^T is the error that every method here works against. H is a plain sum
+over tokens, so statistics of parts of the text merge by addition. A method may want less than H, such as how large the
+input channels are: only what it needs is gathered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Flag, auto
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class SingularHessian(ArithmeticError):
+    """No damping made the Hessian positive definite."""
+
+
+class Need(Flag):
+    """What a method wants to know of a Linear's inputs; `|` joins, and `in` asks."""
+
+    NOTHING = 0
+    MAGNITUDES = auto()
+    """The largest and the mean |x| of each channel."""
+    HESSIAN = auto()
+
+
+@dataclass(frozen=True)
+class Factor:
+    """U [in, in] fp32 upper triangular with (H + damp mean(diag H) I)^-1 = U^T U, columns in `order`.
+
+    (w - q)^2 / U_jj^2 is the loss of rounding column j once the columns before it are fixed; row j of U says how the
+    later columns make up for it. `order` [in] int64 lists the columns in the order of rounding, None for left to right.
+    """
+
+    U: Tensor
+    order: Tensor | None
+    damp: float
+
+
+@dataclass
+class InputStats:
+    """Statistics of the inputs x [tokens, in] that one or more Linears share.
+
+    needs: what is gathered; asking for anything else is an error. hessian: [in, in] fp32, the sum of x x^T. outliers:
+    how many of the largest tokens (by norm) are scaled down to the next largest before they count for it, 0 for none;
+    with a share of the tokens that are to come, that is clipping at a percentile of the token norms, exact however the
+    text is cut into batches.
+    """
+
+    features: int
+    outliers: int = 0
+    device: torch.device | str = "cpu"
+    needs: Need = Need.HESSIAN
+    count: int = 0
+    notes: list[str] = field(default_factory=list)
+    _factors: dict[Any, Factor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if Need.MAGNITUDES in self.needs:
+            self._absmax = torch.zeros(self.features, device=self.device)
+            self._abssum = torch.zeros(self.features, device=self.device)
+        if Need.HESSIAN in self.needs:
+            self._sum = torch.zeros(self.features, self.features, device=self.device)
+        self._largest = torch.zeros(0, self.features, device=self.device)
+
+    def add(self, x: Tensor) -> None:
+        """Count the tokens of x [..., in]."""
+        x = x.reshape(-1, self.features).float()
+        self.count += len(x)
+        if Need.MAGNITUDES in self.needs and len(x):
+            size = x.abs()
+            self._absmax = torch.maximum(self._absmax, size.amax(0))
+            self._abssum += size.sum(0)
+        if Need.HESSIAN in self.needs:
+            if self.outliers:
+                x = self._hold_back(x)
+            self._sum.addmm_(x.T, x)
+            self.forget_factors()
+
+    def __add__(self, other: InputStats) -> InputStats:
+        merged = InputStats(self.features, self.outliers, self.device, self.needs, self.count + other.count)
+        if Need.MAGNITUDES in self.needs:
+            merged._absmax = torch.maximum(self._absmax, other._absmax)
+            merged._abssum = self._abssum + other._abssum
+        if Need.HESSIAN in self.needs:
+            merged._sum = self._sum + other._sum
+            if self.outliers:
+                rest = merged._hold_back(torch.cat([self._largest, other._largest]))
+                merged._sum.addmm_(rest.T, rest)
+        return merged
+
+    def _hold_back(self, x: Tensor) -> Tensor:
+        """Keep the `outliers` largest tokens seen so far, and the one that sets their bound; return the others."""
+        x = torch.cat([self._largest, x])
+        order = x.norm(dim=1).argsort(descending=True, stable=True)
+        kept = order[: self.outliers + 1]
+        self._largest = x[kept]
+        rest = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        rest[kept] = False
+        return x[rest]
+
+    @property
+    def absmax(self) -> Tensor:
+        """max |x| [in] fp32 over all tokens, 0 before any; as they are, never scaled down."""
+        return self._absmax
+
+    @property
+    def absmean(self) -> Tensor:
+        """mean |x| [in] fp32 over all tokens, 0 before any; as they are, never scaled down."""
+        return self._abssum / max(1, self.count)
+
+    @property
+    def hessian(self) -> Tensor:
+        """H [in, in] fp32; the tokens above the bound count scaled down to it."""
+        if not self.outliers or not len(self._largest):
+            return self._sum
+        norms = self._largest.norm(dim=1, keepdim=True)
+        clipped = self._largest * (norms[-1:] / norms.clamp_min(torch.finfo(norms.dtype).tiny))
+        return self._sum + clipped.T @ clipped
+
+    def factor(self, damp: float, act_order: bool = False, last: Tensor | None = None) -> Factor:
+        """The factor of the damped inverse Hessian, kept for the other Linears of this input.
+
+        damp is relative to mean(diag H) and grows tenfold while the Cholesky factorisation fails; `notes` then says
+        so. act_order sorts the columns by falling diag H; those that last [in] bool marks then follow all others.
+        Raises `SingularHessian` past damp 10.
+        """
+        key = (damp, act_order, None if last is None else tuple(last.tolist()))
+        if key not in self._factors:
+            self._factors[key] = self._factorise(damp, act_order, last)
+        return self._factors[key]
+
+    def forget_factors(self) -> None:
+        """Let the next `factor` be computed again."""
+        self._factors.clear()
+
+    def _factorise(self, damp: float, act_order: bool, last: Tensor | None) -> Factor:
+        # fp64: at 1-2 bits the small eigenvalues decide where the error goes
+        H = self.hessian.double()
+        diag = H.diagonal()
+        if not diag.isfinite().all():
+            raise SingularHessian("its activations are not finite (NaN or Inf)")
+        dead = diag == 0
+        if dead.any():
+            self.notes.append(f"{int(dead.sum())} of {self.features} input channels are zero on all calibration text")
+            diag[dead] = diag.mean() if not dead.all() else 1.0
+        order = diag.argsort(descending=True, stable=True) if act_order else None
+        if last is not None:
+            order = torch.arange(self.features, device=H.device) if order is None else order
+            order = order[last[order].to(torch.uint8).argsort(stable=True)]
+        if order is not None:
+            H = H[order][:, order]
+        del diag  # a view: it would keep the unflipped H
+        H = H.flip(0, 1)
+        step = damp * H.diagonal().mean()
+        total = damp
+        H.diagonal().add_(step)
+        while True:
+            # with J the reversal, J H J = L L^T gives H = R R^T for the upper R = J L J, hence U = R^-1
+            L, info = torch.linalg.cholesky_ex(H)
+            if info.item() == 0:
+                break
+            if total > 1:
+                raise SingularHessian(f"its Hessian is not positive definite even with damping {total:g}")
+            self.notes.append(f"the Cholesky factorisation failed with damping {total:g}, tried {10 * total:g}")
+            H.diagonal().add_(9 * step)
+            step, total = 10 * step, 10 * total
+        del H
+        R = L.flip(0, 1)
+        del L
+        return Factor(invert_upper(R).float(), order, total)
+
+
+def invert_upper(R: Tensor, leaf: int = 256) -> Tensor:
+    """Inverse of an upper triangular matrix, in place, by halves: a third of the work of solving against I."""
+    n = len(R)
+    if n <= leaf:
+        return R.copy_(torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype, device=R.device), upper=True))
+    h = n // 2
+    A, B, D = invert_upper(R[:h, :h], leaf), R[:h, h:], invert_upper(R[h:, h:], leaf)
+    B.copy_(-(A @ B @ D))
+    return R
+
+
+def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """tr(D H D^T) / tr(W H W^T), D = W - Q: the share of the output's energy that is lost on the calibration text."""
+    energy = _energy(weight, hessian)
+    return (_energy(weight - quantized, hessian) / energy).item() if energy > 0 else 0.0
+
+
+def _energy(rows: Tensor, H: Tensor, block: int = 1024) -> Tensor:
+    """tr(R H R^T) by blocks of columns: H is symmetric, so the blocks above the diagonal count twice."""
+    total = rows.new_zeros((), dtype=torch.float64)
+    for i in range(0, len(H), block):
+        part, here = rows[:, i : i + block], slice(i, i + block)
+        product = torch.addmm(part @ H[here, here], rows[:, :i], H[:i, here], alpha=2)
+        total += product.mul_(part).sum(dtype=torch.float64)
+    return total

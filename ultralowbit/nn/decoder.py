@@ -1,0 +1,341 @@
+"""The only file that knows how Hugging Face decoders are built: blocks, Linears, the arguments blocks are called with.
+
+Nothing here names an architecture. The model is built on meta; its own forward, run once with all but the first block
+passing hidden states through, shows what every block is called with; blocks are then filled from the safetensors files
+one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from copy import copy, deepcopy
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from ultralowbit.checkpoint.files import Source
+from ultralowbit.errors import CheckpointError, InputError
+from ultralowbit.nn.hf import match_keys
+from ultralowbit.nn.linear import PackedLinear
+
+MAX_UNQUANTIZED = 0.05
+"""Largest share of the blocks' weights that may stay outside Linears; above it (MoE experts) a model is refused."""
+
+
+@dataclass
+class BlockCall:
+    """What the model passes to one block beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Decoder:
+    """A causal LM on meta whose blocks can be filled from `source` one at a time.
+
+    dtype: the compute dtype; device: where blocks run.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> None:
+        self.source = Source(folder)
+        self.dtype, self.device = dtype, device
+        self.config = read_config(folder, trust_remote_code)
+        try:
+            with init_empty_weights(include_buffers=False):
+                self.model = AutoModelForCausalLM.from_config(
+                    deepcopy(self.config),  # it notes the compute dtype there, ours keeps the stored one
+                    dtype=dtype,
+                    trust_remote_code=trust_remote_code,
+                ).eval()
+        except (ValueError, KeyError, ImportError, AttributeError) as e:
+            raise InputError(f"transformers cannot build a causal LM from {folder}/config.json: {e}") from e
+        self.blocks_name, self.blocks = find_blocks(self.model, self.config)
+        self.refuse_unquantizable()  # before the names: experts are stored under others, in other shapes
+        self.key_of = self._match_keys()
+
+    def _match_keys(self) -> dict[str, str]:
+        """Name of each tensor of the model -> its name in the source; tied ones that the source leaves out are
+        absent."""
+        tied = self.model.all_tied_weights_keys
+        key_of = match_keys(self.model, self.source.specs)
+        found, missing = {}, []
+        for name, tensor in self.model.state_dict().items():
+            key = key_of.get(name)
+            if name in tied and tied[name] != name and self._stored_alike(key, key_of.get(tied[name])):
+                continue  # stored once, under the name it is tied to
+            if key is None:
+                missing.append(name)
+            elif self.source.specs[key].shape != tuple(tensor.shape):
+                raise CheckpointError(
+                    f"{key} in {self.source.folder} has shape {list(self.source.specs[key].shape)}, "
+                    f"config.json implies {list(tensor.shape)}: the two do not belong together"
+                )
+            else:
+                found[name] = key
+        if missing:
+            raise CheckpointError(
+                f"{self.source.folder} holds no tensor for {missing[0]}"
+                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+                + f"; load it with transformers {_transformers_version()} and `save_pretrained` it to rewrite its names"
+            )
+        return found
+
+    def _stored_alike(self, tied: str | None, key: str | None) -> bool:
+        """Whether a tied tensor needs no place of its own; where the two differ, transformers does not tie them."""
+        return tied is None or key is None or torch.equal(*self.source.read([tied, key]).values())
+
+    @property
+    def unused_keys(self) -> list[str]:
+        """Tensors of the source that the model has no place for."""
+        tied = set(self.model.all_tied_weights_keys)
+        return sorted(set(self.source.specs) - set(self.key_of.values()) - tied)
+
+    def block_name(self, i: int) -> str:
+        return f"{self.blocks_name}.{i}"
+
+    def names_outside_blocks(self) -> list[str]:
+        """State names of everything but the blocks: embeddings, final norm, head."""
+        return [name for name in self.key_of if not name.startswith(f"{self.blocks_name}.")]
+
+    def names_of_block(self, i: int) -> list[str]:
+        prefix = f"{self.block_name(i)}."
+        return [name for name in self.key_of if name.startswith(prefix)]
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """State name -> tensor as stored; raises `CheckpointError` naming one that is not finite."""
+        stored = self.source.read([self.key_of[name] for name in names])
+        tensors = {name: stored[self.key_of[name]] for name in names}
+        for name, tensor in tensors.items():
+            # the extremes carry NaN and Inf on; isfinite() would take 40 times as long, and a copy
+            if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+                raise CheckpointError(
+                    f"{name} in {self.source.folder} holds NaN or Inf: the source checkpoint is damaged, nothing "
+                    "can be calibrated through it"
+                )
+        return tensors
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors into the model, in the compute dtype."""
+        for name, tensor in tensors.items():
+            value = tensor.to(self.device, self.dtype) if tensor.is_floating_point() else tensor.to(self.device)
+            set_module_tensor_to_device(self.model, name, self.device, value=value)
+
+    @contextmanager
+    def filled_block(self, i: int) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
+        """Block i on the device, with its tensors as stored; back on meta afterwards."""
+        block = self.blocks[i]
+        tensors = self.read(self.names_of_block(i))
+        prefix = f"{self.block_name(i)}."
+        # not in the files: made when the model was built
+        computed = {name: b for name, b in block.named_buffers() if prefix + name not in tensors}
+        self.fill(tensors)
+        _set_buffers(block, {name: buffer.to(self.device) for name, buffer in computed.items()})
+        try:
+            yield block, tensors
+        finally:
+            block.to("meta")
+            _set_buffers(block, computed)
+
+    def linears(self, i: int, ignore: Sequence[str] = ()) -> dict[str, nn.Module]:
+        """Full name -> Linear or Conv1D of block i, but those whose full name matches a pattern in `ignore`."""
+        named = {
+            f"{self.block_name(i)}.{name}": module
+            for name, module in self.blocks[i].named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+        }
+        return {name: module for name, module in named.items() if not any(fnmatch(name, p) for p in ignore)}
+
+    def refuse_unquantizable(self) -> None:
+        """Raise `InputError` where more than `MAX_UNQUANTIZED` of the blocks' weights lie outside Linears."""
+        total, outside = 0, {}
+        for i, block in enumerate(self.blocks):
+            inside = {f"{name}.weight" for name in self.linears(i)}
+            for name, p in block.named_parameters():
+                full = f"{self.block_name(i)}.{name}"
+                total += p.numel()
+                if p.ndim >= 2 and full not in inside:
+                    outside[full] = p
+        share = sum(p.numel() for p in outside.values()) / total
+        if share > MAX_UNQUANTIZED:
+            name, p = max(outside.items(), key=lambda item: item[1].numel())
+            raise InputError(
+                f"{share:.0%} of the block weights of {self.source.folder} are not in Linear layers (the largest is "
+                f"{name} {list(p.shape)}): mixture-of-experts layers cannot be packed yet, and leaving them in "
+                f"{self.config.dtype} would make the bits reported a lie, so nothing was written"
+            )
+
+    @torch.no_grad()
+    def block_inputs(self, batches: Iterator[Tensor], sink: Callable[[int, Tensor], None]) -> list[BlockCall]:
+        """Run the model's own forward up to block 0 on each batch [batch, length] of token ids.
+
+        `sink(k, hidden)` takes the hidden states [batch, length, hidden] of batch k; returns how each block is called,
+        which must not depend on the batch (all have one shape). The embeddings are freed afterwards.
+        """
+        outside = [n for n in self.names_outside_blocks() if n != _head_name(self.model)]
+        self.fill(self.read(outside))
+        computed = {
+            name: buffer
+            for name, buffer in self.model.named_buffers()
+            if not name.startswith(f"{self.blocks_name}.") and name not in self.key_of
+        }
+        _set_buffers(self.model, {name: buffer.to(self.device) for name, buffer in computed.items()})
+        with self.filled_block(0) as (first, _):
+            spy = _Spy(first, self.blocks, getattr(self.config.get_text_config(), "num_kv_shared_layers", None) != 0)
+            try:
+                for k, tokens in enumerate(batches):
+                    with suppress(_Reached):
+                        self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+                    sink(k, spy.hidden)
+            finally:
+                spy.leave()
+        calls = spy.calls
+        if len(calls) != len(self.blocks):
+            raise InputError(
+                f"{self.config.model_type} runs its {len(self.blocks)} blocks {len(calls)} times in one forward pass: "
+                "decoders that skip or repeat blocks cannot be streamed"
+            )
+        if not spy.alike:
+            raise InputError(
+                f"{self.config.model_type} passes its blocks more that depends on the text than the hidden states, "
+                "such as per-layer embeddings or shared keys: such decoders cannot be streamed yet"
+            )
+        for name in outside:
+            set_module_tensor_to_device(self.model, name, "meta")
+        return calls
+
+
+class _Reached(Exception):
+    """The hidden states have reached the first block: the rest of the forward is not needed."""
+
+
+class _Spy:
+    """Stands in for the forward of every block. In the first pass it notes how each is called, runs block 0 and lets
+    the hidden states pass the others as if they had run; in the second, on other text, it looks whether they are
+    called alike; later passes end at block 0."""
+
+    def __init__(self, first: nn.Module, blocks: nn.ModuleList, may_share: bool) -> None:
+        """may_share: what a block leaves in a mapping that it is passed may be for the blocks after it."""
+        self.calls: list[BlockCall] = []
+        self.hidden: Tensor | None = None  # what entered block 0 last
+        self.alike, self._may_share = True, may_share
+        self._blocks, self._run_first = blocks, first.forward
+        self._passes = self._seen = 0
+        for block in blocks:
+            # the instance's attribute shadows the method, so that the model still finds all else on its block
+            block.forward = self._pass
+        first.forward = self._enter
+
+    def _enter(self, *args: Any, **kwargs: Any) -> Any:
+        self._passes += 1
+        self.hidden, call = _split_call(args, kwargs)
+        if self._passes > 2:
+            raise _Reached
+        self._note(call)
+        if self._passes == 1:
+            own = {key: copy(value) if isinstance(value, Mapping) else value for key, value in kwargs.items()}
+            output = self._run_first(*args, **own)
+            if self._may_share:
+                self.alike &= _alike(BlockCall((), own), BlockCall((), kwargs))
+            # blocks return hidden states bare, or first in a tuple
+            bare = isinstance(output, Tensor)
+            self._like = (lambda hidden: hidden) if bare else lambda hidden: (hidden, *output[1:])
+            return output
+        return self._like(self.hidden)
+
+    def _pass(self, *args: Any, **kwargs: Any) -> Any:
+        hidden, call = _split_call(args, kwargs)
+        self._note(call)
+        return self._like(hidden)
+
+    def _note(self, call: BlockCall) -> None:
+        if self._passes == 1:
+            self.calls.append(call)
+        else:
+            self.alike &= _alike(call, self.calls[self._seen % len(self.calls)])
+        self._seen += 1
+
+    def leave(self) -> None:
+        for block in self._blocks:
+            block.__dict__.pop("forward", None)
+
+
+def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+    if args:
+        return args[0], BlockCall(args[1:], kwargs)
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), BlockCall((), rest)
+
+
+def _alike(a: BlockCall, b: BlockCall) -> bool:
+    """Whether two calls pass the same tensors beside the hidden states."""
+    mine, theirs = list(_tensors([a.args, a.kwargs])), list(_tensors([b.args, b.kwargs]))
+    return len(mine) == len(theirs) and all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
+
+
+def _set_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    for name, buffer in buffers.items():
+        parent, _, leaf = name.rpartition(".")
+        module.get_submodule(parent)._buffers[leaf] = buffer
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+    """hidden [batch, length, hidden] -> the same, through the block."""
+    output = block(hidden, *call.args, **call.kwargs)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's config; raises `InputError` where transformers cannot read it, or where it is quantized already."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as e:
+        raise InputError(f"{folder}/config.json cannot be read: {str(e).splitlines()[0]}") from e
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise InputError(f"{folder} is already quantized ({method}): compress the original checkpoint instead")
+    return config
+
+
+def find_blocks(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
+    """The decoder blocks of a model, and their name in it; `InputError` where there is no list of them."""
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and any(isinstance(m, nn.Linear | Conv1D | PackedLinear) for m in module.modules())
+    ]
+    # the outermost list of the configured depth; experts and heads inside a block come later in the walk
+    exact = [found for found in lists if len(found[1]) == depth]
+    if not lists or (depth is not None and not exact):
+        raise InputError(f"{type(model).__name__} has no list of {depth} decoder blocks made of Linear layers")
+    return (exact or lists)[0]
+
+
+def _head_name(model: nn.Module) -> str | None:
+    head = model.get_output_embeddings()
+    return next((f"{name}.weight" for name, module in model.named_modules() if module is head), None)
+
+
+def _transformers_version() -> str:
+    import transformers
+
+    return transformers.__version__

@@ -1,0 +1,105 @@
+"""PackedLinear: a Linear whose weight stays packed; buffers as the `Format` lists them, forward through the kernels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ultralowbit.format.weight import Format, PackedWeight
+from ultralowbit.kernels.packed_matmul import packed_matmul
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of an nn.Linear or of GPT-2's transposed Conv1D."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return module.out_features, module.in_features
+
+
+class KeepsPacked(nn.Module):
+    """Moves its packed tensors with the module but never casts them: `model.to(bfloat16)` must not round scales."""
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The packed tensors among the buffers."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsPacked:
+        kept = self._tensors()
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self
+
+
+class PackedLinear(KeepsPacked):
+    """y = x @ decode(packed).T + bias, for x [..., in] and y [..., out].
+
+    Its state holds the packed tensors under their own names (`weight`, `weight_scale`, ...) and `bias` if there is one.
+    `transposed` remembers that the module stands for a Conv1D, whose dense weight is [in, out]. With `int8`, x may be
+    rounded to 8 bits for the sake of speed; `kernel_for` says whether it is.
+    """
+
+    int8 = False
+
+    def __init__(
+        self, out_features: int, in_features: int, format: Format, bias: nn.Parameter | None, transposed: bool = False
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+        self.format, self.transposed = format, transposed
+        self._layout = json.dumps(format.to_dict())
+        self._names = tuple(format.tensors(out_features, in_features))
+        for name, spec in format.tensors(out_features, in_features).items():
+            self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def replacing(cls, module: nn.Module, format: Format) -> PackedLinear:
+        """A PackedLinear on meta in the place of a Linear or Conv1D, keeping its bias."""
+        return cls(*linear_shape(module), format, module.bias, isinstance(module, Conv1D))
+
+    @property
+    def packed(self) -> PackedWeight:
+        return PackedWeight(self.format, (self.out_features, self.in_features), self._tensors())
+
+    def fill(self, packed: PackedWeight) -> None:
+        """Take the tensors of a packed weight of this module's format and shape."""
+        for name, tensor in packed.tensors.items():
+            setattr(self, name, tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = packed_matmul(x, [getattr(self, name) for name in self._names], self._layout, self.int8)
+        return y if self.bias is None else y + self.bias
+
+    def dense(self, dtype: torch.dtype) -> nn.Module:
+        """The Linear or Conv1D with the weight that the packed bytes mean."""
+        weight = self.packed.dequantize(dtype)
+        with torch.device("meta"):
+            module = (
+                Conv1D(self.out_features, self.in_features)
+                if self.transposed
+                else nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+            )
+        module.weight = nn.Parameter(weight.T.contiguous() if self.transposed else weight, requires_grad=False)
+        if self.bias is not None:
+            module.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
+        return module
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, format={self.format.summary}{', int8=True' if self.int8 else ''}"
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self._names}
+
+
+def swap(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` is in `model`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,112 @@
+"""What a run reads: the model, the formats that a recipe gives its Linears, texts in its tokens."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultralowbit.checkpoint.storage import sha256_file
+from ultralowbit.data.calibration import Calibration, calibrate
+from ultralowbit.errors import InputError
+from ultralowbit.format.weight import Format
+from ultralowbit.hub import open_tokenizer
+from ultralowbit.nn.decoder import Decoder
+from ultralowbit.nn.linear import linear_shape
+from ultralowbit.progress import Progress
+from ultralowbit.recipe import Recipe
+from ultralowbit.training.specs import CalibrationSpec
+
+BATCH_TOKENS = 2048
+"""Tokens that run through a block at a time: enough to keep the products busy, little enough to keep them in memory."""
+
+
+def open_decoder(folder: Path, device: torch.device, trust_remote_code: bool = False) -> Decoder:
+    """The model on meta, ready to stream; blocks run in fp32 on a CPU and in the checkpoint's dtype elsewhere."""
+    decoder = Decoder(folder, torch.float32, device, trust_remote_code)
+    if device.type != "cpu":
+        decoder = Decoder(folder, decoder.config.dtype or torch.float32, device, trust_remote_code)
+    return decoder
+
+
+def window_length(spec: CalibrationSpec, decoder: Decoder) -> int:
+    """The length of windows that is asked for, cut to the model's positions."""
+    positions = getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
+    return min(spec.length, positions or spec.length)
+
+
+def packed_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format, tuple[int, int]]]:
+    """Format and (out, in) of every Linear that the recipe packs, as expected before any data is seen: where the choice
+    of weights depends on data, the packed result may need more room."""
+    found = {}
+    for i in range(len(decoder.blocks)):
+        for name, module in decoder.linears(i, recipe.ignore).items():
+            shape = linear_shape(module)
+            found[name] = (recipe.method_for(name).format(shape[1]), shape)
+    if not found:
+        raise InputError(f"recipe {recipe.name} skips every Linear of the model: nothing would be compressed")
+    for override in recipe.overrides:
+        if not any(recipe.method_for(name) is override.quantize for name in found):
+            raise InputError(
+                f"the override {override.match!r} matches no Linear of the model, such as {next(iter(found))}"
+            )
+    return found
+
+
+def hash_model(decoder: Decoder, progress: Progress) -> dict[str, str]:
+    folder = decoder.source.folder
+    names = ["config.json", *decoder.source.files]
+    progress.start("hashing the model", sum((folder / name).stat().st_size for name in names))
+    return {name: sha256_file(folder / name, progress.step) for name in names}
+
+
+class TextReader:
+    """Reads texts in the tokens of a model, with the tokenizer opened once."""
+
+    def __init__(self, folder: Path, decoder: Decoder, trust_remote_code: bool, progress: Progress) -> None:
+        self.folder, self.decoder, self.progress = folder, decoder, progress
+        self.trust_remote_code = trust_remote_code
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return open_tokenizer(self.folder, self.trust_remote_code)
+
+    def read(self, spec: CalibrationSpec) -> Calibration:
+        """The windows that a recipe asks for; `InputError` where text, tokenizer and model do not go together."""
+        length = window_length(spec, self.decoder)
+        if length < spec.length:
+            self.progress.say(f"windows of {spec.source} cut from {spec.length} to the model's {length} positions")
+        tokenizer = self.tokenizer
+        self.progress.start(f"reading {spec.source}", 1)
+        done = 0
+
+        def step(now: int, total: int) -> None:
+            nonlocal done
+            if not done:
+                self.progress.start(f"text from {spec.source}", total)
+            self.progress.step(now - done)
+            done = now
+
+        data = calibrate(
+            spec.source, tokenizer, samples=spec.samples, length=length, seed=spec.seed, model_path=self.folder,
+            device=self.decoder.device, progress=step,
+        )  # fmt: skip
+        rows = self.decoder.model.get_input_embeddings().weight.shape[0]
+        if data.tokens.max() >= rows:
+            raise InputError(
+                f"the tokenizer makes token {data.tokens.max().item()}, the model has {rows}: put the tokenizer files "
+                "that belong to the model into its folder"
+            )
+        return data
+
+
+def batched(tokens: Tensor, most: int | None = None) -> Tensor:
+    """[samples, length] -> [batches, batch, length], all batches of one shape: blocks are called alike for each. `most`
+    is in samples, by default what makes `BATCH_TOKENS`."""
+    samples, length = tokens.shape
+    fits = most or max(1, BATCH_TOKENS // length)
+    batch = max(b for b in range(1, min(fits, samples) + 1) if samples % b == 0)
+    return tokens.view(-1, batch, length)

@@ -1,0 +1,229 @@
+"""The blocks of one job, one after another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import reduce
+from operator import or_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ultralowbit.checkpoint.activations import Activations
+from ultralowbit.checkpoint.job import Job
+from ultralowbit.checkpoint.storage import write_tensors
+from ultralowbit.data.calibration import Calibration
+from ultralowbit.errors import CheckpointError, FormatError
+from ultralowbit.format.weight import PackedWeight
+from ultralowbit.methods.statistics import InputStats, Need
+from ultralowbit.nn.decoder import BlockCall, Decoder, run_block
+from ultralowbit.nn.inputs import InputGroup, input_groups
+from ultralowbit.pipeline.collect import collect
+from ultralowbit.pipeline.quantize import give_weight, quantize_linear
+from ultralowbit.pipeline.source import batched
+from ultralowbit.progress import Progress
+from ultralowbit.recipe import Recipe
+from ultralowbit.system import return_free_memory
+from ultralowbit.training.blockwise import Streams, train_block
+
+
+class BlockStream:
+    """The blocks of one job: activations ping-pong between two files, a block is committed when both are on disk.
+
+    With block-wise tuning a second stream of activations is that of the original model.
+    """
+
+    def __init__(
+        self, job: Job, decoder: Decoder, recipe: Recipe, data: Calibration | None, progress: Progress
+    ) -> None:
+        self.job, self.decoder, self.recipe, self.data, self.progress = job, decoder, recipe, data, progress
+        most = (
+            None if recipe.blockwise is None else recipe.blockwise.training.batch
+        )  # a block is tuned on a batch at a time
+        self.tokens = None if data is None else batched(data.tokens, most)  # [batches, batch, length]
+        self.streams = ("activations",) if recipe.blockwise is None else ("activations", "original")
+        self.tuning = 0 if recipe.blockwise is None else recipe.blockwise.steps(len(self.tokens))  # steps a block
+
+    def blocks(self) -> None:
+        state, total = self.job.state, len(self.decoder.blocks)
+        self.progress.start("blocks" if self.tuning == 0 else "blocks, by steps", total * (1 + self.tuning))
+        if state["blocks"]:
+            self.progress.say(f"going on after block {state['blocks'] - 1}, where the last run stopped")
+            self.progress.step(state["blocks"] * (1 + self.tuning))
+        calls = self._enter() if self.tokens is not None and state["blocks"] < total else None
+        for i in range(state["blocks"], total):
+            started = time.perf_counter()
+            self._block(i, calls and calls[i])
+            state["blocks"] = i + 1
+            state["seconds"][self.decoder.block_name(i)] = round(time.perf_counter() - started, 3)
+            self.job.commit()
+            return_free_memory()
+            self.progress.step()
+
+    def _activations(self, i: int, create: bool = False, stream: str = "activations") -> Activations:
+        """What enters block i in a stream; its two files take turns."""
+        hidden = self.decoder.config.get_text_config().hidden_size
+        shape = (*self.tokens.shape, hidden)
+        return Activations(self.job.work / f"{stream}-{i % 2}.bin", shape, self.decoder.dtype, create)
+
+    def _enter(self) -> list[BlockCall]:
+        """How blocks are called; on a fresh start also what enters block 0."""
+        fresh = self.job.state["blocks"] == 0
+        into = [self._activations(0, True, stream).tensor for stream in self.streams] if fresh else []
+        batches = self.tokens if fresh else self.tokens[:1]
+
+        def sink(k: int, hidden: Tensor) -> None:
+            for stream in into:
+                stream[k] = hidden.cpu()
+
+        return self.decoder.block_inputs(iter(batches), sink)
+
+    def _block(self, i: int, call: BlockCall | None) -> None:
+        decoder, state = self.decoder, self.job.state
+        with decoder.filled_block(i) as (block, stored):
+            linears = decoder.linears(i, self.recipe.ignore)
+            tensors = {name: tensor for name, tensor in stored.items() if name.removesuffix(".weight") not in linears}
+            inputs = None if call is None else self._activations(i).tensor
+            streams = None if self.recipe.blockwise is None else self._streams(i, block, call, inputs)
+            packed = self._solve(block, linears, call, inputs, streams and streams.original)
+            if streams is not None:
+                packed = self._tune(i, block, linears, stored, packed, streams)
+            tensors |= {f"{name}.{part}": t.cpu() for name, p in packed.items() for part, t in p.tensors.items()}
+            write_tensors(self.job.shards / self.job.shard_name(i, len(decoder.blocks) + 1), tensors)
+            if inputs is not None and i + 1 < len(decoder.blocks):
+                outputs = self._activations(i + 1, create=True)
+                self._run_through(block, call, inputs, outputs)
+            name = decoder.block_name(i)
+            tuned = state["tuning"].get(name)
+            self.progress.say(_block_line(name, {n: state["layers"][n] for n in linears}, tuned))
+
+    @torch.no_grad()
+    def _solve(
+        self,
+        block: nn.Module,
+        linears: dict[str, nn.Module],
+        call: BlockCall | None,
+        inputs: Tensor | None,
+        original: Tensor | None,
+    ) -> dict[str, PackedWeight]:
+        """Pack the Linears of a block in the order of their use; they then hold what the packed bytes mean."""
+        found = {}
+        for name, stats in self._statistics(block, linears, call, inputs, original):
+            try:
+                found[name], result = quantize_linear(linears[name], self.recipe.method_for(name), stats)
+            except FormatError as e:
+                raise CheckpointError(f"{name} in {self.decoder.source.folder} cannot be packed: {e}") from e
+            self.job.state["layers"][name] = result
+            if result["fallback"]:
+                self.progress.say(f"WARNING {name}: rounded to nearest, because {result['fallback']}")
+        return found
+
+    def _streams(self, i: int, block: nn.Module, call: BlockCall, inputs: Tensor) -> Streams:
+        """What the unpacked block puts out: for the original's activations, and for those of the packed model."""
+        original = self._activations(i, stream="original").tensor
+        y1 = self._activations(i + 1, True, "original")
+        self._run_through(block, call, original, y1)
+        y2 = self._activations(0, True, "targets")
+        self._run_through(block, call, inputs, y2)
+        return Streams(call, original, inputs, y1.tensor, y2.tensor)
+
+    @torch.no_grad()
+    def _run_through(self, block: nn.Module, call: BlockCall, inputs: Tensor, outputs: Activations) -> None:
+        for k, batch in enumerate(inputs):
+            outputs.tensor[k] = run_block(block, batch.to(self.decoder.device), call).cpu()
+        outputs.sync()
+
+    def _tune(
+        self,
+        i: int,
+        block: nn.Module,
+        linears: dict[str, nn.Module],
+        stored: dict[str, Tensor],
+        packed: dict[str, PackedWeight],
+        streams: Streams,
+    ) -> dict[str, PackedWeight]:
+        name, state = self.decoder.block_name(i), self.job.state
+        file = self.job.work / f"tuning-{i}.safetensors"
+        weights = {n: stored[f"{n}.weight"] for n in packed}
+        within = SubStage(self.progress, self.tuning)
+        tuned, fitted = train_block(
+            self.decoder.model, block, weights, packed, streams, self.recipe.blockwise, file, within
+        )
+        within.step(within.left)  # where training has ended early
+        for n, p in tuned.items():
+            give_weight(linears[n], p.dequantize())
+            # the error was that of the codes and scales before
+            state["layers"][n] |= {"error": None}
+        state["tuning"][name] = asdict(fitted)
+        for done in self.job.work.glob("tuning-*.safetensors"):
+            if done != file:  # this one a run that is killed before the commit still needs
+                done.unlink()
+        return packed | tuned
+
+    def _statistics(
+        self,
+        block: nn.Module,
+        linears: dict[str, nn.Module],
+        call: BlockCall | None,
+        inputs: Tensor | None,
+        original: Tensor | None,
+    ) -> Iterator[tuple[str, InputStats | None]]:
+        """The Linears in the order of their use, each with what enters it: the caller has packed the ones before.
+
+        Magnitudes alone, of which no error is made up for, are those of the original model where it runs along.
+        """
+        groups = [] if inputs is None else input_groups(block, linears, call, inputs[0].to(self.decoder.device))
+
+        def gather(group: InputGroup, source: Tensor) -> InputStats:
+            return collect(
+                block, linears[group.names[0]], group.calls, call, source, self._needs(group), self._outliers()
+            )
+
+        early = [g for g in groups if original is not None and self._needs(g) == Need.MAGNITUDES]
+        known = {group.names[0]: gather(group, original) for group in early}
+        for group in groups:
+            stats = known.get(group.names[0])
+            if stats is None and self._needs(group):
+                stats = gather(group, inputs)
+            for name in group.names:
+                yield name, stats
+        reached = {name for group in groups for name in group.names}
+        yield from ((name, None) for name in linears if name not in reached)
+
+    def _needs(self, group: InputGroup) -> Need:
+        return reduce(or_, (self.recipe.method_for(name).needs for name in group.names))
+
+    def _outliers(self) -> int:
+        clip = self.recipe.calibration.clip_tokens
+        return 0 if clip is None else int(self.data.tokens.numel() * (1 - clip))
+
+
+class SubStage:
+    """A stage that is part of another one, in which it has so many steps `left`."""
+
+    def __init__(self, outer: Progress, left: int) -> None:
+        self.outer, self.left = outer, left
+
+    def start(self, what: str, total: int) -> None: ...
+
+    def step(self, n: int = 1) -> None:
+        self.left -= n
+        self.outer.step(n)
+
+    def say(self, line: str) -> None:
+        self.outer.say(line)
+
+
+def _block_line(name: str, layers: dict[str, dict[str, Any]], tuned: dict[str, Any] | None = None) -> str:
+    if not layers:
+        return f"{name}: all its Linears are skipped"
+    errors = [layer["error"] for layer in layers.values() if layer["error"] is not None]
+    bits = sum(v["bits_per_weight"] * v["shape"][0] * v["shape"][1] for v in layers.values())
+    weights = sum(v["shape"][0] * v["shape"][1] for v in layers.values())
+    seconds = sum(layer["seconds"] for layer in layers.values())
+    error = f"output error {sum(errors) / len(errors):.2%} mean, {max(errors):.2%} worst, " if errors else ""
+    found = f"{name}: {len(layers)} Linears, {error}{bits / weights:.3f} bits per weight, {seconds:.1f} s solving"
+    return found if tuned is None else f"{found}, tuned from {tuned['before']:.4g} to {tuned['after']:.4g}"

@@ -1,0 +1,47 @@
+"""How much the pipeline has to do for a model and a recipe."""
+
+from __future__ import annotations
+
+import math
+
+from ultralowbit.format.weight import Format
+from ultralowbit.methods.statistics import Need
+from ultralowbit.nn.decoder import Decoder
+from ultralowbit.nn.inputs import shared_inputs
+from ultralowbit.nn.linear import linear_shape
+from ultralowbit.pipeline.source import BATCH_TOKENS, window_length
+from ultralowbit.recipe import Recipe
+
+
+class Workload:
+    """How much the pipeline has to do for a model and a recipe."""
+
+    def __init__(self, decoder: Decoder, recipe: Recipe, formats: dict[str, tuple[Format, tuple[int, int]]]) -> None:
+        self.decoder = decoder
+        self.shapes = {name: shape for name, (_, shape) in formats.items()}
+        self.methods = {name: recipe.method_for(name) for name in formats}
+        self.solved = [name for name in formats if Need.HESSIAN in self.methods[name].needs]
+        self.length = window_length(recipe.calibration, decoder)
+        self.recipe, self.formats = recipe, [format for format, _ in formats.values()]
+        outside = [decoder.source.specs[decoder.key_of[name]] for name in decoder.names_outside_blocks()]
+        self.outside = sum(math.prod(spec.shape) for spec in outside)
+        self.vocabulary = decoder.config.get_text_config().vocab_size
+        measured = recipe.blockwise is not None or any(method.needs for method in self.methods.values())
+        self.tokens = recipe.calibration.samples * self.length if measured else 0
+        self.batch = min(self.tokens, max(BATCH_TOKENS, self.length))  # tokens that run at a time, at most
+        clip = recipe.calibration.clip_tokens
+        self.outliers = 0 if clip is None else int(self.tokens * (1 - clip)) + 1  # tokens held back by each Hessian
+        self.hidden = decoder.config.get_text_config().hidden_size
+        self.activations = self.tokens * self.hidden * decoder.dtype.itemsize  # bytes of one activation file
+        self.files = 2 if recipe.blockwise is None else 5  # two for the packed model, two for the original, the targets
+        leaders = shared_inputs(decoder) if self.solved else {}
+        self.exact_groups = leaders is not None
+        leader_of = {name: (leaders or {}).get(name, name) for name in self.solved}
+        self.hessians = [  # of each block, `in` of each input group
+            [self.shapes[name][1] for name in {leader_of[n]: n for n in linears if n in leader_of}.values()]
+            for linears in (decoder.linears(i) for i in range(len(decoder.blocks)))
+        ]
+        # of all blocks, skipped Linears too: those run as well
+        self.forward = [
+            math.prod(linear_shape(m)) for i in range(len(decoder.blocks)) for m in decoder.linears(i).values()
+        ]

@@ -1,0 +1,106 @@
+"""Block-wise tuning: the parameters of a block's packed Linears, fitted to what the original block puts out.
+
+Two streams of activations, as in PTQ1.61 (arXiv 2502.13179): X of the original model, Xq of the packed one. With F the
+original block and Q the packed one, Q(Xq) is brought near Y1 = F(X), which makes up for the blocks before, and near
+Y2 = F(Xq), which does not ask for more than this block can give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ultralowbit.errors import InputError
+from ultralowbit.format.weight import PackedWeight
+from ultralowbit.nn.decoder import BlockCall, run_block
+from ultralowbit.nn.linear import PackedLinear, swap
+from ultralowbit.progress import Progress
+from ultralowbit.training.fake_quant.linear import FakeQuantLinear, parameter_groups, set_progress
+from ultralowbit.training.loop import Fitted, fit
+from ultralowbit.training.specs import Blockwise, Finetune
+
+
+class Streams(NamedTuple):
+    """What a block is tuned on: how it is called, and X, Xq, Y1, Y2 [batches, batch, length, d], often mapped files."""
+
+    call: BlockCall
+    original: Tensor
+    inputs: Tensor
+    y1: Tensor
+    y2: Tensor
+
+
+def train_block(
+    model: nn.Module,
+    block: nn.Module,
+    weights: Mapping[str, Tensor],
+    packed: Mapping[str, PackedWeight],
+    streams: Streams,
+    spec: Blockwise,
+    state: Path,
+    progress: Progress,
+) -> tuple[dict[str, PackedWeight], Fitted]:
+    """Tune the packed Linears of a block, which are named as in `model`; weights: the original ones, as stored.
+
+    Returns those that training has made better. `state` is the file that a killed run goes on from. The block is left
+    as it was found.
+    """
+    device = next(block.parameters()).device
+    batches = range(len(streams.inputs))
+    training, held_out = spec.split(batches)
+
+    def loss(indices: Sequence[int]) -> Tensor:
+        losses = []
+        for k in indices:
+            x, y1, y2 = (stream[k].to(device) for stream in (streams.inputs, streams.y1, streams.y2))
+            losses.append(spec.objective(run_block(block, x, streams.call), y1, y2))
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def evaluate() -> float:
+        return sum(loss([k]).item() for k in held_out) / len(held_out)
+
+    with views(model, packed, weights, spec) as found:
+        fitted = fit(
+            parameter_groups(block), loss, spec.loop, len(training), evaluate, state=state, progress=progress,
+            on_progress=lambda share: set_progress(block, share),
+        )  # fmt: skip
+        return {name: view.pack() for name, view in found.items()} if fitted.accepted else {}, fitted
+
+
+@contextmanager
+def views(
+    model: nn.Module, packed: Mapping[str, PackedWeight], weights: Mapping[str, Tensor], spec: Blockwise | Finetune
+) -> Iterator[dict[str, FakeQuantLinear]]:
+    """Trainable views in the place of the named Linears, as far as their formats have what is trained; all else in the
+    model is frozen meanwhile. Raises `InputError` where none has."""
+    required = {p: p.requires_grad for p in model.parameters()}
+    replaced = {name: model.get_submodule(name) for name in packed}
+    model.requires_grad_(False)
+    found: dict[str, FakeQuantLinear] = {}
+    try:
+        for name, module in replaced.items():
+            weight = weights[name].T if isinstance(module, Conv1D) else weights[name]
+            try:
+                found[name] = view = FakeQuantLinear(
+                    packed[name], spec.training.lr, latent=weight.to(module.weight.device), bias=module.bias,
+                    estimator=spec.estimator, scales=spec.scales,
+                )  # fmt: skip
+            except InputError as e:
+                nothing, view = e, PackedLinear.replacing(module, packed[name].format)
+                view.fill(packed[name])
+            swap(model, name, view)
+        if not found:
+            raise nothing
+        yield found
+    finally:
+        for name, module in replaced.items():
+            swap(model, name, module)
+        for p, grad in required.items():
+            p.requires_grad_(grad)

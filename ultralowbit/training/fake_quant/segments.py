@@ -1,0 +1,79 @@
+"""How each kind of segment is fake-quantized: a line in `FAKE_QUANT`. A segment that has none is not trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ultralowbit.errors import InputError
+from ultralowbit.format.ints import Ints
+from ultralowbit.format.planes import Planes
+from ultralowbit.format.segment import Segment
+from ultralowbit.training.estimators import Estimator
+from ultralowbit.training.fake_quant.ints import FakeQuantInts
+from ultralowbit.training.fake_quant.latent import LatentDual, LatentSigns, is_dual
+from ultralowbit.training.fake_quant.planes import FixedPlanes
+from ultralowbit.training.fake_quant.rounding import decoded
+
+Scales = Literal["free", "analytic"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the training of a segment starts from, beside its stored tensors: which kinds are trained, the original
+    weight [out, columns], which weights are no outliers [out, columns] bool, and whether planes lie in the same row."""
+
+    train: Collection[str]
+    latent: Tensor | None
+    keep: Tensor | None
+    estimator: Estimator
+    scales: Scales
+    beside_planes: bool
+
+
+class Frozen(nn.Module):
+    """Columns [out, columns] that are not trained."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("values", values)
+
+    def weight(self, own: Mapping[str, Tensor], row: Tensor | None, progress: float) -> Tensor:
+        return own["values"]
+
+    def parts(self, own: Mapping[str, Tensor], row: Tensor | None, progress: float) -> dict[str, Tensor]:
+        return {}
+
+
+def _planes(segment: Planes, parts: Mapping[str, Tensor], start: Start) -> nn.Module:
+    trained = start.latent is not None and "latent" in start.train
+    signs = segment.alphabet == "pm1" and trained
+    if start.scales == "analytic" and not signs:
+        raise InputError(f"analytic scales need -1/+1 planes with a trained latent weight, found {segment.summary}")
+    if signs:
+        analytic = start.scales == "analytic"
+        return LatentSigns(segment, parts, start.train, start.latent, start.keep, start.estimator, analytic)
+    if start.latent is not None and is_dual(segment):
+        return LatentDual(segment, parts, start.train, start.latent, start.keep, start.estimator)
+    return FixedPlanes(segment, parts, start.train)
+
+
+def _ints(segment: Ints, parts: Mapping[str, Tensor], start: Start) -> nn.Module:
+    if start.beside_planes:  # salient columns, which stay as they are
+        return Frozen(decoded(segment, parts))
+    return FakeQuantInts(segment, parts, start.train, start.latent if "latent" in start.train else None)
+
+
+FAKE_QUANT: dict[str, Callable[[Segment, Mapping[str, Tensor], Start], nn.Module]] = {
+    Planes.kind: _planes,
+    Ints.kind: _ints,
+}
+
+
+def fake_quant(segment: Segment, parts: Mapping[str, Tensor], start: Start) -> nn.Module:
+    """The module that stands for a segment's stored tensors (by suffix) while it is trained."""
+    build = FAKE_QUANT.get(segment.kind)
+    return Frozen(decoded(segment, parts)) if build is None else build(segment, parts, start)

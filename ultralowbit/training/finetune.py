@@ -1,0 +1,75 @@
+"""End-to-end training of a packed model, with the original as a frozen teacher or on the next token alone.
+
+Teacher and student share everything but the packed Linears. The whole model is in memory once, and of what is trained
+the gradient and two moments beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ultralowbit.format.weight import PackedWeight
+from ultralowbit.progress import Progress
+from ultralowbit.training.blockwise import views
+from ultralowbit.training.fake_quant.linear import parameter_groups, set_progress
+from ultralowbit.training.loop import Fitted, fit
+from ultralowbit.training.objectives import Outputs
+from ultralowbit.training.specs import Finetune
+
+SEEN = 8
+"""Windows that an objective sees of the teacher's hidden states before training."""
+
+
+def finetune(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    packed: Mapping[str, PackedWeight],
+    tokens: Tensor,
+    spec: Finetune,
+    state: Path,
+    device: torch.device,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> tuple[dict[str, PackedWeight], Fitted]:
+    """Train the packed Linears of the model in `folder` on windows of tokens [windows, length].
+
+    weights: what latent weights start from, by Linear. Returns those that training has made better. `state` is the file
+    that a killed run goes on from.
+    """
+    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    teacher.to(device).eval().requires_grad_(False)
+    shared = {id(t): t for t in (*teacher.parameters(), *teacher.buffers())}
+    student = deepcopy(teacher, memo=shared)
+    training, held_out = spec.split(range(len(tokens)))
+
+    def run(model: PreTrainedModel, batch: Tensor) -> Outputs:
+        found = model(batch, use_cache=False, output_hidden_states=spec.objective.needs_hidden)
+        return Outputs(found.logits, found.hidden_states or ())
+
+    @torch.no_grad()
+    def teach(batch: Tensor) -> Outputs | None:
+        return run(teacher, batch) if spec.objective.needs_teacher else None
+
+    tokens = tokens.to(device)
+    objective = spec.objective.preprocess(teach(tokens[:SEEN]) if spec.objective.needs_hidden else None)
+
+    def loss(indices: Sequence[int]) -> Tensor:
+        batch = tokens[list(indices)]
+        return objective(run(student, batch), teach(batch), batch)
+
+    @torch.no_grad()
+    def evaluate() -> float:
+        return sum(loss([k]).item() for k in held_out) / len(held_out)
+
+    with views(student, packed, weights, spec) as found:
+        fitted = fit(
+            parameter_groups(student), loss, spec.training, len(training), evaluate, state=state, progress=progress,
+            what="distilling", on_progress=lambda share: set_progress(student, share),
+        )  # fmt: skip
+        return {name: view.pack() for name, view in found.items()} if fitted.accepted else {}, fitted

@@ -1,0 +1,124 @@
+"""Quantization preprocessing of PTQ1.61 (Zhao et al., ACL 2025, arXiv 2502.13179, section 3.3): a restorative LoRA.
+
+The model is quantized once; low-rank adapters are trained on the frozen result with the next-token loss and merged,
+
+    W' = dequant(W) + (alpha / r) B A,
+
+and W', which lies near what the format can hold, is the model that is then quantized from the start.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ultralowbit.checkpoint.storage import write_json
+from ultralowbit.errors import InputError
+from ultralowbit.nn.hf import load
+from ultralowbit.nn.linear import PackedLinear, linear_shape, swap
+from ultralowbit.progress import Progress
+from ultralowbit.training.loop import Fitted, fit
+from ultralowbit.training.objectives import CrossEntropy, Outputs
+from ultralowbit.training.specs import Preprocess
+
+
+class Adapted(nn.Module):
+    """A frozen Linear or Conv1D with an adapter: y = W x + (alpha / r) B A dropout(x), A [r, in], B [out, r]."""
+
+    def __init__(self, linear: nn.Module, spec: Preprocess, generator: torch.Generator) -> None:
+        super().__init__()
+        out_features, in_features = linear_shape(linear)
+        self.linear, self.spec = linear, spec
+        device = linear.weight.device
+        bound = in_features**-0.5  # as Kaiming's uniform with a = sqrt(5), which LoRA's code starts A from
+        start = torch.empty(spec.rank, in_features).uniform_(-bound, bound, generator=generator)
+        self.A = nn.Parameter(start.to(device))
+        self.B = nn.Parameter(torch.zeros(out_features, spec.rank, device=device))
+        self.generator = generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if self.training and self.spec.dropout:
+            keep = torch.rand(x.shape, generator=self.generator).to(x.device) >= self.spec.dropout
+            x = x * keep / (1 - self.spec.dropout)
+        return y + F.linear(F.linear(x, self.A), self.B) * (self.spec.alpha / self.spec.rank)
+
+    @torch.no_grad()
+    def merge(self) -> nn.Module:
+        """The Linear with the adapter added to its weight."""
+        delta = self.B @ self.A * (self.spec.alpha / self.spec.rank)
+        self.linear.weight += delta.T if isinstance(self.linear, Conv1D) else delta
+        return self.linear
+
+
+def preprocess(
+    quantized: Callable[[Path], Path],
+    tokens: Tensor,
+    spec: Preprocess,
+    dtype: torch.dtype,
+    work: Path,
+    device: torch.device,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of the prepared model, made in `work`, and how its training went; what is there already is not made
+    again.
+
+    quantized: writes the model, quantized once, into a folder and returns it; tokens [windows, length] to train on;
+    dtype: that W' is stored in.
+    """
+    merged = work / "model"
+    if not merged.exists():
+        model = load(quantized(work / "quantized"), dtype=torch.float32, trust_remote_code=trust_remote_code).to(device)
+        adapt = [n for n, m in model.named_modules() if isinstance(m, PackedLinear) and spec.adapts(n)]
+        if not adapt:
+            raise InputError(f"preprocess.targets {list(spec.targets)} match no packed Linear: give patterns of names")
+        model = model.dequantize().requires_grad_(False)
+        fitted = _train(model, adapt, tokens.to(device), spec, work / "adapters.safetensors", progress)
+        for name in adapt:
+            swap(model, name, model.get_submodule(name).merge())
+        half_done = work / "merging"
+        model.to(dtype).save_pretrained(half_done)
+        write_json(half_done / "preprocess.json", asdict(fitted))
+        half_done.replace(merged)
+    return merged, json.loads((merged / "preprocess.json").read_text())
+
+
+def _train(
+    model: PreTrainedModel, adapt: Sequence[str], tokens: Tensor, spec: Preprocess, state: Path, progress: Progress
+) -> Fitted:
+    """Give the named Linears adapters, trained on the next tokens of windows tokens [windows, length]."""
+    generator = torch.Generator().manual_seed(spec.training.seed)
+    for name in adapt:
+        swap(model, name, Adapted(model.get_submodule(name), spec, generator))
+    training, held_out = spec.split(range(len(tokens)))
+    objective = CrossEntropy()
+
+    def loss(indices: Sequence[int]) -> Tensor:
+        batch = tokens[list(indices)]
+        return objective(Outputs(model(batch, use_cache=False).logits), None, batch)
+
+    @torch.no_grad()
+    def evaluate() -> float:
+        model.eval()
+        found = sum(loss([k]).item() for k in held_out) / len(held_out)
+        model.train()
+        return found
+
+    parameters = {"adapter": [p for p in model.parameters() if p.requires_grad]}
+    total = spec.training.total_steps(len(training))
+    return fit(
+        parameters, loss, spec.training, len(training), evaluate, state=state, progress=progress,
+        what="training adapters",
+        # a run that goes on drops the same inputs at every step
+        on_progress=lambda share: generator.manual_seed(spec.training.seed + 1 + round(share * total)),
+    )  # fmt: skip

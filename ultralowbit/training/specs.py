@@ -1,0 +1,137 @@
+"""What a recipe says of each stage that reads text or trains."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from fnmatch import fnmatch
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ultralowbit.methods.base import fields
+from ultralowbit.training.estimators import ESTIMATORS, STE
+from ultralowbit.training.objectives import BLOCK_OBJECTIVES, OBJECTIVES
+
+
+def one_of(table: dict[str, type], tag: str) -> Any:
+    return Annotated[Union[tuple(table.values())], Field(discriminator=tag)]  # noqa: UP007 (built at run time)
+
+
+class StrictModel(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CalibrationSpec(StrictModel):
+    """Which text the statistics come from, and how much of it."""
+
+    source: str = Field(
+        "c4", description="local .txt/.jsonl/.parquet, wikitext2, c4, ptb, org/name, python-docs or self"
+    )
+    samples: int = Field(128, ge=1, description="windows drawn from the text")
+    length: int = Field(2048, ge=2, description="tokens in a window; cut to the model's context")
+    seed: int = Field(0, ge=0, description="of the windows and of the model's own samples")
+    clip_tokens: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="percentile (0.999) of the token norms that the Hessian scales larger tokens down to",
+    )
+
+
+class Trained(StrictModel):
+    """What the trained stages have in common."""
+
+    training: TrainSpec
+    held_out: float = Field(0.1, gt=0, lt=1, description="share of the windows that judges and is not trained on")
+
+    def split(self, windows: range) -> tuple[range, range]:
+        """The windows to train on and the last ones, at least one, that are held out; of one window, that one twice."""
+        cut = len(windows) - max(1, round(self.held_out * len(windows)))
+        return (windows[:cut], windows[cut:]) if cut else (windows, windows)
+
+
+class FakeQuantized(Trained):
+    """`training.lr` names what is trained: scale, offset, row, column, latent."""
+
+    estimator: one_of(ESTIMATORS, "kind") = Field(STE(), description="how a gradient passes through a sign")
+    scales: Literal["free", "analytic"] = Field(
+        "free", description="free: trained on their own; analytic: mean |w| of the latent weights, at every step"
+    )
+
+
+class Blockwise(FakeQuantized):
+    """Block-wise tuning: the packed Linears of a block, fitted to what the original block puts out. Activations lie in
+    batches of `training.batch` windows, so that a batch of the loop is one of these."""
+
+    @property
+    def loop(self) -> TrainSpec:
+        return replace(self.training, batch=1)
+
+    def steps(self, batches: int) -> int:
+        """Optimizer steps of a block, on so many batches."""
+        return self.loop.total_steps(len(self.split(range(batches))[0]))
+
+    objective: one_of(BLOCK_OBJECTIVES, "kind")
+
+
+class Finetune(FakeQuantized):
+    """End-to-end training of the packed model, against the original or on the text alone."""
+
+    objective: one_of(OBJECTIVES, "kind")
+    data: CalibrationSpec | None = Field(None, description="text to train on, null for that of the calibration")
+
+
+class Preprocess(Trained):
+    """Quantization preprocessing: the model is quantized, restored by low-rank adapters, merged; then quantized."""
+
+    rank: int = Field(64, ge=1, description="r of the adapters")
+    alpha: float = Field(16, gt=0, description="the adapters count alpha / r")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    targets: tuple[str, ...] = Field(("*",), description="shell patterns of the Linears that get an adapter")
+    exclude: tuple[str, ...] = Field((), description="shell patterns of those that get none all the same")
+    data: CalibrationSpec | None = Field(None, description="text to train on, null for that of the calibration")
+
+    def adapts(self, name: str) -> bool:
+        """Whether the Linear with this full name gets an adapter."""
+        return any(fnmatch(name, p) for p in self.targets) and not any(fnmatch(name, p) for p in self.exclude)
+
+
+@fields
+class TrainSpec:
+    """How parameters are trained; the defaults are EfficientQAT's for scales (arXiv 2407.11062).
+
+    lr: by kind of parameter, the largest of the schedule. epochs: passes over the samples, unless `steps` counts the
+    optimizer's steps. batch: samples in a forward pass. accumulation: forward passes in a step. warmup: share of the
+    steps in which the rate rises from 0; it then falls on a cosine to `final_lr` of it. clip_norm: of the gradient of
+    all parameters, null for none. evaluations: on held-out samples, evenly spread over the steps, the last after the
+    last step. patience: evaluations without a better one after which training ends, null for none. autocast: bfloat16
+    products, "auto" on CUDA.
+    """
+
+    lr: dict[str, Annotated[float, Field(gt=0)]]
+    epochs: float = Field(2.0, gt=0)
+    steps: int | None = Field(None, ge=1)
+    batch: int = Field(2, ge=1)
+    accumulation: int = Field(1, ge=1)
+    warmup: float = Field(0.0, ge=0, le=1)
+    final_lr: float = Field(0.05, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float | None = Field(0.3, gt=0)
+    evaluations: int = Field(4, ge=1)
+    patience: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0)
+    autocast: Literal["auto", "on", "off"] = "auto"
+
+    def total_steps(self, samples: int) -> int:
+        """Optimizer steps on so many samples."""
+        return self.steps or max(1, round(self.epochs * math.ceil(samples / (self.batch * self.accumulation))))
+
+    def factor(self, step: int, total: int) -> float:
+        """Of the learning rate at this step, counted from 0."""
+        warm = round(self.warmup * total)
+        if step < warm:
+            return (step + 1) / warm
+        done = (step - warm) / max(1, total - warm)
+        return self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * done)) / 2

@@ -1,0 +1,29 @@
+"""How bytes, seconds and measured numbers are printed, said once."""
+
+from __future__ import annotations
+
+import math
+
+
+def format_seconds(seconds: float) -> str:
+    """12 s, 3:05 or 1:02:03."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}" if m else f"{s} s"
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for people, in powers of 1000 as file managers and model hubs count."""
+    if count < 1000:
+        return f"{count:.0f} bytes"
+    power = min(4, int(math.log10(count) / 3))
+    value = count / 1000**power
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {'kMGT'[power - 1]}B"
+
+
+def format_number(value: float | str) -> str:
+    """A perplexity with as many digits as mean something; takes the strings that `strict` makes of nan and inf."""
+    value = float(value)
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}" if value >= 100 else f"{value:.3f}"
