@@ -21,6 +21,13 @@ torch.set_num_threads(1)  # tiny products: more threads only wait for one anothe
 logging.disable_progress_bar()
 
 
+def pytest_make_parametrize_id(config: Any, val: Any, argname: str) -> str | None:
+    """Ids that are the same in every process: xdist compares them."""
+    if isinstance(val, set | frozenset):
+        return "+".join(sorted(map(str, val)))
+    return getattr(val, "__name__", None) if callable(val) else None
+
+
 def pytest_collection_finish() -> None:
     """What was imported stays: `compress` collects garbage after every block, and would look at all of it each time."""
     gc.freeze()

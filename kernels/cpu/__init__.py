@@ -84,7 +84,7 @@ class _Outliers(ctypes.Structure):
 class _Plan(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("columns", "hadamard", "channel_order", "first", "column_scale")),
-        *((name, ctypes.c_int64) for name in ("tables", "streams", "offsets", "outliers")),
+        *((name, ctypes.c_int64) for name in ("tables", "streams", "offsets", "outlier_formats")),
         ("table", ctypes.POINTER(_Table)),
         ("stream", ctypes.POINTER(_Stream)),
         ("offset", ctypes.POINTER(_Offset)),
@@ -169,7 +169,7 @@ class _Planned(NamedTuple):
 def _plan(format: Format) -> _Planned | None:
     """How the native code sees a format; None where it has a part that the native code does not know."""
     names = {name: i for i, name in enumerate(format.tensors(1, format.in_features))}
-    tables, streams, offsets, outliers = [], [], [], []
+    tables, streams, offsets, replaced = [], [], [], []
     column, bits, fields, direct = 0, 0, 0, format.outliers is None
     for i, segment in enumerate(format.segments):
         prefix, group = "weight" if i == 0 else f"weight_{i}", getattr(segment, "group", None) or segment.columns
@@ -207,13 +207,13 @@ def _plan(format: Format) -> _Planned | None:
         index, mask = names.get("weight_outliers_index", -1), names.get("weight_outliers_mask", -1)
         values, scale, zero = (names[f"weight_outliers_{part}"] for part in ("value", "scale", "zero"))
         size = (outliers.count, outliers.block) if isinstance(outliers, IndexedOutliers) else (outliers.capacity, 0)
-        outliers.append(_Outliers(index, mask, values, scale, zero, *size))
+        replaced.append(_Outliers(index, mask, values, scale, zero, *size))
     transform = format.transform
     plan = _Plan(
         format.in_features, (transform and transform.hadamard) or 0, names.get("weight_input_channel_order", -1),
         format.segments[0].columns, names.get("weight_input_scale", -1), len(tables), len(streams), len(offsets),
-        len(outliers), (_Table * len(tables))(*tables), (_Stream * len(streams))(*streams),
-        (_Offset * len(offsets))(*offsets), (_Outliers * len(outliers))(*outliers),
+        len(replaced), (_Table * len(tables))(*tables), (_Stream * len(streams))(*streams),
+        (_Offset * len(offsets))(*offsets), (_Outliers * len(replaced))(*replaced),
     )  # fmt: skip
     return _Planned(plan, bits, fields, direct)
 

@@ -28,7 +28,7 @@ TINY = LlamaConfig(
 
 @pytest.fixture
 def two_copies(monkeypatch):
-    monkeypatch.setattr(bench_gpu, "cache_bytes", lambda device: 0)
+    monkeypatch.setattr("ultralowbit.bench.timing.cache_bytes", lambda device: 0)
 
 
 def test_products_of_every_format(tmp_path, two_copies):
@@ -62,7 +62,7 @@ def test_a_file_with_other_columns_is_refused(tmp_path):
 
 
 def test_copies_do_not_fit_the_cache(monkeypatch):
-    monkeypatch.setattr(bench_gpu, "cache_bytes", lambda device: 50 << 20)
+    monkeypatch.setattr("ultralowbit.bench.timing.cache_bytes", lambda device: 50 << 20)
     assert copies(2 << 20, CPU) == 100 and copies(1 << 30, CPU) == 2
 
 

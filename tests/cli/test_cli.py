@@ -352,7 +352,7 @@ def test_interrupted_run_prints_what_resumes_it(model, text, tmp_path):
 def test_an_interrupt_that_a_finalizer_swallows_is_sent_again():
     script = """
 import signal, sys, time
-from ultralowbit.cli import _keep_interrupts
+from ultralowbit.cli.app import _keep_interrupts
 _keep_interrupts()
 class Finalized:
     def __del__(self):

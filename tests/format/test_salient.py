@@ -210,11 +210,11 @@ def test_formats_that_store_other_tensors_have_other_summaries():
     ("change", "named"),
     [
         ({"columns": 0}, "columns=0"),
-        ({"salient": 10}, "zones.salient is 10, expected 0 to 9"),
-        ({"salient": -1}, "zones.salient is -1"),
-        ({"salient": 0, "third": True}, "zones.salient is 0, expected 1 to 9"),
-        ({"block": 0}, "zones.block is 0"),
-        ({"third": 2}, "zones.third is 2"),
+        ({"salient": 10}, "salient_split.salient is 10, expected 0 to 9"),
+        ({"salient": -1}, "salient_split.salient is -1"),
+        ({"salient": 0, "third": True}, "salient_split.salient is 0, expected 1 to 9"),
+        ({"block": 0}, "salient_split.block is 0"),
+        ({"third": 2}, "salient_split.third is 2"),
     ],
 )
 def test_zones_without_a_layout_are_refused(change, named):

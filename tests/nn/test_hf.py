@@ -136,7 +136,6 @@ def stored(folder: Path) -> dict[str, Tensor]:
         {"attn_implementation": "eager"},
         {"use_safetensors": True},
     ],
-    ids=str,
 )
 def test_every_way_to_load_gives_the_same_model(llama, kwargs):
     expected = ultralowbit.load(llama, attn_implementation=kwargs.get("attn_implementation"))
@@ -448,7 +447,6 @@ def test_a_tensor_of_another_shape_is_named(llama, tmp_path, name):
         ("model.norm.weight", torch.int64),
         ("model.embed_tokens.weight", torch.uint8),
     ],
-    ids=str,
 )
 def test_a_tensor_of_another_dtype_is_named(llama, tmp_path, name, dtype):
     def change(tensors):

@@ -175,7 +175,6 @@ WEIGHTS = {
         GPTQ(bits=2, group=32),
         GPTQ(bits=3, group=None, symmetric=True),
     ],
-    ids=str,
 )
 def test_training_a_latent_weight_starts_from_the_packed_one(method, weight):
     """Whatever the original weight is: its own code differs from that of a method that compensates."""
@@ -191,7 +190,7 @@ def test_training_a_latent_weight_starts_from_the_packed_one(method, weight):
         assert weight.isfinite().all()
 
 
-@pytest.mark.parametrize("method", [Sign(planes=1), Sign(planes=2), GPTQ(bits=2, group=32)], ids=str)
+@pytest.mark.parametrize("method", [Sign(planes=1), Sign(planes=2), GPTQ(bits=2, group=32)])
 def test_a_weight_with_another_code_starts_just_inside_the_packed_one(method):
     """Between its own value and the packed one, close to where the codes change; the others are as they were."""
     weight = 0.02 * normal(8, 96)
@@ -236,7 +235,7 @@ def dual(weight: Tensor, group: int | None = None, mirror: bool = False) -> Pack
 
 @pytest.mark.parametrize("mirror", [False, True], ids=["plain", "mirrored"])
 @pytest.mark.parametrize("group", [None, 16, 64])
-@pytest.mark.parametrize("train", [{"scale"}, {"latent"}, {"scale", "latent"}], ids=str)
+@pytest.mark.parametrize("train", [{"scale"}, {"latent"}, {"scale", "latent"}])
 def test_dual_planes_follow_the_latent_weight(group, mirror, train):
     weight = 0.02 * normal(6, 100)
     packed = dual(weight, group, mirror)
@@ -302,14 +301,14 @@ def test_column_factors_are_those_of_the_planes():
 
 
 @pytest.mark.parametrize("hadamard", [None, 16])
-@pytest.mark.parametrize("train", [{"latent", "scale"}, {"latent", "column", "row"}], ids=str)
+@pytest.mark.parametrize("train", [{"latent", "scale"}, {"latent", "column", "row"}])
 def test_the_latent_weight_is_in_the_stored_columns(hadamard, train):
     """A weight near the packed one in x's basis has its bits in the stored one."""
     packed = ptq161(hadamard=hadamard)
     near = packed.dequantize() + 1e-5 * normal(5, 40)
     view = FakeQuantLinear(packed, train, latent=near)
     assert torch.equal(view.dense(), packed.dequantize())
-    far = (view.views[1].latent - packed.format.untransformed.decode(packed.tensors)[:, 8:]).abs().max()
+    far = (view.parts[1].latent - packed.format.untransformed.decode(packed.tensors)[:, 8:]).abs().max()
     assert 0 < far < 1e-4
     disturb(view)
     agrees(view)
@@ -321,14 +320,14 @@ def test_gradients_of_a_rotated_weight():
     view = FakeQuantLinear(packed, {"scale", "column"})
     F.mse_loss(view(x), target).backward()
     scale = packed.tensors["weight_1_scale"].float()[0, 0, :, None].requires_grad_()
-    offset, bits = packed.tensors["weight_1_offset"].float().T, view.views[1].bits[:, 0, 0].float()
+    offset, bits = packed.tensors["weight_1_offset"].float().T, view.parts[1].bits[:, 0, 0].float()
     column = packed.tensors["weight_input_scale"].float().requires_grad_()
     stored = torch.cat([packed.format.untransformed.decode(packed.tensors)[:, :8], bits * scale + offset], dim=1)
     moved = packed.format.transform.apply(
         {"_channel_order": packed.tensors["weight_input_channel_order"], "_scale": torch.ones(40)}, x
     )
     F.mse_loss((moved * column) @ stored.T, target).backward()
-    torch.testing.assert_close(view.views[1].scale.grad[..., 0], scale.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(view.parts[1].scale.grad[..., 0], scale.grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(view.input.column.grad[8:], column.grad[8:], rtol=1e-4, atol=1e-6)
 
 
@@ -462,7 +461,7 @@ def test_the_gradients_of_dual_scales_are_the_papers_with_one_unit_of_slope():
         ("w", h, a1 * h - 1, 0.0),
     ):
         expected = G.double() * (direct + a1 * db1 + a2 * h * dx2)
-        found = view.parts[0].latent.grad if parameter == "w" else view.views[0].scale.grad[:, int(parameter == "a2")]
+        found = view.parts[0].latent.grad if parameter == "w" else view.parts[0].scale.grad[:, int(parameter == "a2")]
         expected = expected if parameter == "w" else expected.sum(1, keepdim=True)
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -576,7 +575,6 @@ def tuned(method, train: set[str], lr: float, steps: int = 100, **options) -> tu
         (dual, {"scale", "latent"}, 1e-3, 0.4),
         *((Sign(planes=planes), {"scale", "latent"}, 1e-3, 0.75) for planes in (1, 2, 3)),
     ],
-    ids=str,
 )
 def test_training_lowers_the_error_of_the_packed_block(method, train, lr, gain):
     before, after = tuned(method, train, lr)
@@ -605,7 +603,7 @@ def test_the_loop_fits_what_is_packed(tmp_path):
     assert F.mse_loss(F.linear(hidden, weights[1], teacher[2].bias), target[192:]).item() == found.after
 
 
-@pytest.mark.parametrize("estimator", [STE(), Clip(), ReSTE(), BiPer()], ids=str)
+@pytest.mark.parametrize("estimator", [STE(), Clip(), ReSTE(), BiPer()])
 def test_every_estimator_trains(estimator):
     before, after = tuned(Sign(planes=1), {"scale", "latent"}, 1e-3, estimator=estimator)
     assert after < 0.6 * before

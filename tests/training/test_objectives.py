@@ -248,7 +248,6 @@ def test_the_directions_are_the_same_each_time_and_touch_no_global_state(pair):
 @pytest.mark.parametrize(
     "objective",
     [CrossEntropy(), KL(), KL(temperature=2), DAD(), DAD(base="ce"), Direction(window=4), LowRank()],
-    ids=str,
 )
 def test_gradients_against_differences(pair, objective):
     """Along a random direction of everything that the objective looks at."""

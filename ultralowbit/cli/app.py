@@ -6,7 +6,6 @@ from __future__ import annotations
 import _thread
 import errno
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -21,8 +20,10 @@ from transformers.utils import logging
 from typer.core import TyperGroup
 
 import ultralowbit
+from ultralowbit.cli import bench, compress, demo, evaluate, inspect, recipes
 from ultralowbit.cli.console import err, out
 from ultralowbit.cli.errors import FAILED, INTERRUPTED, USAGE, explain
+from ultralowbit.cli.options import command_line
 from ultralowbit.errors import InputError
 
 
@@ -46,10 +47,6 @@ class Commands(TyperGroup):
                 raise
             err.print(f"[bold red]error:[/] {escape(explain(e))}", soft_wrap=True)
             raise typer.Exit(USAGE if isinstance(e, InputError) else FAILED) from None
-
-
-def command_line(args: list[str]) -> str:
-    return shlex.join(["ultralowbit", *args])
 
 
 def _interrupted(args: list[str]) -> None:
@@ -76,12 +73,16 @@ recipes_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="L
 
 
 app.add_typer(recipes_app, name="recipes")
+recipes_app.command("list")(recipes.recipes_list)
+recipes_app.command("show")(recipes.recipes_show)
 
 
 bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Measure speed and memory.")
 
 
 app.add_typer(bench_app, name="bench")
+for _name in ("pipeline", "quantize", "training", "eval", "methods", "kernels", "decode"):
+    bench_app.command(_name)(getattr(bench, f"bench_{_name}"))
 
 
 def _version(wanted: bool) -> None:
@@ -103,10 +104,15 @@ def root(
     """
 
 
+for _name, _command in (
+    ("compress", compress.compress), ("inspect", inspect.inspect), ("verify", inspect.verify),
+    ("eval", evaluate.evaluate), ("compare", evaluate.compare), ("generate", evaluate.generate), ("demo", demo.demo),
+):  # fmt: skip
+    app.command(_name)(_command)
+
+
 def main() -> None:
     """Run the command of this process's arguments."""
-    from ultralowbit.cli import bench, compress, demo, evaluate, inspect, recipes  # noqa: F401 - they add their commands
-
     _keep_interrupts()
     _quiet_libraries()
     app()

@@ -17,7 +17,6 @@ from ultralowbit.bench.models import Shape
 from ultralowbit.bench.pipeline import pipeline_bench
 from ultralowbit.bench.quantize import QUANTIZED, quantize_bench
 from ultralowbit.bench.training import training_bench
-from ultralowbit.cli.app import bench_app, command_line
 from ultralowbit.cli.console import Watch, out
 from ultralowbit.cli.errors import FAILED, FELL_BACK
 from ultralowbit.cli.options import (
@@ -28,6 +27,7 @@ from ultralowbit.cli.options import (
     SmallOption,
     TasksDirOption,
     TrustOption,
+    command_line,
     download,
     given,
     listed,
@@ -43,7 +43,6 @@ from ultralowbit.report.run import Texts
 from ultralowbit.system import pick_device
 
 
-@bench_app.command("pipeline")
 def bench_pipeline(
     layers: Annotated[list[int], typer.Option(help="depth of a random model, repeatable")] = [4, 22],  # noqa: B006
     samples: Annotated[int, typer.Option(help="calibration windows")] = 16,
@@ -63,8 +62,7 @@ def bench_pipeline(
     )
 
 
-@bench_app.command("quantize")
-def bench_solve(
+def bench_quantize(
     recipes: Annotated[
         list[str], typer.Option("--recipe", help="repeatable; the first is what the others are compared with")
     ] = list(QUANTIZED),  # noqa: B006
@@ -78,8 +76,7 @@ def bench_solve(
     quantize_bench(recipes, Shape.wide(hidden), json_file=json_file, say=lambda line: out.print(line, markup=False))
 
 
-@bench_app.command("tune")
-def bench_tune(
+def bench_training(
     length: Annotated[int, typer.Option(min=2, help="tokens in a window")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="windows in a step")] = 2,
     repeat: Annotated[int, typer.Option(min=1, help="steps that are timed, of each")] = 5,
@@ -96,7 +93,6 @@ def bench_tune(
     )
 
 
-@bench_app.command("eval")
 def bench_eval(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="packed or original; else a random one")
@@ -119,7 +115,6 @@ def bench_eval(
     )  # fmt: skip
 
 
-@bench_app.command("methods")
 def bench_methods(
     ctx: typer.Context,
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="originals: folders or hub names")],
@@ -201,7 +196,6 @@ def bench_methods(
         raise typer.Exit(FELL_BACK)
 
 
-@bench_app.command("kernels")
 def bench_kernels(
     shape: Annotated[list[str] | None, typer.Option(metavar="OUTxIN", help="of weights, repeatable")] = None,
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="of x, repeatable")] = None,
@@ -243,7 +237,6 @@ def bench_kernels(
         kernel_bench(shape or SHAPES, tokens or TOKENS, rounds, threads, csv_file, say)
 
 
-@bench_app.command("decode")
 def bench_decode(
     layers: Annotated[int, typer.Option(min=1, help="of random models in TinyLlama-1.1B's shape")] = 22,
     tokens: Annotated[int, typer.Option(min=1, help="to write in a turn")] = 8,

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ultralowbit.cli.app import app, command_line
 from ultralowbit.cli.console import Watch, out
 from ultralowbit.cli.errors import FELL_BACK, QUALITY
 from ultralowbit.cli.options import (
@@ -18,6 +17,7 @@ from ultralowbit.cli.options import (
     QuietOption,
     SmallOption,
     TrustOption,
+    command_line,
     default_name,
     download,
     given,
@@ -33,7 +33,6 @@ from ultralowbit.report.gates import Limits
 from ultralowbit.report.run import Texts, compress_and_measure
 
 
-@app.command()
 def compress(
     ctx: typer.Context,
     model: ModelArgument,

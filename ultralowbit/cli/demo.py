@@ -9,16 +9,14 @@ import torch
 import typer
 from rich.markup import escape
 
-from ultralowbit.cli.app import app, command_line
 from ultralowbit.cli.console import Watch, out
 from ultralowbit.cli.errors import FELL_BACK
-from ultralowbit.cli.options import DeviceOption, QuietOption
+from ultralowbit.cli.options import DeviceOption, QuietOption, command_line
 from ultralowbit.cli.render import new_table, shout
 from ultralowbit.demo.run import run_demo
 from ultralowbit.report.tables import protocol, table
 
 
-@app.command()
 def demo(
     ctx: typer.Context,
     out_folder: Annotated[Path, typer.Option("--out", help="folder to write")] = Path("ultralowbit-demo"),

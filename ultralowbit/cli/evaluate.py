@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from ultralowbit.cli.app import app, command_line
 from ultralowbit.cli.console import Watch, out
 from ultralowbit.cli.options import (
     ContextOption,
@@ -18,6 +17,7 @@ from ultralowbit.cli.options import (
     QuietOption,
     TasksDirOption,
     TrustOption,
+    command_line,
     count,
     download,
     listed,
@@ -32,7 +32,6 @@ from ultralowbit.report.comparison import write_comparison
 from ultralowbit.system import pick_device
 
 
-@app.command("eval")
 def evaluate(
     ctx: typer.Context,
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="packed or original: folders or hub names")],
@@ -108,7 +107,6 @@ def evaluate(
     show_evaluation(report)
 
 
-@app.command()
 def compare(
     ctx: typer.Context,
     runs: Annotated[
@@ -139,7 +137,6 @@ def compare(
     out.print(f"{out_folder / 'report.html'}  [dim]report.md, report.json, plots[/]", soft_wrap=True)
 
 
-@app.command()
 def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(help="text to continue")],

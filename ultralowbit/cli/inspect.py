@@ -9,7 +9,6 @@ import typer
 from rich.markup import escape
 
 from ultralowbit.checkpoint.size import measure_size
-from ultralowbit.cli.app import app
 from ultralowbit.cli.console import Watch, out
 from ultralowbit.cli.errors import FAILED
 from ultralowbit.cli.options import FolderArgument, QuietOption, TrustOption
@@ -20,7 +19,6 @@ from ultralowbit.pipeline.verify import verify as find_problems
 from ultralowbit.report.schema import strict
 
 
-@app.command()
 def inspect(
     folder: FolderArgument,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
@@ -40,7 +38,6 @@ def inspect(
     out.print(size_table(size))
 
 
-@app.command()
 def verify(
     folder: FolderArgument,
     rerun: Annotated[bool, typer.Option("--rerun", help="repeat the run too, and compare the bytes it writes")] = False,

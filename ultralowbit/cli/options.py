@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,3 +100,7 @@ def numbers(text: str) -> list[int]:
     if not numbers or not all(number.isdecimal() for number in numbers):
         raise InputError(f"--seeds is {text!r}, expected numbers with commas between them, such as 0,1,2")
     return [*dict.fromkeys(map(int, numbers))]
+
+
+def command_line(args: list[str]) -> str:
+    return shlex.join(["ultralowbit", *args])

@@ -6,14 +6,12 @@ from typing import Annotated
 
 import typer
 
-from ultralowbit.cli.app import recipes_app
 from ultralowbit.cli.console import out
 from ultralowbit.cli.options import SmallOption
 from ultralowbit.cli.render import new_table
 from ultralowbit.recipe import Recipe, shipped
 
 
-@recipes_app.command("list")
 def recipes_list() -> None:
     """Name the shipped recipes.
 
@@ -25,7 +23,6 @@ def recipes_list() -> None:
     out.print(table)
 
 
-@recipes_app.command("show")
 def recipes_show(
     name: Annotated[str, typer.Argument(help="a shipped recipe or a .yaml file")], small: SmallOption = False
 ) -> None:
