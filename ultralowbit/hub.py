@@ -10,9 +10,13 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from ultralowbit.errors import InputError, reason
+from ultralowbit.checkpoint.files import weight_files
+from ultralowbit.errors import CheckpointError, InputError, reason
 
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "merges*", "README.md", "LICENSE*", "NOTICE*"]
+_WANTED = [
+    "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "merges*", "README.md", "LICENSE*", "NOTICE*",
+    "*.py", "*.tiktoken", "*.bpe", "*.vocab",
+]  # fmt: skip
 _UNWANTED = ["original/*", "onnx/*", "consolidated*"]  # the same weights again, in other layouts
 
 
@@ -104,7 +108,10 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
     api = HfApi()
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Packed checkpoint by ultralowbit")
+        api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message="Packed checkpoint by ultralowbit",
+            ignore_patterns=[".*", "*/.*"],  # what was not made for it, such as where things lie on this machine
+        )  # fmt: skip
     except Exception as error:  # whatever the hub, the network and the token's rights say
         raise InputError(
             f"{folder} cannot be pushed to {repo!r} ({reason(error)}): check that your token may write there, then run "
@@ -121,19 +128,10 @@ def _check(folder: Path, name: str) -> None:
             f"{name!r} has no .safetensors file, expected at least one (pickles such as pytorch_model*.bin are not "
             f"read, because opening one can run code): if you trust it, convert it with `{_conversion(name)}`"
         )
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        try:
-            shards = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-            missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{index.name} in {name!r} is not a safetensors index ({reason(error)}): copy or download it again"
-            ) from error
-        if missing:
-            more = f" and {len(missing) - 1} more" if missing[1:] else ""
-            raise InputError(
-                f"{index.name} in {name!r} names {missing[0]!r}{more}, not in the folder: copy or download it again"
-            )
+    try:
+        weight_files(folder)
+    except CheckpointError as error:
+        raise InputError(str(error)) from error
 
 
 def _conversion(name: str) -> str:

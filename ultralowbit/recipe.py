@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar, get_args, get_type_hints
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from ultralowbit.errors import InputError
 from ultralowbit.methods import METHODS
@@ -54,6 +54,25 @@ class Recipe(StrictModel):
         methods = (self.quantize, *(override.quantize for override in self.overrides))
         return any((self.preprocess, self.blockwise, self.finetune)) or any(method.needs for method in methods)
 
+    @property
+    def sources(self) -> list[str]:
+        """The texts that stages read, by name or path."""
+        return list(dict.fromkeys(spec.source for spec in self._texts()))
+
+    def with_sources(self, rename: Callable[[str], str]) -> Recipe:
+        """The recipe with each text's name or path replaced by what `rename` makes of it."""
+        renamed = lambda spec: spec.model_copy(update={"source": rename(spec.source)})  # noqa: E731
+        update: dict[str, Any] = {"calibration": renamed(self.calibration)}
+        for name in ("preprocess", "finetune"):
+            stage = getattr(self, name)
+            if stage is not None and stage.data is not None:
+                update[name] = stage.model_copy(update={"data": renamed(stage.data)})
+        return self.model_copy(update=update)
+
+    def _texts(self) -> list[CalibrationSpec]:
+        stages = [stage.data for stage in (self.preprocess, self.finetune) if stage is not None]
+        return [self.calibration, *(data for data in stages if data is not None)]
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
@@ -74,10 +93,7 @@ class Recipe(StrictModel):
         value.
         """
         text, label = _recipe_text(str(name))
-        try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as e:
-            raise InputError(f"{label} is not YAML: {' '.join(str(e).split())}") from e
+        data = read_yaml(text, label)
         if not isinstance(data, dict):
             raise InputError(f"{label} holds {type(data).__name__}, expected keys such as `quantize: {{method: gptq}}`")
         data.setdefault("name", Path(str(name)).stem)
@@ -93,6 +109,29 @@ class Recipe(StrictModel):
             return cls.model_validate(data)
         except ValidationError as e:
             raise InputError(f"{label}: " + "; ".join(_explain(error) for error in e.errors())) from e
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values alone: a few bytes of aliases can stand for gigabytes, and a date is no value of a recipe."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*name), expected every value to be written out")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(text: str, label: str) -> Any:
+    """The value of a YAML document without aliases and dates; for others an `InputError` that begins with `label`."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as e:
+        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        raise InputError(f"{label} is not plain YAML ({reason}): correct it") from e
 
 
 def shipped() -> list[str]:
@@ -140,10 +179,7 @@ def _apply(data: dict[str, Any], setting: str) -> None:
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise InputError(f"--set {setting!r} is not KEY.PATH=VALUE, such as quantize.bits=3")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as e:
-        raise InputError(f"--set {setting!r}: the value is not YAML") from e
+    parsed = read_yaml(value, f"--set {setting!r}")
     at: Any = data
     for key in keys[:-1]:
         at = at.setdefault(key, {})
@@ -153,21 +189,69 @@ def _apply(data: dict[str, Any], setting: str) -> None:
 
 
 def _explain(error: Any) -> str:
-    where = [str(part) for part in error["loc"] if part not in METHODS]  # the union's tag is no key
+    """A mistake that pydantic found, in words; known keys and kinds are those of the place where it is."""
+    path, owner = _walk(error["loc"])
+    where = ".".join(path) or "the recipe"
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _known_keys(error["loc"][:-1])
-        near = get_close_matches(where[-1], known, n=1)
-        return f"unknown key {'.'.join(where)}" + (
-            f", did you mean {near[0]}?" if near else f" (known: {', '.join(known)})"
-        )
+        known = _keys(owner)
+        near = get_close_matches(path[-1], known, n=1)
+        return f"unknown key {where}" + (f", did you mean {near[0]}?" if near else f" (known: {', '.join(known)})")
     if error["type"] == "union_tag_invalid":
-        return f"{'.'.join(where)}.method is {error['ctx']['tag']}, expected one of {', '.join(METHODS)}"
-    return f"{'.'.join(where)}: {error['msg'][0].lower()}{error['msg'][1:]} (found {error['input']!r})"
+        tag = error["ctx"]["discriminator"].strip("'")
+        return f"{where}.{tag} is {error['ctx']['tag']}, expected one of {error['ctx']['expected_tags']}"
+    if error["type"] == "union_tag_not_found":
+        return f"{where} has no {error['ctx']['discriminator']}, expected one of {', '.join(_tags(owner, path[-1]))}"
+    value = repr(error["input"])
+    shown = value if len(value) <= 100 else f"{value[:97]}..."
+    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]} (found {shown})"
 
 
-def _known_keys(loc: tuple[Any, ...]) -> list[str]:
-    tag = next((part for part in reversed(loc) if part in METHODS), None)
-    if tag is not None:
-        return [field.name for field in fields(METHODS[tag])]
-    owner = {"calibration": CalibrationSpec, "overrides": Override}.get(str(loc[0]) if loc else "", Recipe)
-    return list(owner.model_fields)
+def _walk(loc: tuple[Any, ...]) -> tuple[list[str], type]:
+    """The keys of a place in a recipe, without the tags of unions that pydantic puts between them, and the class whose
+    key the last one is."""
+    owner: Any = Recipe
+    kinds: dict[str, type] = {}
+    path: list[str] = []
+    inside: Any = Recipe
+    for part in map(str, loc):
+        if part in kinds:
+            inside, kinds = kinds[part], {}
+            continue
+        path.append(part)
+        owner = inside
+        kinds, inside = _classes(_annotation(inside, part))
+    return path, owner
+
+
+def _annotation(owner: Any, key: str) -> Any:
+    if not isinstance(owner, type):
+        return None
+    return get_type_hints(owner, include_extras=True).get(key) if key in _keys(owner) else owner
+
+
+def _classes(annotation: Any) -> tuple[dict[str, type], Any]:
+    """The classes that a field may hold by their tag, and the one without a tag."""
+    by_tag: dict[str, type] = {}
+    plain: Any = None
+    parts = [annotation]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, type) and _keys(part):
+            tags = [get_args(hint)[0] for name, hint in get_type_hints(part).items() if name in ("method", "kind")]
+            if tags:
+                by_tag[tags[0]] = part
+            else:
+                plain = part
+        else:
+            parts += get_args(part)
+    return by_tag, plain
+
+
+def _keys(owner: Any) -> list[str]:
+    if isinstance(owner, type) and issubclass(owner, BaseModel):
+        return list(owner.model_fields)
+    return [field.name for field in fields(owner)] if is_dataclass(owner) else []
+
+
+def _tags(owner: type, key: str) -> list[str]:
+    return sorted(_classes(_annotation(owner, key))[0])

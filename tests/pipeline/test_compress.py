@@ -24,6 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 import ultralowbit
+from ultralowbit.checkpoint.job import LOCAL
+from ultralowbit.checkpoint.manifest import MANIFEST
 from ultralowbit.data.calibration import calibrate
 from ultralowbit.errors import CheckpointError, DiskFull, InputError
 from ultralowbit.methods.gptq import GPTQ
@@ -209,7 +211,7 @@ def test_the_manifest_tells_what_was_done(source, recipe, tmp_path):
     model = ultralowbit.load(tmp_path / "out")
     assert layers[Q]["bits_per_weight"] == model.get_submodule(Q).packed.bits_per_weight
     assert done.manifest == json.loads((tmp_path / "out/manifest.json").read_text())
-    assert set(done.manifest["files"]) == {p.name for p in (tmp_path / "out").iterdir()} - {"manifest.json"}
+    assert set(done.manifest["files"]) == {p.name for p in (tmp_path / "out").iterdir()} - {MANIFEST, LOCAL}
 
 
 def test_the_errors_reported_are_those_of_the_outputs(source, recipe, tmp_path):
@@ -852,7 +854,7 @@ def test_only_what_the_methods_of_a_group_need_is_gathered(source, recipe, tmp_p
     assert isinstance(ultralowbit.load(tmp_path / "out").model.layers[1].mlp.up_proj, PackedLinear)
 
 
-# --- ignore and overrides ----------------------------------------------------------------------------------------------
+# --- ignore and overrides ---------------------------------------------------------------------------------------------
 
 
 def test_skipped_linears_stay_as_they_are(source, recipe, tmp_path):

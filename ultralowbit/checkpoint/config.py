@@ -1,24 +1,70 @@
-"""What config.json says of a checkpoint."""
+"""What config.json says of a checkpoint: the model, how its weights are packed, and a digest that ties the two."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ultralowbit.checkpoint.storage import read_json
 from ultralowbit.errors import CheckpointError
+from ultralowbit.format.weight import Format
 
 QUANT_METHOD = "ultralowbit"
+CONFIG = "config.json"
+DIGEST = "config_sha256"
+"""The key in a safetensors file's metadata under which the digest of its config.json is stored."""
+
+_VOLATILE = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "architectures"}
+"""Keys that change nothing in what the weights mean, and that saving a loaded model writes anew."""
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder as it stands; raises `CheckpointError` where there is none."""
+    return read_json(folder / CONFIG, "give the folder of a whole checkpoint")
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config.json that is about the text decoder."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) else config
+
+
+def packed_formats(config: Mapping[str, Any]) -> dict[str, Format]:
+    """The format of each packed Linear by its name in a config.json; empty for a model that is not packed.
+
+    Raises `CheckpointError` for a quantization_config that is malformed, `FormatError` for one of another release.
+    """
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping) or quantization.get("quant_method") != QUANT_METHOD:
+        return {}
+    return module_formats(quantization.get("modules"), quantization.get("formats"))
+
+
+def module_formats(modules: Any, formats: Any) -> dict[str, Format]:
+    """The format of each module, from `modules` (name -> key) and `formats` (key -> `Format.to_dict()`)."""
+    if not isinstance(modules, Mapping) or not isinstance(formats, Mapping):
+        raise malformed("modules and formats must be objects")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{folder} has no readable config.json ({e}): give the folder of a checkpoint") from e
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{folder}/config.json holds a {type(config).__name__}, expected an object: copy it again"
-        )
-    return config
+        by_key = {key: Format.from_dict(value) for key, value in formats.items()}
+        return {name: by_key[key] for name, key in modules.items()}
+    except (KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise malformed(repr(e)) from e
+
+
+def malformed(reason: str) -> CheckpointError:
+    """The error for a quantization_config that cannot be understood."""
+    return CheckpointError(
+        f"the quantization_config is malformed ({reason}): the config.json was edited or cut, copy it again"
+    )
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """Hex digest of what a config.json says of the model, without what saving it again changes.
+
+    It is stored with the weights: a config.json that was edited then no longer fits them, and loading says so.
+    """
+    lasting = {key: value for key, value in config.items() if key not in _VOLATILE and value is not None}
+    return sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()

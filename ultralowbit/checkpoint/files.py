@@ -1,9 +1,12 @@
-"""Which files hold a checkpoint's weights, and what is in them."""
+"""Which files hold a checkpoint's weights, and what is in them: the one reader, which chooses as transformers does.
+
+transformers loads `model.safetensors` where there is one, whatever else lies beside it; otherwise the shards that
+`model.safetensors.index.json` names, each of them whole, whichever shard the index puts a tensor into.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,51 +15,88 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ultralowbit.checkpoint.storage import read_json
 from ultralowbit.errors import CheckpointError
 from ultralowbit.format.words import TensorSpec
 
-_DTYPES = {  # the names safetensors headers use
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+DTYPES = {  # the names safetensors headers use
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 
 
-def read_headers(files: list[str] | list[Path]) -> dict[str, TensorSpec]:
-    """Name -> dtype and shape of every tensor in safetensors files; raises `CheckpointError` naming a bad file."""
-    found: dict[str, TensorSpec] = {}
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the weights of a checkpoint folder, as transformers would choose them.
+
+    Raises `CheckpointError` where there is none, the index is malformed, or a file that it names is missing.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = folder / INDEX
+    if not index.is_file():
+        others = [path.name for path in sorted(folder.glob("*.safetensors"))]
+        beside = f", only {', '.join(others[:3])}, which transformers would not load either" if others else ""
+        raise CheckpointError(
+            f"{folder} has no {WEIGHTS} and no {INDEX}{beside}: give the folder of a whole checkpoint"
+        )
+    weight_map = read_json(index, "copy or download it again").get("weight_map")
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise CheckpointError(
+            f"weight_map in {index} does not name a file of this folder for each tensor: copy or download it again"
+        )
+    files = [folder / name for name in sorted(names)]
     for file in files:
-        try:
-            with safe_open(str(file), framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (a safe_open is no mapping)
-                    part = shard.get_slice(name)
-                    found[name] = TensorSpec(_DTYPES.get(part.get_dtype()), tuple(part.get_shape()))
-        except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{file} is not a complete safetensors file ({e}): copy or compress it again") from e
-    return found
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing, though {INDEX} names it: copy or download it again")
+    return files
+
+
+def read_headers(files: Sequence[str | Path]) -> dict[str, TensorSpec]:
+    """Name -> dtype and shape of every tensor in safetensors files; dtype is None where torch has none like it.
+
+    Raises `CheckpointError` for a file that is cut or no safetensors file, and for a tensor that two of them hold.
+    """
+    return {name: spec for _, name, spec in _tensors(files)}
+
+
+def _tensors(files: Sequence[str | Path]) -> Iterator[tuple[Path, str, TensorSpec]]:
+    seen: set[str] = set()
+    for file in map(Path, files):
+        for name, spec in _header(file).items():
+            if name in seen:
+                raise CheckpointError(f"{name} is stored twice, the second time in {file}: copy the checkpoint again")
+            seen.add(name)
+            yield file, name, spec
+
+
+def _header(file: Path) -> dict[str, TensorSpec]:
+    try:
+        with safe_open(str(file), framework="pt") as shard:
+            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (a safe_open is no mapping)
+            return {n: TensorSpec(DTYPES.get(s.get_dtype()), tuple(s.get_shape())) for n, s in slices.items()}
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(f"{file} is not a complete safetensors file ({e}): copy or compress it again") from e
 
 
 class Source:
-    """The safetensors files of a checkpoint folder, read a few tensors at a time.
+    """The weights of a checkpoint folder, read a few tensors at a time.
 
-    Raises `CheckpointError` naming the file where one is missing, cut or unreadable.
+    files: names of the files that hold them; specs: dtype and shape of each tensor. Raises `CheckpointError` naming the
+    file where one is missing, cut or unreadable.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                self.file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
-                self.files = sorted(set(self.file_of.values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
-                raise CheckpointError(f"{index} is not a readable index ({e!r}): download the model again") from e
-        else:
-            self.files = sorted(p.name for p in folder.glob("*.safetensors"))
-            self.file_of = {name: file for file in self.files for name in read_headers([folder / file])}
-        self.specs: dict[str, TensorSpec] = read_headers([folder / file for file in self.files])
-        for name in self.file_of:
-            if name not in self.specs:
-                raise CheckpointError(f"{index} promises {name}, which no shard holds: download the model again")
+        paths = weight_files(folder)
+        self.files = [path.name for path in paths]
+        self.file_of: dict[str, str] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        for file, name, spec in _tensors(paths):
+            self.file_of[name], self.specs[name] = file.name, spec
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The named tensors, in their stored dtype, on the CPU. The files are closed before it returns, so that
@@ -75,28 +115,3 @@ class Source:
                         f"{self.folder / file} cannot be read at {name} ({e}): download the model again"
                     ) from e
         return tensors
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that the folder's index names or, without an index, all in it.
-
-    Raises `CheckpointError` where there is none, or one that the index names is missing.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            files = [folder / name for name in sorted({*json.loads(index.read_text())["weight_map"].values()})]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise CheckpointError(f"{index} is not a readable index ({e!r}): copy or compress it again") from e
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(
-            f"{folder} has no safetensors file, expected at least one: give the folder of a checkpoint"
-        )
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(
-                f"{file} is missing, though the index names it: copy or compress the checkpoint again"
-            )
-    return files

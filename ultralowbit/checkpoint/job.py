@@ -1,144 +1,322 @@
 """Writing a packed checkpoint so that a crash at any moment loses at most one block.
 
-While a job runs, everything lies in `OUT.work`: one shard a block, the activations that enter the next block, and
-job.json, whose atomic replacement is what commits a block. When all is written the folder of shards becomes OUT by one
-rename: OUT is a whole checkpoint or it does not exist.
+While a job runs, everything lies in its work folder: a safetensors file for each block, the activations that enter the
+next block, and job.json, whose atomic replacement is what commits a block. job.json holds size and digest of every
+committed file, so that a resumed job trusts nothing that it did not check. When all is written, the finished folder
+becomes OUT by one rename: OUT is a whole checkpoint or it does not exist.
+
+The work folder is OUT.work, or OUT/.ultralowbit-work where OUT cannot be renamed (a mount point, the current folder, a
+parent that is not ours to write). Nothing is deleted or replaced that does not carry the job's mark.
 """
 
 from __future__ import annotations
 
-import json
+import errno
+import logging
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
+from safetensors.torch import load_file
+from torch import Tensor
 
-from ultralowbit.checkpoint.manifest import MANIFEST
-from ultralowbit.checkpoint.storage import FULL, raise_disk_full, sync_folder, write_json
-from ultralowbit.errors import InputError
+from ultralowbit.checkpoint.manifest import MANIFEST, changed_files, read_manifest
+from ultralowbit.checkpoint.storage import (
+    FULL,
+    raise_disk_full,
+    read_json,
+    sha256_file,
+    sync_folder,
+    write_json,
+    write_tensors,
+)
+from ultralowbit.errors import CheckpointError, InputError
+from ultralowbit.progress import Progress
+
+INSIDE = ".ultralowbit-work"
+LOCAL = ".ultralowbit-local.json"
+"""Where the model and the texts lay on this machine, for `verify --rerun`; it is not uploaded with the checkpoint."""
+
+_MARK = {"made_by": "ultralowbit"}
+_FOLDERS = ("blocks", "checkpoint", "replaced", "finetuned", "preprocess")
+_FILES = ("job.json", "job.json.tmp", "lock")
+_PREFIXES = ("activations-", "original-", "targets-", "blockwise-", "finetune.", "outside.")
+_BESIDE = {MANIFEST, LOCAL, "README.md", "report.md", "report.json"}  # what is ours in a finished OUT, and not listed
+
+log = logging.getLogger(__name__)
 
 
 class Job:
     """The work folder of one compression, opened by `Job.open`; `state` is what job.json holds."""
 
     def __init__(self, out: Path, fingerprint: dict[str, Any]) -> None:
-        self.out = out
-        self.work = out.with_name(out.name + ".work")
-        self.shards = self.work / "checkpoint"
+        self.out = out.expanduser().resolve()
+        if not self.out.name:
+            raise InputError(f"--out is {str(out)!r}, which is the root of the file system: name a folder in it")
+        self.inside = not _can_be_renamed(self.out)
+        self.work = self.out / INSIDE if self.inside else self.out.with_name(self.out.name + ".work")
+        self.checkpoint = self.work / "checkpoint"
         self.state: dict[str, Any] = {
-            "fingerprint": fingerprint,
-            "blocks": 0,
-            "layers": {},
-            "seconds": {},
-            "tuning": {},
-        }
-        self._lock = FileLock(self.work.with_name(self.work.name + ".lock"))
+            **_MARK, "fingerprint": fingerprint, "blocks": 0, "layers": {}, "seconds": {}, "blockwise": {},
+            "files": {}, "publishing": False,
+        }  # fmt: skip
+        self._lock = FileLock(self.work / "lock")
 
     @classmethod
-    def open(cls, out: Path, fingerprint: dict[str, Any], restart: bool) -> Job | None:
+    def open(cls, out: Path, fingerprint: dict[str, Any], restart: bool, progress: Progress) -> Job | None:
         """Start, or go on with, the job that writes `out`; None if `out` already is what it would write.
 
-        Raises `InputError` if `out` holds something else, if the unfinished work was started with another model,
-        recipe or calibration (`restart` discards it), or if another process is at it.
+        Raises `InputError` if `out` or the work folder holds something else, if the unfinished work was started with
+        another model, recipe or calibration (`restart` discards it), if a file of it is not as it was committed, or if
+        another process is at it.
         """
         job = cls(out, fingerprint)
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            try:
-                manifest = json.loads((out / MANIFEST).read_text())
-                done = manifest["fingerprint"]
-            except (OSError, ValueError, KeyError, TypeError):
-                raise InputError(
-                    f"{out} exists and is no checkpoint of ours: choose another --out, or remove it"
-                ) from None
-            if done == fingerprint and not restart:
-                shutil.rmtree(job.work, ignore_errors=True)  # a kill right after the rename leaves it
+        job._refuse_what_is_not_ours()
+        job._acquire()
+        try:
+            if job._resume(restart, progress):
+                return job
+            if job._is_finished(restart, progress):
+                job.close(finished=True)
                 return None
-            if not restart and job._begun() != fingerprint:  # or a --restart that was interrupted is to go on
-                raise InputError(
-                    f"{out} holds a checkpoint made with a different {_difference(done, fingerprint)}: choose another "
-                    "--out, or --restart to replace it"
-                )
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            job._lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(f"another process is writing {out}: wait for it, or choose another --out") from None
-        except OSError as e:
-            if e.errno in FULL:
-                raise_disk_full(e, out)
-            raise InputError(f"{out} cannot be written ({e.strerror} at {e.filename}): choose another --out") from e
-        try:
-            job._resume_or_start(restart)
+            job._start()
         except BaseException:
             job.close()
             raise
         return job
 
-    @property
-    def _state_file(self) -> Path:
-        return self.work / "job.json"
+    def _refuse_what_is_not_ours(self) -> None:
+        if self.work.exists() and not _is_work(self.work):
+            raise InputError(f"{self.work} holds files that are not ours: choose another --out, or move them")
+        if self.out.exists() and not self.out.is_dir():
+            raise InputError(f"{self.out} is a file: choose another --out")
 
-    def _begun(self) -> dict[str, Any] | None:
-        """The fingerprint of the unfinished work, if there is any."""
-        return json.loads(self._state_file.read_text())["fingerprint"] if self._state_file.exists() else None
-
-    def _resume_or_start(self, restart: bool) -> None:
-        if self._state_file.exists() and not restart:
-            state = json.loads(self._state_file.read_text())
-            fingerprint = self.state["fingerprint"]
-            if state["fingerprint"] != fingerprint:
-                raise InputError(
-                    f"{self.work} holds unfinished work with a different "
-                    f"{_difference(state['fingerprint'], fingerprint)}: run the command it was started with, or "
-                    "--restart to discard it"
-                )
-            self.state = state
-            for half_written in self.shards.glob("*.tmp"):  # or the manifest would list it
-                half_written.unlink()
-            return
-        if self.work.exists() and not all(_is_work(path) for path in self.work.iterdir()):
-            raise InputError(f"{self.work} holds files that are not ours: choose another --out, or remove them")
-        shutil.rmtree(self.work, ignore_errors=True)
+    def _acquire(self) -> None:
+        """Lock first, then look: what another process is writing is never read, let alone removed."""
         try:
-            self.shards.mkdir(parents=True)
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"another process is writing {self.out}: wait for it, or choose another --out") from None
+        except OSError as e:
+            if e.errno in FULL:
+                raise_disk_full(e, self.out)
+            raise InputError(
+                f"{self.out} cannot be written ({e.strerror} at {e.filename}): choose another --out"
+            ) from e
+
+    def _resume(self, restart: bool, progress: Progress) -> bool:
+        """Take up unfinished work, if there is any and it is of this job."""
+        there = self.work / "job.json"
+        if not there.exists():
+            return False
+        state = read_json(there, "remove its folder, or begin again with --restart")
+        if state.get("publishing") and not restart and state.get("fingerprint") == self.state["fingerprint"]:
+            self.state = state
+            self.publish()
+            self._acquire()
+            return False
+        if restart:
+            return False
+        difference = _difference(state.get("fingerprint"), self.state["fingerprint"])
+        if difference:
+            raise InputError(
+                f"{self.work} holds unfinished work with a different {difference}: run the command it was started "
+                "with, or --restart to discard it"
+            )
+        if not self.state.keys() <= state.keys():
+            raise InputError(f"{there} is not one that this release wrote: begin again with --restart")
+        self.state = state
+        self._check_committed(progress)
+        return True
+
+    def _check_committed(self, progress: Progress) -> None:
+        """Compare every committed file with its size and digest."""
+        files = self.state["files"]
+        progress.start("checking what is there", sum(entry["bytes"] for entry in files.values()))
+        for name, entry in files.items():
+            path = self.work / name
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                raise InputError(f"{path} is missing or cut, so the job cannot go on: begin again with --restart")
+            if sha256_file(path, progress.step) != entry["sha256"]:
+                raise InputError(f"{path} has changed since it was committed: begin again with --restart")
+
+    def _is_finished(self, restart: bool, progress: Progress) -> bool:
+        """Whether OUT already is what this job would write; `InputError` where it is something else."""
+        if not self.out.exists() or not (names := {path.name for path in self.out.iterdir()} - {INSIDE}):
+            return False
+        try:
+            manifest = read_manifest(self.out)
+        except CheckpointError:
+            raise InputError(
+                f"{self.out} holds files and is no checkpoint of ours: choose another --out, or move them"
+            ) from None
+        if not restart:
+            if difference := _difference(manifest["fingerprint"], self.state["fingerprint"]):
+                raise InputError(
+                    f"{self.out} holds a checkpoint made with a different {difference}: choose another --out, or "
+                    "--restart to replace it"
+                )
+            total = sum(path.stat().st_size for path in self.out.iterdir() if path.is_file())
+            progress.start(f"checking {self.out.name}", total)
+            for name, problem in changed_files(self.out, manifest, progress.step).items():
+                raise InputError(f"{self.out / name} {problem}: --restart makes the checkpoint again")
+            return True
+        written = _BESIDE | {Path(name).parts[0] for name in manifest["files"]}
+        if foreign := sorted(names - written):
+            raise InputError(
+                f"{self.out} holds {foreign[0]}, which `compress` did not write and --restart would remove: move it, "
+                "or choose another --out"
+            )
+        return False
+
+    def _start(self) -> None:
+        """Begin with an empty work folder, once OUT is known to be one that can be replaced."""
+        self._remove_work(keep=("lock",))
+        try:
+            (self.work / "blocks").mkdir()
+            self.commit()
         except OSError as e:
             raise_disk_full(e, self.work)
-        self.commit()
+
+    def block_file(self, i: int) -> Path:
+        return self.work / self.state.get("block_folder", "blocks") / f"{i:05d}.safetensors"
+
+    def write_block(self, i: int, tensors: Mapping[str, Tensor], folder: str = "blocks") -> None:
+        """Write the tensors of block i; the next `commit` makes the file count."""
+        path = self.work / folder / f"{i:05d}.safetensors"
+        write_tensors(path, tensors)
+        self.record([path])
+
+    def read_block(self, i: int) -> dict[str, Tensor]:
+        return load_file(self.block_file(i))
+
+    def record(self, paths: Iterable[Path]) -> None:
+        """Note size and digest of files in the work folder."""
+        for path in paths:
+            name = str(path.relative_to(self.work))
+            self.state["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+    def forget(self, paths: Iterable[Path]) -> None:
+        """Do not expect files of the work folder any more."""
+        for path in paths:
+            self.state["files"].pop(str(path.relative_to(self.work)), None)
 
     def commit(self) -> None:
         """Make `state` what a resumed job starts from."""
-        write_json(self._state_file, self.state)
+        write_json(self.work / "job.json", self.state)
 
-    def shard_name(self, i: int, total: int) -> str:
-        return f"model-{i + 1:05d}-of-{total:05d}.safetensors"
+    def new_checkpoint(self) -> Path:
+        """An empty folder for the finished checkpoint."""
+        shutil.rmtree(self.checkpoint, ignore_errors=True)
+        self.checkpoint.mkdir()
+        return self.checkpoint
 
     def publish(self) -> None:
-        """Turn the finished folder into OUT by a rename, then remove the work folder."""
-        old = self.out.with_name(self.out.name + ".old")
+        """Turn the finished folder into OUT and remove the work folder; killed at any moment, it can be repeated.
+
+        Raises `InputError` where files have been put into OUT in the meantime; the work is then kept.
+        """
+        if not self.state["publishing"]:
+            self.state["publishing"] = True
+            self.commit()
+        if self.checkpoint.exists():
+            (self._publish_inside if self.inside else self._publish_by_rename)()
+        self.close(finished=True)
+
+    def _publish_by_rename(self) -> None:
         if self.out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self.out.replace(old)
-        self.shards.replace(self.out)
+            if (self.out / MANIFEST).exists():
+                self.out.replace(self.work / "replaced")
+            else:
+                try:
+                    self.out.rmdir()
+                except OSError as e:
+                    raise InputError(
+                        f"files have been put into {self.out} while it was being made: move them, then run the same "
+                        "command to go on"
+                    ) from e
+        self.checkpoint.replace(self.out)
         sync_folder(self.out.parent)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(self.work)
 
-    def close(self) -> None:
-        self._lock.release()
-        Path(self._lock.lock_file).unlink(missing_ok=True)
+    def _publish_inside(self) -> None:
+        """Move the files one by one, the manifest last: it is what makes OUT a checkpoint."""
+        names = [path.name for path in self.checkpoint.iterdir()]
+        if (self.out / MANIFEST).exists() and MANIFEST in names:  # of the checkpoint that --restart replaces
+            for name in {Path(name).parts[0] for name in read_manifest(self.out)["files"]} | _BESIDE:
+                _remove(self.out / name)
+        for name in sorted(names, key=lambda name: name == MANIFEST):
+            (self.checkpoint / name).replace(self.out / name)
+        sync_folder(self.out)
+
+    def close(self, finished: bool = False) -> None:
+        """Let go of the work folder; what a finished job leaves in it, or one that never began, is removed."""
+        if not self._lock.is_locked:
+            return
+        try:
+            if finished or not (self.work / "job.json").exists():
+                self._remove_work()
+        finally:
+            self._lock.release()
+
+    def _remove_work(self, keep: tuple[str, ...] = ()) -> None:
+        """Remove what jobs make, and the folder if nothing else is in it."""
+        for path in self.work.iterdir() if self.work.exists() else ():
+            if _is_ours(path) and path.name not in keep:
+                _remove(path)
+        if not keep:
+            try:
+                self.work.rmdir()
+            except FileNotFoundError:
+                pass
+            except OSError as e:
+                if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                log.warning("%s holds files that are not ours: it is left there", self.work)
 
 
-def _is_work(path: Path) -> bool:
-    """Whether a path in the work folder is one that a job makes."""
-    folders, files = ("checkpoint", "preprocess", "distilled"), ("job.json", "finetune.safetensors")
-    streams = ("activations-", "original-", "targets-", "tuning-")
-    return path.name.startswith((*folders, *files, *streams))
+def _can_be_renamed(out: Path) -> bool:
+    """Whether OUT can be put into place by a rename: it is no mount point, not the current folder or one above it, and
+    the folder that it lies in may be written."""
+    if not out.exists():
+        return True
+    here = Path.cwd()
+    mounts = {Path(partition.mountpoint) for partition in psutil.disk_partitions(all=True)}  # bind mounts too
+    in_use = here == out or out in here.parents
+    return not (in_use or out in mounts or os.path.ismount(out)) and os.access(out.parent, os.W_OK)
 
 
-def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Which parts of two fingerprints differ, in words."""
+def _is_ours(path: Path) -> bool:
+    """Whether a path in the work folder has a name that jobs give."""
+    return path.name in (*_FOLDERS, *_FILES) or path.name.startswith(_PREFIXES)
+
+
+def _is_work(folder: Path) -> bool:
+    """Whether a folder is the work folder of a job: it has the mark, or nothing but what a start leaves."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"not a folder"}
+    if names <= {*_FILES, "blocks"}:
+        return True
+    try:
+        return read_json(folder / "job.json").items() >= _MARK.items()
+    except CheckpointError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _difference(old: Any, new: Mapping[str, Any]) -> str:
+    """Which parts of two fingerprints differ, in words; nothing where they agree."""
+    if not isinstance(old, Mapping):
+        return "origin"
     parts = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)

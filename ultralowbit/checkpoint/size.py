@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ultralowbit.checkpoint.config import QUANT_METHOD, read_config_json
+from ultralowbit.checkpoint.config import packed_formats, read_config_json, text_config
 from ultralowbit.checkpoint.files import read_headers, weight_files
 from ultralowbit.errors import CheckpointError
 from ultralowbit.format.weight import Format
 from ultralowbit.format.words import TensorSpec
-from ultralowbit.nn.hf import UltraLowBitConfig
 
 KINDS = ("embeddings", "head", "norms and other", "unquantized linears")
 """What is stored beside the packed weights; biases count as other."""
@@ -176,24 +175,20 @@ def measure_size(folder: Path | str) -> Size:
     tensors: dict[str, TensorSpec] = {}
     header_bytes = 0
     for file in weight_files(folder):
-        found = read_headers([file])
-        for name, spec in found.items():
+        specs = read_headers([file])
+        for name, spec in specs.items():
             if name in tensors:
-                raise CheckpointError(f"{name} is stored twice, once in {file}: remove the file that does not belong")
+                raise CheckpointError(f"{name} is stored twice, once in {file}: copy the checkpoint again")
             if spec.dtype is None:
                 raise CheckpointError(f"{name} in {file} has a dtype that torch cannot hold: re-save it as bf16")
         with file.open("rb") as f:
             header = 8 + int.from_bytes(f.read(8), "little")
-        if sum(map(_nbytes, found.values())) + header != file.stat().st_size:
+        if sum(map(_nbytes, specs.values())) + header != file.stat().st_size:
             raise CheckpointError(f"{file} holds bytes that belong to no tensor: compress or download it again")
-        tensors |= found
+        tensors |= specs
         header_bytes += header
-    quantization = config.get("quantization_config") or {}
-    formats = (
-        UltraLowBitConfig(**quantization).module_formats() if quantization.get("quant_method") == QUANT_METHOD else {}
-    )
-    text = config.get("text_config") or config
-    return Size.of(tensors, formats, text.get("vocab_size"), header_bytes)
+    vocabulary = text_config(config).get("vocab_size")
+    return Size.of(tensors, packed_formats(config), vocabulary if isinstance(vocabulary, int) else None, header_bytes)
 
 
 def _natural(name: str) -> list[str | int]:

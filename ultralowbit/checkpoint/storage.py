@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old or the new one, and hashing them."""
+"""Reading and writing files so that a crash leaves the old or the new one, and damage is one sentence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from ultralowbit.errors import DiskFull
+from ultralowbit.errors import CheckpointError, DiskFull
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where a file cannot grow."""
 
 
 def sha256_file(path: Path, progress: Callable[[int], object] | None = None) -> str:
@@ -41,18 +44,17 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise_disk_full(e, path)
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
 def raise_disk_full(error: OSError, path: Path) -> None:
-    """Raise `DiskFull` in place of an ENOSPC or quota error, else the error itself."""
+    """Raise `DiskFull` in place of an error that says that a file cannot grow, else the error itself."""
     if error.errno in FULL:
-        message = f"no space left to write {path}: free some, then run the same command to go on"
+        why = "the file would be larger than the system allows" if error.errno == errno.EFBIG else "no space left"
+        message = f"{why} to write {path}: make room, then run the same command to go on"
         raise DiskFull(error.errno, message) from error
     raise error
 
 
 def write_json(path: Path, value: Any) -> None:
+    """A JSON file with sorted keys, atomically."""
     write_atomic(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
@@ -62,7 +64,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     write_atomic(path, save(stored, metadata={"format": "pt", **(metadata or {})}))
 
 
+def read_json(path: Path, remedy: str = "copy it again") -> dict[str, Any]:
+    """The object in a JSON file; `CheckpointError` names the file where it cannot be read or holds something else."""
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as e:  # another encoding is a ValueError too
+        reason = e.strerror if isinstance(e, OSError) else f"{type(e).__name__}: {str(e).splitlines()[0][:120]}"
+        raise CheckpointError(f"{path} cannot be read as JSON ({reason}): {remedy}") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object: {remedy}")
+    return value
+
+
 def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

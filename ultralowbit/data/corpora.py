@@ -107,6 +107,12 @@ def is_collection(source: str) -> bool:
     return isinstance(found, _Hub) and not found.lines
 
 
+def public_name(source: str) -> str:
+    """What a model or a text is called without the folders of this machine: of a path that exists its last part."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
+
+
 def token_sha256(tokens: Tensor) -> str:
     """Hex digest of the shape, as in "(128, 2048)", and the tokens' little-endian int32 bytes."""
     digest = hashlib.sha256(str(tuple(tokens.shape)).encode())

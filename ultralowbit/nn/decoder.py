@@ -7,6 +7,7 @@ one at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy, deepcopy
@@ -23,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ultralowbit.checkpoint.files import Source
-from ultralowbit.errors import CheckpointError, InputError
+from ultralowbit.errors import CheckpointError, InputError, reason
 from ultralowbit.nn.hf import match_keys
 from ultralowbit.nn.linear import PackedLinear
 
@@ -46,9 +47,11 @@ class Decoder:
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> None:
-        self.source = Source(folder)
-        self.dtype, self.device = dtype, device
+        refuse_adapters(folder)
         self.config = read_config(folder, trust_remote_code)
+        self.source = Source(folder)
+        refuse_codes(self.source)
+        self.dtype, self.device = dtype, device
         try:
             with init_empty_weights(include_buffers=False):
                 self.model = AutoModelForCausalLM.from_config(
@@ -56,8 +59,8 @@ class Decoder:
                     dtype=dtype,
                     trust_remote_code=trust_remote_code,
                 ).eval()
-        except (ValueError, KeyError, ImportError, AttributeError) as e:
-            raise InputError(f"transformers cannot build a causal LM from {folder}/config.json: {e}") from e
+        except Exception as e:  # as above: sizes that do not fit together fail anywhere
+            raise InputError(f"transformers cannot build a causal LM from {folder}/config.json ({reason(e)})") from e
         self.blocks_name, self.blocks = find_blocks(self.model, self.config)
         self.refuse_unquantizable()  # before the names: experts are stored under others, in other shapes
         self.key_of = self._match_keys()
@@ -93,11 +96,16 @@ class Decoder:
         """Whether a tied tensor needs no place of its own; where the two differ, transformers does not tie them."""
         return tied is None or key is None or torch.equal(*self.source.read([tied, key]).values())
 
-    @property
-    def unused_keys(self) -> list[str]:
-        """Tensors of the source that the model has no place for."""
-        tied = set(self.model.all_tied_weights_keys)
-        return sorted(set(self.source.specs) - set(self.key_of.values()) - tied)
+    def left_out(self) -> dict[str, tuple[int, int]]:
+        """What the source holds and the model has no place for, such as a vision tower: the first two parts of a name
+        -> how many tensors, and how many weights in them."""
+        used = set(self.key_of.values()) | set(self.model.all_tied_weights_keys)
+        parts: dict[str, tuple[int, int]] = {}
+        for name in sorted(set(self.source.specs) - used):
+            part = ".".join(name.split(".")[:2])
+            tensors, weights = parts.get(part, (0, 0))
+            parts[part] = (tensors + 1, weights + math.prod(self.source.specs[name].shape))
+        return parts
 
     def block_name(self, i: int) -> str:
         return f"{self.blocks_name}.{i}"
@@ -305,8 +313,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
     """The model's config; raises `InputError` where transformers cannot read it, or where it is quantized already."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as e:
-        raise InputError(f"{folder}/config.json cannot be read: {str(e).splitlines()[0]}") from e
+    except Exception as e:  # any value of any type can stand there, and each class trips over it in its own way
+        raise InputError(f"{folder}/config.json is not one that transformers can read ({reason(e)}): correct it") from e
     quantized = getattr(config, "quantization_config", None)
     if quantized:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
@@ -315,19 +323,48 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
 
 
 def find_blocks(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
-    """The decoder blocks of a model, and their name in it; `InputError` where there is no list of them."""
-    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+    """The decoder blocks of a model, and their name in it; `InputError` where there is no list of them.
+
+    They are looked for inside the text decoder: a vision tower may be as deep.
+    """
+    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder = decoder if isinstance(decoder, nn.Module) else model
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
     lists = [
-        (name, module)
-        for name, module in model.named_modules()
+        (prefix + name, module)
+        for name, module in decoder.named_modules()
         if isinstance(module, nn.ModuleList)
         and any(isinstance(m, nn.Linear | Conv1D | PackedLinear) for m in module.modules())
     ]
     # the outermost list of the configured depth; experts and heads inside a block come later in the walk
-    exact = [found for found in lists if len(found[1]) == depth]
+    exact = [named for named in lists if len(named[1]) == depth]
     if not lists or (depth is not None and not exact):
         raise InputError(f"{type(model).__name__} has no list of {depth} decoder blocks made of Linear layers")
     return (exact or lists)[0]
+
+
+def refuse_adapters(folder: Path) -> None:
+    """Raise `InputError` where an adapter lies beside the weights: transformers would apply it, packing would not."""
+    if (folder / "adapter_config.json").exists():
+        raise InputError(
+            f"{folder} holds an adapter beside the weights (adapter_config.json): merge the adapter first, with peft's "
+            "merge_and_unload and save_pretrained, or move it away"
+        )
+
+
+def refuse_codes(source: Source) -> None:
+    """Raise `InputError` where the weights are codes of another quantization, whatever its config says."""
+    signs = (".weight_scale", ".weight_scale_inv", ".qweight", ".weight_packed", ".qzeros", ".scales")
+    for name, spec in source.specs.items():
+        coded = len(spec.shape) >= 2 and name.endswith("weight")
+        coded = coded and (spec.dtype is None or not spec.dtype.is_floating_point or spec.dtype.itemsize < 2)
+        if coded or name.endswith(signs):
+            stored = "a dtype that torch has none for" if spec.dtype is None else str(spec.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{source.folder} holds codes of another quantization ({name} is {stored}), not weights: compress the "
+                "original checkpoint instead"
+            )
 
 
 def _head_name(model: nn.Module) -> str | None:

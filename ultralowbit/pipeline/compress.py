@@ -1,32 +1,32 @@
-"""compress(): one block after another is read, measured, quantized, packed and committed; never the whole model.
+"""compress(): one block after another is read, measured, quantized, packed and committed.
 
 Later blocks see what users will see: after a block is packed, its weights are what the packed bytes decode to, and its
-outputs are the next block's inputs.
+outputs are the next block's inputs. Without the stages `preprocess` and `finetune` the model is never in memory as a
+whole.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ultralowbit.checkpoint.job import Job
-from ultralowbit.checkpoint.manifest import MANIFEST
-from ultralowbit.checkpoint.storage import write_tensors
+from ultralowbit.checkpoint.manifest import read_manifest
+from ultralowbit.data.calibration import Calibration
+from ultralowbit.data.corpora import public_name
 from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.format.words import VERSION
 from ultralowbit.hub import resolve_model
 from ultralowbit.methods.statistics import Need
 from ultralowbit.nn.decoder import Decoder
-from ultralowbit.pipeline.source import TextReader, hash_model, open_decoder, packed_formats
+from ultralowbit.pipeline.source import TextReader, hash_model, open_decoder, planned_formats
 from ultralowbit.pipeline.stream import BlockStream
 from ultralowbit.pipeline.write import write_checkpoint
 from ultralowbit.progress import Progress, Silent
@@ -34,7 +34,6 @@ from ultralowbit.recipe import Recipe
 from ultralowbit.system import pick_device
 from ultralowbit.training.finetune import finetune
 from ultralowbit.training.preprocess import preprocess
-from ultralowbit.training.specs import Finetune
 
 
 @dataclass(frozen=True)
@@ -70,89 +69,112 @@ def compress(
     where = pick_device(device)
     folder = resolve_model(model)
     decoder = open_decoder(folder, where, trust_remote_code)
-    formats = packed_formats(decoder, recipe)
-    stages = (recipe.preprocess, recipe.blockwise, recipe.finetune)
-    needs_data = any(stages) or any(recipe.method_for(name).needs is not Need.NOTHING for name in formats)
-    labels = {"name", "summary"} if needs_data else {"name", "summary", "calibration"}
-    fingerprint = {
-        "model": hash_model(decoder, progress),
-        "recipe": recipe.model_dump(mode="json", exclude=labels),
-        "calibration": {},
-        "software": {"ultralowbit": version("ultralowbit"), "torch": torch.__version__, "format": VERSION},
-        "compute": {"device": where.type, "dtype": str(decoder.dtype).removeprefix("torch.")},
-    }
-    texts = TextReader(folder, decoder, trust_remote_code, progress)
-    data = texts.read(recipe.calibration) if needs_data else None
-    if data is not None:
-        fingerprint["calibration"] = {"sha256": data.sha256}
-    training = {
-        stage: data if spec.data is None else texts.read(spec.data)
-        for stage, spec in (("preprocess", recipe.preprocess), ("finetune", recipe.finetune))
-        if spec is not None
-    }
-    fingerprint["calibration"] |= {f"{stage} sha256": text.sha256 for stage, text in training.items()}
-
-    job = Job.open(Path(out).expanduser(), fingerprint, restart)
+    formats = planned_formats(decoder, recipe)
+    texts = _read_texts(recipe, formats, TextReader(folder, decoder, trust_remote_code, progress))
+    fingerprint = _fingerprint(decoder, recipe, texts, hash_model(decoder, progress))
+    job = Job.open(Path(out), fingerprint, restart, progress)
     if job is None:
-        target = Path(out).expanduser()
+        target = Path(out).expanduser().resolve()
         progress.say(f"{target} is already what this command makes")
-        return Compressed(target, json.loads((target / MANIFEST).read_text()))
+        return Compressed(target, read_manifest(target))
+
+    def again(recipe: Recipe, out: Path) -> Path:
+        options = {"device": device, "trust_remote_code": trust_remote_code, "progress": progress}
+        return compress(model, recipe, out, **options).folder
+
     try:
         if recipe.preprocess is not None:
-            first = recipe.model_copy(update={"preprocess": None, "finetune": None})
-            options = {"device": device, "trust_remote_code": trust_remote_code, "progress": progress}
-            started = time.perf_counter()
-            prepared, job.state["preprocess"] = preprocess(
-                lambda folder: compress(model, first, folder, **options).folder, training["preprocess"].tokens,
-                recipe.preprocess, decoder.config.dtype, job.work / "preprocess", where, trust_remote_code, progress,
-            )  # fmt: skip
-            job.state["seconds"].setdefault("preprocess", round(time.perf_counter() - started, 3))
-            decoder = open_decoder(prepared, where, trust_remote_code)
-        BlockStream(job, decoder, recipe, data, progress).blocks()
+            made = _preprocess(job, recipe, texts["preprocess"].tokens, decoder, again, trust_remote_code, progress)
+            decoder = open_decoder(made, where, trust_remote_code)
+        BlockStream(job, decoder, recipe, texts.get("calibration"), progress).run()
         if recipe.finetune is not None:
-            _finetune_packed(
-                job, folder, decoder, recipe.finetune, training["finetune"].tokens, trust_remote_code, progress
-            )
-        manifest = write_checkpoint(job, model, folder, decoder, recipe, data)
+            _finetune(job, folder, decoder, recipe, texts["finetune"].tokens, trust_remote_code, progress)
+        manifest = write_checkpoint(job, model, folder, decoder, recipe, texts.get("calibration"))
         job.publish()
     finally:
         job.close()
     return Compressed(job.out, manifest)
 
 
-def _finetune_packed(
+def _read_texts(recipe: Recipe, formats: Mapping[str, Any], reader: TextReader) -> dict[str, Calibration]:
+    """The windows that each stage reads, by the stage's name; none where no stage reads text."""
+    trained = {"preprocess": recipe.preprocess, "finetune": recipe.finetune}
+    trained = {stage: spec for stage, spec in trained.items() if spec is not None}
+    needs_data = recipe.blockwise or trained or any(recipe.method_for(n).needs is not Need.NOTHING for n in formats)
+    if not needs_data:
+        return {}
+    texts = {"calibration": reader.read(recipe.calibration)}
+    for stage, spec in trained.items():
+        texts[stage] = texts["calibration"] if spec.data is None else reader.read(spec.data)
+    return texts
+
+
+def _fingerprint(
+    decoder: Decoder, recipe: Recipe, texts: Mapping[str, Calibration], model: dict[str, str]
+) -> dict[str, Any]:
+    """All that the bytes of the result depend on: two runs with the same one write the same files."""
+    labels = {"name", "summary"} if texts else {"name", "summary", "calibration"}
+    return {
+        "model": model,
+        "recipe": recipe.with_sources(public_name).model_dump(mode="json", exclude=labels),
+        "calibration": {
+            "sha256" if stage == "calibration" else f"{stage} sha256": text.sha256 for stage, text in texts.items()
+        },
+        "software": {"ultralowbit": version("ultralowbit"), "torch": torch.__version__, "format": VERSION},
+        "compute": {"device": decoder.device.type, "dtype": str(decoder.dtype).removeprefix("torch.")},
+    }
+
+
+def _preprocess(
+    job: Job,
+    recipe: Recipe,
+    tokens: Tensor,
+    decoder: Decoder,
+    again: Callable[[Recipe, Path], Path],
+    trust_remote_code: bool,
+    progress: Progress,
+) -> Path:
+    """The folder of the preprocessed model, in the work folder; `again` compresses the model with another recipe."""
+    started = time.perf_counter()
+    first = recipe.model_copy(update={"preprocess": None, "finetune": None})
+    made, job.state["preprocess"] = preprocess(
+        lambda folder: again(first, folder), tokens, recipe.preprocess, decoder.config.dtype or torch.float32,
+        job.work / "preprocess", decoder.device, trust_remote_code, progress,
+    )  # fmt: skip
+    job.state["seconds"].setdefault("preprocess", round(time.perf_counter() - started, 3))
+    return made
+
+
+def _finetune(
     job: Job,
     folder: Path,
     decoder: Decoder,
-    spec: Finetune,
+    recipe: Recipe,
     tokens: Tensor,
     trust_remote_code: bool,
     progress: Progress,
 ) -> None:
-    """Train the packed model as a whole, with the model in `folder` as teacher; its shards are then written again."""
-    distilled, state, started = job.work / "distilled", job.state, time.perf_counter()
-    if "finetune" not in state:
-        blocks = len(decoder.blocks)
-        file_of = {name: job.shard_name(i, blocks + 1) for i in range(blocks) for name in decoder.linears(i)}
-        stored = {file: load_file(job.shards / file) for file in dict.fromkeys(file_of.values())}
-        packed = {}
-        for name, layer in state["layers"].items():
-            format, shape, tensors = Format.from_dict(layer["layout"]), tuple(layer["shape"]), stored[file_of[name]]
-            packed[name] = PackedWeight(format, shape, {t: tensors[f"{name}.{t}"] for t in format.tensors(*shape)})
-        weights = decoder.read([f"{name}.weight" for name in packed])
-        trained, fitted = finetune(
-            folder, {name: weights[f"{name}.weight"] for name in packed}, packed, tokens, spec,
-            job.work / "finetune.safetensors", decoder.device, trust_remote_code, progress,
-        )  # fmt: skip
-        for name, p in trained.items():
-            stored[file_of[name]] |= {f"{name}.{part}": t.cpu() for part, t in p.tensors.items()}
-            state["layers"][name] |= {"error": None}
-        shutil.rmtree(distilled, ignore_errors=True)
-        distilled.mkdir()
-        for file, tensors in stored.items():
-            write_tensors(distilled / file, tensors)
-        state["finetune"] = asdict(fitted)
-        state["seconds"]["finetune"] = round(time.perf_counter() - started, 3)
-        job.commit()
-    for path in distilled.glob("*.safetensors"):  # a kill in between leaves the rest to the next run
-        path.replace(job.shards / path.name)
+    """Train the packed model as a whole, with the model in `folder` as teacher; its blocks are then written again."""
+    state, started = job.state, time.perf_counter()
+    if "finetune" in state:
+        return
+    blocks = {i: job.read_block(i) for i in range(len(decoder.blocks))}
+    block_of = {name: i for i in blocks for name in decoder.linears(i)}
+    packed = {}
+    for name, layer in state["layers"].items():
+        format, shape, tensors = Format.from_dict(layer["layout"]), tuple(layer["shape"]), blocks[block_of[name]]
+        packed[name] = PackedWeight(format, shape, {t: tensors[f"{name}.{t}"] for t in format.tensors(*shape)})
+    weights = decoder.read([f"{name}.weight" for name in packed])
+    trained, fitted = finetune(
+        folder, {name: weights[f"{name}.weight"] for name in packed}, packed, tokens, recipe.finetune,
+        job.work / "finetune.safetensors", decoder.device, trust_remote_code, progress,
+    )  # fmt: skip
+    for name, p in trained.items():
+        blocks[block_of[name]] |= {f"{name}.{part}": t.cpu() for part, t in p.tensors.items()}
+        state["layers"][name] |= {"error": None}
+    (job.work / "finetuned").mkdir(exist_ok=True)
+    for i, tensors in blocks.items():
+        job.write_block(i, tensors, "finetuned")
+    state |= {"block_folder": "finetuned", "finetune": asdict(fitted)}
+    state["seconds"]["finetune"] = round(time.perf_counter() - started, 3)
+    job.commit()

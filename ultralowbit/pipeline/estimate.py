@@ -22,7 +22,7 @@ from ultralowbit.methods.base import Method
 from ultralowbit.methods.statistics import InputStats
 from ultralowbit.nn.decoder import Decoder
 from ultralowbit.pipeline.rates import random, seconds
-from ultralowbit.pipeline.source import open_decoder, packed_formats, window_length
+from ultralowbit.pipeline.source import open_decoder, planned_formats, window_length
 from ultralowbit.pipeline.workload import Workload
 from ultralowbit.recipe import Recipe
 from ultralowbit.system import available_memory, existing, pick_device
@@ -120,7 +120,7 @@ def estimate(
     where = pick_device(device)
     folder = resolve_model(model)
     decoder = open_decoder(folder, where, trust_remote_code)
-    formats = packed_formats(decoder, recipe)
+    formats = planned_formats(decoder, recipe)
     size = _size(decoder, formats)
     work = Workload(decoder, recipe, formats)
     notes = [] if work.exact_groups else ["which Linears share an input is not known: one Hessian a Linear is assumed"]

@@ -38,7 +38,7 @@ def window_length(spec: CalibrationSpec, decoder: Decoder) -> int:
     return min(spec.length, positions or spec.length)
 
 
-def packed_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format, tuple[int, int]]]:
+def planned_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format, tuple[int, int]]]:
     """Format and (out, in) of every Linear that the recipe packs, as expected before any data is seen: where the choice
     of weights depends on data, the packed result may need more room."""
     found = {}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import reduce
 from operator import or_
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,6 @@ from torch import Tensor, nn
 
 from ultralowbit.checkpoint.activations import Activations
 from ultralowbit.checkpoint.job import Job
-from ultralowbit.checkpoint.storage import write_tensors
 from ultralowbit.data.calibration import Calibration
 from ultralowbit.errors import CheckpointError, FormatError
 from ultralowbit.format.weight import PackedWeight
@@ -29,45 +30,58 @@ from ultralowbit.recipe import Recipe
 from ultralowbit.system import return_free_memory
 from ultralowbit.training.blockwise import Streams, train_block
 
+log = logging.getLogger(__name__)
+
 
 class BlockStream:
-    """The blocks of one job: activations ping-pong between two files, a block is committed when both are on disk.
+    """The blocks of one job: activations take turns in two files, a block is committed when both are on disk.
 
-    With block-wise tuning a second stream of activations is that of the original model.
+    With block-wise training a second stream of activations is that of the original model.
     """
 
     def __init__(
         self, job: Job, decoder: Decoder, recipe: Recipe, data: Calibration | None, progress: Progress
     ) -> None:
         self.job, self.decoder, self.recipe, self.data, self.progress = job, decoder, recipe, data, progress
-        most = (
-            None if recipe.blockwise is None else recipe.blockwise.training.batch
-        )  # a block is tuned on a batch at a time
+        spec = recipe.blockwise
+        most = None if spec is None else spec.training.batch  # a block is trained on a batch at a time
         self.tokens = None if data is None else batched(data.tokens, most)  # [batches, batch, length]
-        self.streams = ("activations",) if recipe.blockwise is None else ("activations", "original")
-        self.tuning = 0 if recipe.blockwise is None else recipe.blockwise.steps(len(self.tokens))  # steps a block
+        self.streams = ("activations",) if spec is None else ("activations", "original")
+        self.steps = 0 if spec is None else spec.steps(len(self.tokens))  # optimizer steps of a block
 
-    def blocks(self) -> None:
+    def run(self) -> None:
+        """Pack and commit the blocks that no earlier run has committed."""
         state, total = self.job.state, len(self.decoder.blocks)
-        self.progress.start("blocks" if self.tuning == 0 else "blocks, by steps", total * (1 + self.tuning))
+        self.progress.start("blocks" if self.steps == 0 else "blocks, by steps", total * (1 + self.steps))
         if state["blocks"]:
             self.progress.say(f"going on after block {state['blocks'] - 1}, where the last run stopped")
-            self.progress.step(state["blocks"] * (1 + self.tuning))
+            self.progress.step(state["blocks"] * (1 + self.steps))
         calls = self._enter() if self.tokens is not None and state["blocks"] < total else None
         for i in range(state["blocks"], total):
             started = time.perf_counter()
             self._block(i, calls and calls[i])
-            state["blocks"] = i + 1
-            state["seconds"][self.decoder.block_name(i)] = round(time.perf_counter() - started, 3)
-            self.job.commit()
+            self._commit(i, time.perf_counter() - started)
             return_free_memory()
             self.progress.step()
 
+    def _commit(self, i: int, seconds: float) -> None:
+        """Make block i, and what enters the one after it, what a resumed job starts from."""
+        state = self.job.state
+        state["blocks"] = i + 1
+        state["seconds"][self.decoder.block_name(i)] = round(seconds, 3)
+        if self.tokens is not None:
+            self.job.forget(self._file(i, stream) for stream in self.streams)
+            if i + 1 < len(self.decoder.blocks):
+                self.job.record(self._file(i + 1, stream) for stream in self.streams)
+        self.job.commit()
+
+    def _file(self, i: int, stream: str) -> Path:
+        return self.job.work / f"{stream}-{i % 2}.bin"
+
     def _activations(self, i: int, create: bool = False, stream: str = "activations") -> Activations:
         """What enters block i in a stream; its two files take turns."""
-        hidden = self.decoder.config.get_text_config().hidden_size
-        shape = (*self.tokens.shape, hidden)
-        return Activations(self.job.work / f"{stream}-{i % 2}.bin", shape, self.decoder.dtype, create)
+        shape = (*self.tokens.shape, self.decoder.config.get_text_config().hidden_size)
+        return Activations(self._file(i, stream), shape, self.decoder.dtype, create)
 
     def _enter(self) -> list[BlockCall]:
         """How blocks are called; on a fresh start also what enters block 0."""
@@ -88,20 +102,19 @@ class BlockStream:
             tensors = {name: tensor for name, tensor in stored.items() if name.removesuffix(".weight") not in linears}
             inputs = None if call is None else self._activations(i).tensor
             streams = None if self.recipe.blockwise is None else self._streams(i, block, call, inputs)
-            packed = self._solve(block, linears, call, inputs, streams and streams.original)
+            packed = self._pack(block, linears, call, inputs, streams and streams.original)
             if streams is not None:
-                packed = self._tune(i, block, linears, stored, packed, streams)
+                packed |= self._train(i, block, linears, stored, packed, streams)
             tensors |= {f"{name}.{part}": t.cpu() for name, p in packed.items() for part, t in p.tensors.items()}
-            write_tensors(self.job.shards / self.job.shard_name(i, len(decoder.blocks) + 1), tensors)
+            self.job.write_block(i, tensors)
             if inputs is not None and i + 1 < len(decoder.blocks):
-                outputs = self._activations(i + 1, create=True)
-                self._run_through(block, call, inputs, outputs)
+                self._run_through(block, call, inputs, self._activations(i + 1, create=True))
             name = decoder.block_name(i)
-            tuned = state["tuning"].get(name)
-            self.progress.say(_block_line(name, {n: state["layers"][n] for n in linears}, tuned))
+            layers = {n: state["layers"][n] for n in linears}
+            self.progress.say(_block_line(name, layers, state["blockwise"].get(name)))
 
     @torch.no_grad()
-    def _solve(
+    def _pack(
         self,
         block: nn.Module,
         linears: dict[str, nn.Module],
@@ -110,16 +123,16 @@ class BlockStream:
         original: Tensor | None,
     ) -> dict[str, PackedWeight]:
         """Pack the Linears of a block in the order of their use; they then hold what the packed bytes mean."""
-        found = {}
+        packed = {}
         for name, stats in self._statistics(block, linears, call, inputs, original):
             try:
-                found[name], result = quantize_linear(linears[name], self.recipe.method_for(name), stats)
+                packed[name], result = quantize_linear(linears[name], self.recipe.method_for(name), stats)
             except FormatError as e:
                 raise CheckpointError(f"{name} in {self.decoder.source.folder} cannot be packed: {e}") from e
             self.job.state["layers"][name] = result
             if result["fallback"]:
-                self.progress.say(f"WARNING {name}: rounded to nearest, because {result['fallback']}")
-        return found
+                log.warning("%s: rounded to nearest, because %s", name, result["fallback"])
+        return packed
 
     def _streams(self, i: int, block: nn.Module, call: BlockCall, inputs: Tensor) -> Streams:
         """What the unpacked block puts out: for the original's activations, and for those of the packed model."""
@@ -136,7 +149,7 @@ class BlockStream:
             outputs.tensor[k] = run_block(block, batch.to(self.decoder.device), call).cpu()
         outputs.sync()
 
-    def _tune(
+    def _train(
         self,
         i: int,
         block: nn.Module,
@@ -145,23 +158,24 @@ class BlockStream:
         packed: dict[str, PackedWeight],
         streams: Streams,
     ) -> dict[str, PackedWeight]:
+        """Block-wise training; returns the packed weights that it has made better."""
         name, state = self.decoder.block_name(i), self.job.state
-        file = self.job.work / f"tuning-{i}.safetensors"
+        file = self.job.work / f"blockwise-{i}.safetensors"
         weights = {n: stored[f"{n}.weight"] for n in packed}
-        within = SubStage(self.progress, self.tuning)
-        tuned, fitted = train_block(
+        within = SubStage(self.progress, self.steps)
+        trained, fitted = train_block(
             self.decoder.model, block, weights, packed, streams, self.recipe.blockwise, file, within
         )
         within.step(within.left)  # where training has ended early
-        for n, p in tuned.items():
+        for n, p in trained.items():
             give_weight(linears[n], p.dequantize())
             # the error was that of the codes and scales before
             state["layers"][n] |= {"error": None}
-        state["tuning"][name] = asdict(fitted)
-        for done in self.job.work.glob("tuning-*.safetensors"):
+        state["blockwise"][name] = asdict(fitted)
+        for done in self.job.work.glob("blockwise-*.safetensors"):
             if done != file:  # this one a run that is killed before the commit still needs
                 done.unlink()
-        return packed | tuned
+        return trained
 
     def _statistics(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,14 +10,14 @@ from typing import Any
 
 import torch
 
-from ultralowbit.checkpoint.config import QUANT_METHOD
+from ultralowbit.checkpoint.config import packed_formats, read_config_json
 from ultralowbit.checkpoint.files import read_headers
-from ultralowbit.checkpoint.manifest import MANIFEST, read_manifest
-from ultralowbit.checkpoint.storage import sha256_file
+from ultralowbit.checkpoint.job import LOCAL
+from ultralowbit.checkpoint.manifest import MANIFEST, changed_files, read_manifest
+from ultralowbit.checkpoint.storage import read_json, sha256_file
 from ultralowbit.errors import CheckpointError, FormatError, InputError
 from ultralowbit.format.words import TensorSpec
 from ultralowbit.hub import resolve_model
-from ultralowbit.nn.hf import UltraLowBitConfig
 from ultralowbit.pipeline.compress import compress
 from ultralowbit.progress import Progress, Silent
 from ultralowbit.recipe import Recipe
@@ -34,30 +33,24 @@ def verify(folder: Path | str, progress: Callable[[int], object] | None = None) 
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    problems = []
-    readable = True
-    for name, digest in sorted(manifest["files"].items()):
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing: copy it again")
-            readable &= path.suffix != ".safetensors"
-        elif sha256_file(path, progress) != digest:
-            problems.append(f"{name} has changed since it was written: copy it again")
+    changed = changed_files(folder, manifest, progress)
+    problems = [f"{name} {problem}: copy it again" for name, problem in changed.items()]
+    readable = not any(name.endswith(".safetensors") and "missing" in why for name, why in changed.items())
     shards = sorted(folder.glob("*.safetensors"))
     problems += [
         f"{path.name} is not in the manifest, nobody should load it: remove it"
         for path in shards
         if path.name not in manifest["files"]
     ]
-    found: dict[str, TensorSpec] = {}
+    stored: dict[str, TensorSpec] = {}
     for path in shards:
         try:
-            found |= read_headers([path])
+            stored |= read_headers([path])
         except CheckpointError as e:
             problems.append(str(e))
             readable = False
     # the tensors of a lost shard would only repeat that it is lost
-    return problems + _broken_promises(folder, manifest, found) if readable else problems
+    return problems + _broken_promises(folder, manifest, stored) if readable else problems
 
 
 @dataclass(frozen=True)
@@ -85,9 +78,11 @@ def rerun(
     manifest = read_manifest(folder)
     try:
         first, environment = manifest["fingerprint"], manifest["environment"]
-        source = resolve_model(model or manifest["model"])
-        device, hashes = first["compute"]["device"], first["model"]
-    except (KeyError, TypeError) as e:
+        device, hashes, threads = first["compute"]["device"], first["model"], int(environment["threads"])
+        source = _original(folder, model, manifest)
+    except (KeyError, TypeError, ValueError) as e:
+        if isinstance(e, InputError):
+            raise
         raise CheckpointError(f"{folder / MANIFEST} does not say how the run was made: copy it again") from e
     progress.start("hashing the original", sum(_size(source / name) for name in hashes))
     changed = [name for name, digest in hashes.items() if _digest(source / name, progress) != digest]
@@ -95,31 +90,52 @@ def rerun(
         raise InputError(
             f"{source} is not the model that {folder} was made from ({changed[0]} differs): give that with --model"
         )
-    recipe = Recipe.load(folder / "recipe.yaml")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(environment["threads"])
+    places = _places(folder)["texts"]
+    recipe = Recipe.load(folder / "recipe.yaml").with_sources(lambda name: places.get(name, name))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        with tempfile.TemporaryDirectory(prefix=f"{folder.name}-rerun-", dir=folder.resolve().parent) as work:
+        with tempfile.TemporaryDirectory(prefix=f"{folder.resolve().name}-rerun-", dir=folder.resolve().parent) as work:
             second = compress(
                 str(source), recipe, Path(work) / "out", device=device, trust_remote_code=trust_remote_code,
                 progress=progress,
             ).manifest  # fmt: skip
     finally:
-        torch.set_num_threads(threads)
-    old, new = manifest["files"], second["files"]
+        torch.set_num_threads(before)
+    return _compared(manifest, second, recipe.calibration.source)
+
+
+def _compared(first: dict[str, Any], second: dict[str, Any], text: str) -> Rerun:
+    old, new = first["files"], second["files"]
     different = {
         name: "was not written again" if name not in new else "is new" if name not in old else "has other bytes"
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
     }
+    environment = first["environment"]
     reasons = [
         f"{key} was {environment.get(key)}, is {value}"
         for key, value in second["environment"].items()
         if environment.get(key) != value
     ]
-    if first["calibration"] != second["fingerprint"]["calibration"]:
-        reasons.append(f"the calibration text {recipe.calibration.source} gives other tokens")
+    if first["fingerprint"]["calibration"] != second["fingerprint"]["calibration"]:
+        reasons.append(f"the calibration text {text} gives other tokens")
     return Rerun(different, reasons)
+
+
+def _original(folder: Path, model: str | None, manifest: dict[str, Any]) -> Path:
+    """The folder of the original: where the user says, where it lay, or what the manifest calls it."""
+    return resolve_model(model or _places(folder)["model"] or manifest["model"])
+
+
+def _places(folder: Path) -> dict[str, Any]:
+    """Where the model and the texts of the run lay on this machine; nothing where that was not kept."""
+    try:
+        places = read_json(folder / LOCAL)
+    except CheckpointError:  # a checkpoint that came from elsewhere
+        places = {}
+    model, texts = places.get("model"), places.get("texts")
+    return {"model": model if isinstance(model, str) else None, "texts": texts if isinstance(texts, dict) else {}}
 
 
 def _size(path: Path) -> int:
@@ -133,14 +149,9 @@ def _digest(path: Path, progress: Progress) -> str | None:
 def _broken_promises(folder: Path, manifest: dict[str, Any], found: dict[str, TensorSpec]) -> list[str]:
     """How the tensors found differ from the formats in config.json and the shapes in the manifest."""
     try:
-        quantization = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-        if quantization["quant_method"] != QUANT_METHOD:
-            raise ValueError(f"quant_method is {quantization['quant_method']!r}")
-        formats = UltraLowBitConfig(**quantization).module_formats()
-    except FormatError as e:
+        formats = packed_formats(read_config_json(folder))
+    except (CheckpointError, FormatError) as e:
         return [str(e)]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        return [f"config.json does not say how the weights are packed ({e!r}): copy it again"]
     layers = manifest["layers"]
     problems = [
         f"{name} is packed according to {one} but not to {other}: copy both again"

@@ -1,18 +1,22 @@
-"""Everything in a packed checkpoint but the blocks."""
+"""The finished checkpoint: the blocks' files merged, everything else beside them, and the manifest."""
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ultralowbit.checkpoint.files import read_headers
-from ultralowbit.checkpoint.job import Job
+from ultralowbit.checkpoint.config import CONFIG, DIGEST, config_digest
+from ultralowbit.checkpoint.files import INDEX
+from ultralowbit.checkpoint.job import LOCAL, Job
 from ultralowbit.checkpoint.manifest import MANIFEST
+from ultralowbit.checkpoint.merge import merge_tensors
 from ultralowbit.checkpoint.storage import sha256_file, write_atomic, write_json, write_tensors
 from ultralowbit.data.calibration import Calibration
+from ultralowbit.data.corpora import public_name
 from ultralowbit.format.weight import Format
 from ultralowbit.nn.decoder import Decoder
 from ultralowbit.nn.hf import UltraLowBitConfig
@@ -20,12 +24,11 @@ from ultralowbit.recipe import Recipe
 from ultralowbit.system import environment
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
-
-
-_NOT_CARRIED = {"config.json", "README.md", "model.safetensors.index.json", ".gitattributes"}
-
-
+_NOT_CARRIED = {CONFIG, "README.md", INDEX, MANIFEST, "recipe.yaml"}
 _MEASURED = ("eval*.json", "report.*")  # of the original, and not of what is made from it
+_IN_FOLDERS = (".py", ".jinja")  # what sub-folders hold that loading needs: code, and further chat templates
+
+log = logging.getLogger(__name__)
 
 
 def write_checkpoint(
@@ -36,49 +39,92 @@ def write_checkpoint(
     recipe: Recipe,
     data: Calibration | None,
 ) -> dict[str, Any]:
-    """Everything but the blocks: the other tensors, index, config, tokenizer, recipe and manifest."""
-    total = len(decoder.blocks) + 1
-    shards = {i: job.shards / job.shard_name(i, total) for i in range(total)}
-    write_tensors(shards[total - 1], decoder.read(decoder.names_outside_blocks()))
-    weight_map, size = {}, 0
-    for path in shards.values():
-        for name, spec in read_headers([path]).items():
-            weight_map[name] = path.name
-            size += torch.Size(spec.shape).numel() * spec.dtype.itemsize
-    write_json(
-        job.shards / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map}
-    )
+    """Write the finished checkpoint into the job's work folder; returns its manifest.
+
+    folder: of the original, whose tokenizer, licence and code are carried over. data: the calibration text, if any.
+    """
+    out = job.new_checkpoint()
+    config = _config(job, decoder, recipe)
+    write_json(out / CONFIG, config)
+    outside = job.work / "outside.safetensors"
+    write_tensors(outside, decoder.read(decoder.names_outside_blocks()))
+    blocks = [job.block_file(i) for i in range(len(decoder.blocks))]
+    merge_tensors([*blocks, outside], out, {DIGEST: config_digest(config)})
+    for name in carried_files(folder):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / name, (folder / name).read_bytes())
+    shown = recipe.with_sources(public_name)
+    command = "# ultralowbit compress MODEL --recipe recipe.yaml --out DIR\n"  # no paths: the same run, the same bytes
+    write_atomic(out / "recipe.yaml", (command + shown.to_yaml()).encode())
+    manifest = _manifest(job, model, decoder, shown, data)
+    manifest["files"] = {name: sha256_file(out / name) for name in sorted(_files(out))}
+    write_json(out / MANIFEST, manifest)
+    paths = {public_name(source): str(Path(source).expanduser().absolute()) for source in recipe.sources}
+    places = {name: path for name, path in paths.items() if Path(path).exists()}
+    write_json(out / LOCAL, {"model": _place(model), "texts": places})
+    return manifest
+
+
+def _config(job: Job, decoder: Decoder, recipe: Recipe) -> dict[str, Any]:
+    """config.json: the original's, naming the class that loads the result, and how each Linear is packed."""
     config = decoder.config.to_dict()
     config.pop("_name_or_path", None)  # the same run writes the same bytes wherever its model lies
-    config["quantization_config"] = UltraLowBitConfig.of(
-        {name: Format.from_dict(layer["layout"]) for name, layer in job.state["layers"].items()}, recipe.name
-    ).to_dict()
-    config["architectures"] = config.get("architectures") or [type(decoder.model).__name__]
-    write_json(job.shards / "config.json", config)
-    for path in sorted(folder.iterdir()):
-        left = path.name in _NOT_CARRIED or any(fnmatch(path.name, pattern) for pattern in _MEASURED)
-        if path.is_file() and not left and not path.name.endswith(_WEIGHTS):
-            write_atomic(job.shards / path.name, path.read_bytes())
-    command = "# ultralowbit compress MODEL --recipe recipe.yaml --out DIR\n"  # no paths: the same run, the same bytes
-    write_atomic(job.shards / "recipe.yaml", (command + recipe.to_yaml()).encode())
-    manifest = {
+    config["architectures"] = [type(decoder.model).__name__]
+    formats = {name: Format.from_dict(layer["layout"]) for name, layer in job.state["layers"].items()}
+    config["quantization_config"] = UltraLowBitConfig.of(formats, recipe.name).to_dict()
+    return config
+
+
+def _manifest(job: Job, model: str, decoder: Decoder, recipe: Recipe, data: Calibration | None) -> dict[str, Any]:
+    left_out = decoder.left_out()
+    for part, (tensors, weights) in left_out.items():
+        log.warning("left out: %s, %d tensors with %s weights, for which %s has no place",
+                    part, tensors, f"{weights:,}", type(decoder.model).__name__)  # fmt: skip
+    calibration = None
+    if data is not None:
+        windows = {"length": data.tokens.shape[1], "tokens": data.tokens.numel(), "sha256": data.sha256}
+        calibration = {**recipe.calibration.model_dump(), **windows}
+    return {
         "fingerprint": job.state["fingerprint"],
-        "model": model,
+        "model": public_name(model),
         "recipe": recipe.name,
-        "calibration": None
-        if data is None
-        else {
-            **recipe.calibration.model_dump(),
-            "length": data.tokens.shape[1],
-            "tokens": data.tokens.numel(),
-            "sha256": data.sha256,
-        },
+        "calibration": calibration,
         "layers": job.state["layers"],
         "block_seconds": job.state["seconds"],
-        **{stage: job.state[stage] for stage in ("preprocess", "tuning", "finetune") if job.state.get(stage)},
-        "left_out": decoder.unused_keys,
+        **{stage: job.state[stage] for stage in ("preprocess", "blockwise", "finetune") if job.state.get(stage)},
+        "left_out": {part: {"tensors": n, "weights": weights} for part, (n, weights) in left_out.items()},
         "environment": environment(decoder.device),
-        "files": {path.name: sha256_file(path) for path in sorted(job.shards.iterdir()) if path.name != MANIFEST},
     }
-    write_json(job.shards / MANIFEST, manifest)
-    return manifest
+
+
+def carried_files(folder: Path) -> Iterator[str]:
+    """Names of the files that a packed checkpoint takes over from the original: tokenizer, chat templates, licence,
+    code. No weights, no hidden files, nothing that a link fetches from elsewhere."""
+    for place, folders, names in os.walk(folder):
+        here = Path(place)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
+        for name in sorted(names):
+            path = here / name
+            top = here == folder
+            wanted = name not in _NOT_CARRIED and not any(fnmatch(name, p) for p in _MEASURED)
+            wanted = wanted if top else path.suffix in _IN_FOLDERS
+            if wanted and not name.startswith(".") and not name.endswith(_WEIGHTS) and _is_inside(path, folder):
+                yield str(path.relative_to(folder))
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path is a file of the folder itself, or of the hub's cache, whose snapshots are links to its blobs."""
+    target, homes = path.resolve(), [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        homes.append(folder.resolve().parents[1] / "blobs")
+    return target.is_file() and any(target.is_relative_to(home) for home in homes)
+
+
+def _files(out: Path) -> Iterator[str]:
+    return (str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+
+
+def _place(model: str) -> str:
+    """Where a model lies on this machine, or its name on the hub."""
+    folder = Path(model).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else model

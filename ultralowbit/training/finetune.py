@@ -42,7 +42,9 @@ def finetune(
     weights: what latent weights start from, by Linear. Returns those that training has made better. `state` is the file
     that a killed run goes on from.
     """
-    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    teacher = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+    )
     teacher.to(device).eval().requires_grad_(False)
     shared = {id(t): t for t in (*teacher.parameters(), *teacher.buffers())}
     student = deepcopy(teacher, memo=shared)

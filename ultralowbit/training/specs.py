@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fnmatch import fnmatch
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from ultralowbit.methods.base import fields
 from ultralowbit.training.estimators import ESTIMATORS, STE
@@ -39,11 +40,26 @@ class CalibrationSpec(StrictModel):
     )
 
 
+TRAINED_KINDS = ("scale", "offset", "row", "column", "latent")
+"""What of a packed weight can be trained."""
+
+
 class Trained(StrictModel):
     """What the trained stages have in common."""
 
+    kinds: ClassVar[tuple[str, ...]]
+    """What `training.lr` may name."""
     training: TrainSpec
     held_out: float = Field(0.1, gt=0, lt=1, description="share of the windows that judges and is not trained on")
+
+    @field_validator("training")
+    @classmethod
+    def _known_kinds(cls, training: TrainSpec) -> TrainSpec:
+        unknown = sorted(set(training.lr) - set(cls.kinds))
+        if unknown or not training.lr:
+            what = f"names {unknown[0]!r}" if unknown else "is empty"
+            raise PydanticCustomError("kinds", f"lr {what}, expected some of {', '.join(cls.kinds)}")
+        return training
 
     def split(self, windows: range) -> tuple[range, range]:
         """The windows to train on and the last ones, at least one, that are held out; of one window, that one twice."""
@@ -53,6 +69,8 @@ class Trained(StrictModel):
 
 class FakeQuantized(Trained):
     """`training.lr` names what is trained: scale, offset, row, column, latent."""
+
+    kinds = TRAINED_KINDS
 
     estimator: one_of(ESTIMATORS, "kind") = Field(STE(), description="how a gradient passes through a sign")
     scales: Literal["free", "analytic"] = Field(
@@ -84,6 +102,8 @@ class Finetune(FakeQuantized):
 
 class Preprocess(Trained):
     """Quantization preprocessing: the model is quantized, restored by low-rank adapters, merged; then quantized."""
+
+    kinds = ("adapter",)
 
     rank: int = Field(64, ge=1, description="r of the adapters")
     alpha: float = Field(16, gt=0, description="the adapters count alpha / r")

@@ -1,0 +1,93 @@
+"""Putting safetensors files together without loading them: the per-block files of a job become a few shards."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ultralowbit.checkpoint.files import DTYPES, INDEX, WEIGHTS
+from ultralowbit.checkpoint.storage import raise_disk_full, sync_folder, write_json
+
+SHARD_BYTES = 5_000_000_000
+"""Largest shard, that of transformers; a single tensor may be larger."""
+
+_CHUNK = 1 << 23
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor as it lies in a file: the bytes from `start` on, `size` of them."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: list[int]
+    start: int
+    size: int
+
+
+def merge_tensors(
+    sources: Sequence[Path], folder: Path, metadata: Mapping[str, str], limit: int = SHARD_BYTES
+) -> list[Path]:
+    """Write the tensors of all `sources` into `folder` as transformers would: `model.safetensors`, or shards of at most
+    `limit` bytes and their index. `metadata` goes into every header. Returns the files written.
+
+    Raises `DiskFull`. The sources are whole files that this process or an earlier one has checked.
+    """
+    shards: list[list[_Entry]] = [[]]
+    for entry in (entry for source in sources for entry in _entries(source)):
+        if shards[-1] and sum(e.size for e in shards[-1]) + entry.size > limit:
+            shards.append([])
+        shards[-1].append(entry)
+    if len(shards) == 1:
+        names = [WEIGHTS]
+    else:
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, entries in zip(names, shards, strict=True):
+        _write(folder / name, entries, metadata)
+    if len(shards) > 1:
+        weight_map = {e.name: name for name, entries in zip(names, shards, strict=True) for e in entries}
+        total = sum(e.size for entries in shards for e in entries)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    sync_folder(folder)
+    return [folder / name for name in names]
+
+
+def _entries(file: Path) -> Iterator[_Entry]:
+    """The tensors of a file in the order of their bytes."""
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header: dict[str, Any] = json.loads(f.read(length))
+    header.pop("__metadata__", None)
+    for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+        begin, end = tensor["data_offsets"]
+        yield _Entry(file, name, tensor["dtype"], tensor["shape"], 8 + length + begin, end - begin)
+
+
+def _write(path: Path, entries: Sequence[_Entry], metadata: Mapping[str, str]) -> None:
+    # wide dtypes first: every tensor then starts at a multiple of its item size, as torch needs it
+    ordered = sorted(entries, key=lambda e: -DTYPES[e.dtype].itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    offset = 0
+    for e in ordered:
+        header[e.name] = {"dtype": e.dtype, "shape": e.shape, "data_offsets": [offset, offset + e.size]}
+        offset += e.size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    try:
+        with path.open("wb") as out:
+            out.write(len(encoded).to_bytes(8, "little") + encoded)
+            for e in ordered:
+                with e.file.open("rb") as source:
+                    source.seek(e.start)
+                    for at in range(0, e.size, _CHUNK):
+                        out.write(source.read(min(_CHUNK, e.size - at)))
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError as e:
+        path.unlink(missing_ok=True)
+        raise_disk_full(e, path)
