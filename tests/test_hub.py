@@ -31,7 +31,7 @@ def folder(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    save_file({"w": torch.zeros(1)}, folder / "model-1.safetensors")
+    save_file({"w": torch.zeros(1)}, folder / "model.safetensors")
     return folder
 
 
@@ -44,7 +44,6 @@ def index(folder, content):
 
 def test_a_folder_is_returned(folder, monkeypatch):
     assert resolve_model(str(folder)) == folder
-    index(folder, {"weight_map": {"w": "model-1.safetensors"}})
     assert resolve_model(f"{folder}/") == folder
     monkeypatch.setenv("HOME", str(folder.parent))
     assert resolve_model("~/model") == folder
@@ -53,13 +52,15 @@ def test_a_folder_is_returned(folder, monkeypatch):
 
 
 def test_incomplete_folders(folder):
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    refused(folder, "no model.safetensors and no model.safetensors.index.json", "model-1.safetensors")
+    index(folder, {"weight_map": {"w": "model-1.safetensors"}})
+    assert resolve_model(str(folder)) == folder
     index(folder, {"weight_map": {"v": "model-2.safetensors", "w": "model-1.safetensors"}})
-    assert " more" not in refused(folder, "'model-2.safetensors'", "not in the folder")
-    index(folder, {"weight_map": {"v": "model-2.safetensors", "u": "model-3.safetensors"}})
-    refused(folder, "'model-2.safetensors' and 1 more")
+    refused(folder, "model-2.safetensors is missing")
     for broken in ("{", "[]", "{}", '{"weight_map": 5}', '{"weight_map": {"w": 5}}', '{"weight_map": {"w": ["a"]}}'):
         index(folder, broken)
-        refused(folder, "model.safetensors.index.json", "not a safetensors index")
+        refused(folder, "model.safetensors.index.json", "again")
     (folder / "config.json").unlink()
     refused(folder, "config.json")
 
@@ -135,11 +136,11 @@ def test_only_what_is_read_is_downloaded(hub):
 
     resolve_model("org/model")
     kept = ["config.json", "model-1.safetensors", "model.safetensors.index.json", "tokenizer.model", "merges.txt"]
+    kept += ["modeling.py", "qwen.tiktoken", "vocab.bpe", "spiece.vocab", "additional_chat_templates/rag.jinja"]
     kept += ["vocab.txt", "chat_template.jinja", "README.md", "LICENSE", "LICENSE.txt", "NOTICE"]
     left = [
         "pytorch_model.bin",
         "model.gguf",
-        "modeling.py",
         "consolidated.safetensors",
         "original/x.json",
     ]
@@ -176,7 +177,7 @@ def test_hub_refusals(hub, error, words):
 
 
 def test_what_the_hub_sends_is_checked_too(hub, folder):
-    (folder / "model-1.safetensors").unlink()
+    (folder / "model.safetensors").unlink()
     refused("org/model", 'M.from_pretrained("org/model", dtype="auto")', '"model-safetensors"')
     refused("org/model@v1", 'T.from_pretrained("org/model", revision="v1")')
 

@@ -15,7 +15,7 @@ from ultralowbit.methods.sign import Sign
 from ultralowbit.recipe import Recipe, shipped
 from ultralowbit.training.specs import CalibrationSpec
 
-BASE = "name: mine\nsolve: {method: gptq, bits: 2}\n"
+BASE = "name: mine\nquantize: {method: gptq, bits: 2}\n"
 
 
 @pytest.fixture
@@ -96,10 +96,10 @@ def test_a_file_that_is_not_there_is_named(name):
         ("", "NoneType"),
         ("just text", "str"),
         ("[1, 2]", "list"),
-        ("a: [1", "not YAML"),
-        ("a: b: c", "not YAML"),
-        ("\ta: 1", "not YAML"),
-        ("a: !!python/object:os.system x", "not YAML"),
+        ("a: [1", "not plain YAML"),
+        ("a: b: c", "not plain YAML"),
+        ("\ta: 1", "not plain YAML"),
+        ("a: !!python/object:os.system x", "not plain YAML"),
     ],
 )
 def test_a_file_that_holds_no_recipe_is_refused(write, text, word):
@@ -209,7 +209,7 @@ def test_a_setting_without_key_or_value_is_refused(write, setting):
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("quantize.bits=[1", ["not YAML"]),
+        ("quantize.bits=[1", ["not plain YAML"]),
         ("name.first=x", ["name is not a group of keys"]),
         ("quantize.method.x=3", ["method is not a group of keys"]),
         ("quantize.bist=3", ["unknown key quantize.bist", "did you mean bits?"]),

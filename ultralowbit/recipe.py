@@ -197,8 +197,9 @@ def _explain(error: Any) -> str:
         near = get_close_matches(path[-1], known, n=1)
         return f"unknown key {where}" + (f", did you mean {near[0]}?" if near else f" (known: {', '.join(known)})")
     if error["type"] == "union_tag_invalid":
-        tag = error["ctx"]["discriminator"].strip("'")
-        return f"{where}.{tag} is {error['ctx']['tag']}, expected one of {error['ctx']['expected_tags']}"
+        context = error["ctx"]
+        key, expected = (context[name].replace("'", "") for name in ("discriminator", "expected_tags"))
+        return f"{where}.{key} is {context['tag']}, expected one of {expected}"
     if error["type"] == "union_tag_not_found":
         return f"{where} has no {error['ctx']['discriminator']}, expected one of {', '.join(_tags(owner, path[-1]))}"
     value = repr(error["input"])

@@ -189,10 +189,10 @@ def copy(folder, to):
 
 
 def test_errors_name_what_is_wrong(packed, tmp_path):
-    with pytest.raises(CheckpointError, match=r"no readable config\.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
         measure_size(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no safetensors file"):
+    with pytest.raises(CheckpointError, match="no model.safetensors"):
         measure_size(tmp_path)
 
     broken = copy(packed, tmp_path / "cut")
@@ -201,7 +201,9 @@ def test_errors_name_what_is_wrong(packed, tmp_path):
     with pytest.raises(CheckpointError, match="not a complete safetensors file"):
         measure_size(broken)
     file.unlink()
-    with pytest.raises(CheckpointError, match="is missing, though the index names it"):
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"00001-of-00002.safetensors is missing, though"):
         measure_size(broken)
 
     broken = copy(packed, tmp_path / "edited")

@@ -24,6 +24,8 @@ from ultralowbit.nn.inputs import input_groups
 from ultralowbit.nn.linear import PackedLinear, linear_shape
 from ultralowbit.recipe import Recipe
 
+Q = "model.layers.0.self_attn.q_proj.weight"
+
 CPU = torch.device("cpu")
 
 PLAIN = {
@@ -355,14 +357,16 @@ def test_what_a_block_leaves_for_those_after_it_is_seen(may_share):
 
 def test_a_model_of_another_kind_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="cannot build a causal LM"):
         Decoder(tmp_path, torch.float32, CPU)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": "nothing-like-it"}', "{}"])
 def test_a_config_that_cannot_be_read_is_refused(tmp_path, content):
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(InputError, match=r"config.json cannot be read|cannot build"):
+    with pytest.raises(InputError, match=r"not one that transformers can read|cannot build"):
         Decoder(tmp_path, torch.float32, CPU)
 
 
@@ -424,17 +428,81 @@ def test_a_cut_file_is_named(llama, tmp_path, left):
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"weight_map": 3}'])
 def test_an_index_that_cannot_be_read_is_named(llama, tmp_path, content):
     copied(llama, tmp_path, lambda tensors: None)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"model.safetensors.index.json"):
         Source(tmp_path)
 
 
-def test_an_index_that_promises_too_much_is_named(llama, tmp_path):
+def sharded(llama: Path, folder: Path, index: Callable[[dict[str, str]], None]) -> dict[str, Tensor]:
+    """The checkpoint in two files, and an index that was edited; returns its tensors."""
+    copied(llama, folder, lambda tensors: None)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in names if files[name] == file}, folder / file)
+    index(files)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda files: files.pop("model.norm.weight"),
+        lambda files: files.update({"model.norm.weight": "model-00001-of-00002.safetensors"}),
+        lambda files: files.update({"model.norm.weight": "model-00002-of-00002.safetensors"}),
+    ],
+    ids=["left out", "first file", "second file"],
+)
+def test_shards_are_read_whole_whatever_the_index_says_of_a_tensor(llama, tmp_path, edit):
+    tensors = sharded(llama, tmp_path, edit)
+    read = Source(tmp_path).read(sorted(tensors))
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    assert torch.equal(loaded["model.norm.weight"], tensors["model.norm.weight"])
+
+
+def test_one_whole_file_goes_before_an_index_and_other_files(llama, tmp_path):
+    other = sharded(llama, tmp_path, lambda files: None)
+    mine = {name: tensor + 1 for name, tensor in other.items()}
+    save_file(mine, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(other, tmp_path / "model_ema.safetensors")
+    read = Source(tmp_path).read(["model.norm.weight"])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    assert torch.equal(read["model.norm.weight"], mine["model.norm.weight"])
+    assert torch.equal(read["model.norm.weight"], loaded["model.norm.weight"])
+
+
+def test_files_that_transformers_would_not_load_are_not_guessed_at(llama, tmp_path):
     copied(llama, tmp_path, lambda tensors: None)
-    weight_map = {"model.norm.weight": "model.safetensors", "model.lost.weight": "model.safetensors"}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(CheckpointError, match=r"promises model.lost.weight, which no shard holds"):
+    (tmp_path / "model.safetensors").rename(tmp_path / "model_ema.safetensors")
+    with pytest.raises(CheckpointError, match=r"no model.safetensors and no .*, only model_ema.safetensors"):
         Source(tmp_path)
+
+
+def test_an_adapter_beside_the_weights_is_refused(llama, tmp_path):
+    copied(llama, tmp_path, lambda tensors: None)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="merge the adapter first"):
+        Decoder(tmp_path, torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.update({Q: t[Q].to(torch.int8), Q + "_scale": torch.ones(1)}),
+        lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)}),
+        lambda t: t.update({Q.replace(".weight", ".qweight"): t.pop(Q).to(torch.int32)}),
+    ],
+    ids=["int8", "fp8", "qweight"],
+)
+def test_codes_of_another_quantization_are_refused(llama, tmp_path, change):
+    copied(llama, tmp_path, change)
+    with pytest.raises(InputError, match="codes of another quantization"):
+        Decoder(tmp_path, torch.float32, CPU)
 
 
 def test_a_file_that_is_cut_after_it_was_opened_is_named(llama, tmp_path):

@@ -16,9 +16,11 @@ import ultralowbit
 from ultralowbit.format.ints import Ints
 from ultralowbit.format.outliers import IndexedOutliers
 from ultralowbit.format.planes import Planes
+from ultralowbit.format.testing import random_packed
+from ultralowbit.format.transform import InputTransform
 from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.nn import fused
-from ultralowbit.nn.linear import PackedLinear
+from ultralowbit.nn.linear import PackedLinear, swap
 from ultralowbit.recipe import Recipe
 
 LLAMA = {
@@ -114,7 +116,7 @@ def test_linears_of_other_formats_or_shared_parts_stay_apart():
         module.fill(PackedWeight.encode(format, parts, transform))
         return module
 
-    scaled = ultralowbit.format.InputTransform(16, column_scale=True)
+    scaled = InputTransform(16, column_scale=True)
     two, four = (Format((Ints(16, bits),), transform=scaled) for bits in (2, 4))
     a, b, other, finer = linear(16, 1, two), linear(16, 1, two), linear(16, 2, two), linear(16, 1, four)
     assert fused._stack(a, b) and not fused._stack(a, other) and not fused._stack(a, finer)
@@ -159,6 +161,42 @@ def test_saving_writes_what_was_loaded(folder, tmp_path):
     )
     assert equal(before, after)
     assert torch.equal(logits(ultralowbit.load(tmp_path)), logits(ultralowbit.load(folder)))
+
+
+def test_a_state_is_loaded_into_the_rows_of_the_stack(folder):
+    first, other = (ultralowbit.load(folder, fuse=True) for _ in range(2))
+    kept = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    with torch.no_grad():
+        for tensor in other.state_dict().values():
+            tensor.zero_()  # what is no view stays
+        for module in other.modules():
+            if isinstance(module, fused.Stack):
+                for tensor in module._tensors().values():
+                    tensor.zero_()
+    assert not torch.equal(logits(first), logits(other))
+    for strict in (True, False):
+        missing, unexpected = other.load_state_dict(kept, strict=strict)
+        assert not missing and not unexpected
+        assert torch.equal(logits(first), logits(other))
+    del kept["model.layers.0.self_attn.k_proj.weight_scale"]
+    assert other.load_state_dict(kept, strict=False).missing_keys == ["model.layers.0.self_attn.k_proj.weight_scale"]
+    kept["model.layers.0.self_attn.k_proj.weight_scale"] = torch.zeros(3)
+    with pytest.raises(RuntimeError, match=r"k_proj.weight_scale is torch.float32 \[3\]"):
+        other.load_state_dict(kept)
+
+
+def test_a_nan_that_linears_share_does_not_keep_the_fusing_busy(folder):
+    format = Format((Ints(32, 4, 16), Planes(32, 1)), transform=InputTransform(64, column_scale=True))
+    model = ultralowbit.load(folder)
+    for name in QKV:
+        linear = model.get_submodule(f"model.layers.0.{name}")
+        packed = random_packed(format, linear.out_features, torch.device("cpu"))
+        packed.tensors["weight_input_scale"].fill_(torch.nan)
+        module = PackedLinear.replacing(linear, format)
+        module.fill(packed)
+        swap(model, f"model.layers.0.{name}", module)
+    stacks = fused.fuse(model)
+    assert not any(name == f"model.layers.0.{QKV[0]}" for stack in stacks for name in stack)
 
 
 def test_dequantizing_gives_the_plain_model(folder):

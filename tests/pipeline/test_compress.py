@@ -27,6 +27,7 @@ import ultralowbit
 from ultralowbit.checkpoint.job import LOCAL
 from ultralowbit.checkpoint.manifest import MANIFEST
 from ultralowbit.data.calibration import calibrate
+from ultralowbit.data.corpora import public_name
 from ultralowbit.errors import CheckpointError, DiskFull, InputError
 from ultralowbit.methods.gptq import GPTQ
 from ultralowbit.methods.rtn import RTN
@@ -235,12 +236,23 @@ def test_what_belongs_to_the_model_comes_along(model, recipe, tmp_path):
     (model / "README.md").write_text("about another model")
     (model / "pytorch_model.bin").write_bytes(b"x")
     (model / "folder").mkdir()
+    (model / "folder/notes.txt").write_text("x")
+    (model / ".env").write_text("TOKEN=secret")
+    (tmp_path / "elsewhere.txt").write_text("mine")
+    (model / "linked.txt").symlink_to(tmp_path / "elsewhere.txt")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates/tools.jinja").write_text("{{ tools }}")
+    (model / "code").mkdir()
+    (model / "code/layers.py").write_text("x = 1")
     out = compress(str(model), recipe(), tmp_path / "out").folder
     names = {p.name for p in out.iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= names
-    assert not {"README.md", "pytorch_model.bin", "folder", "model.safetensors"} & names
+    assert {p.name for p in out.glob("*.safetensors")} == {"model.safetensors"}
+    assert not {"README.md", "pytorch_model.bin", "folder", ".env", "linked.txt"} & names
+    assert (out / "additional_chat_templates/tools.jinja").read_text() == "{{ tools }}"
+    assert (out / "code/layers.py").read_text() == "x = 1"
     again = Recipe.load(out / "recipe.yaml")
-    assert again == recipe()
+    assert again == recipe().with_sources(public_name)
     assert (out / "recipe.yaml").read_text().startswith("# ultralowbit compress ")
     assert (
         AutoTokenizer.from_pretrained(out)("ab")["input_ids"] == AutoTokenizer.from_pretrained(model)("ab")["input_ids"]
@@ -569,7 +581,7 @@ def test_an_out_that_is_not_ours_is_refused_and_untouched(source, recipe, tmp_pa
         (out / "thesis.txt").write_text("mine")
         if "manifest" in content:
             (out / "manifest.json").write_text("{" if "broken" in content else '{"name": "another program"}')
-    with pytest.raises(InputError, match="exists and is no checkpoint of ours"):
+    with pytest.raises(InputError, match=r"is no checkpoint of ours|is a file"):
         compress(str(source), recipe(), out, restart=restart)
     assert (out if content == "a file" else out / "thesis.txt").read_text() == "mine"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -730,15 +742,14 @@ def test_a_weight_too_large_for_the_format_is_named(model, recipe, tmp_path):
     refused(CheckpointError, model, recipe(), tmp_path / "out", f"{Q} in", "does not fit fp16")
 
 
-def test_activations_that_overflow_fall_back_loudly(model, recipe, tmp_path):
+def test_activations_that_overflow_fall_back_loudly(model, recipe, tmp_path, caplog):
     def change(tensors):
         tensors["model.layers.1.input_layernorm.weight"].mul_(1e30)
 
     edit(model, change)
-    lines = Lines()
-    done = compress(str(model), recipe(), tmp_path / "out", progress=lines)
+    done = compress(str(model), recipe(), tmp_path / "out")
     assert "not finite" in done.fallbacks[Q]
-    assert f"WARNING {Q}: rounded to nearest, because its activations are not finite (NaN or Inf)" in lines.said
+    assert f"{Q}: rounded to nearest, because its activations are not finite (NaN or Inf)" in caplog.messages
     whole = RTN(bits=2, group=32).quantize(shards(model)[f"{Q}.weight"], None)
     found = ultralowbit.load(tmp_path / "out").get_submodule(Q).packed
     assert torch.equal(found.dequantize(), whole.dequantize())
@@ -820,7 +831,7 @@ def test_the_source_is_not_written_to(source, recipe, tmp_path):
 def test_the_source_cannot_be_the_output(model, recipe):
     before = {p.name: p.read_bytes() for p in model.iterdir()}
     for restart in (False, True):
-        with pytest.raises(InputError, match="exists and is no checkpoint of ours"):
+        with pytest.raises(InputError, match=r"is no checkpoint of ours|is a file"):
             compress(str(model), recipe(), model, restart=restart)
     assert before == {p.name: p.read_bytes() for p in model.iterdir()}
 

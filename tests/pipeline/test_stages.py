@@ -84,7 +84,7 @@ def test_tuned_blocks_are_nearer_to_the_original(config, source, save_model, rec
     tuned = recipe(blockwise=TUNE)
     plain = compress(str(source), recipe(), tmp_path / "plain")
     result = compress(str(source), tuned, tmp_path / "tuned")
-    reports = list(result.manifest["tuning"].values())
+    reports = list(result.manifest["blockwise"].values())
     assert len(reports) == 2
     assert all(r["after"] < r["before"] for r in reports)
     assert plain.manifest["layers"].keys() == result.manifest["layers"].keys()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ultralowbit.bench.models import Shape, write_model, write_text
+from ultralowbit.checkpoint.job import LOCAL
 from ultralowbit.checkpoint.storage import sha256_file
 from ultralowbit.cli.app import app
 from ultralowbit.errors import CheckpointError
@@ -18,7 +19,7 @@ from ultralowbit.pipeline.compress import compress
 from ultralowbit.pipeline.verify import verify
 from ultralowbit.recipe import Recipe
 
-SHARD = "model-00001-of-00003.safetensors"
+SHARD = "model.safetensors"
 LAYER = "model.layers.0.mlp.up_proj"
 
 
@@ -66,7 +67,7 @@ def test_one_flipped_bit_is_found(folder, name):
 def test_missing_and_extra_files(folder):
     (folder / SHARD).unlink()
     assert verify(folder) == [f"{SHARD} is missing: copy it again"]
-    shutil.copy(folder / "model-00002-of-00003.safetensors", folder / "extra.safetensors")
+    save_file({"other": torch.zeros(1)}, folder / "extra.safetensors")
     problems = verify(folder)
     assert len(problems) == 2 and problems[1].startswith("extra.safetensors is not in the manifest")
 
@@ -149,7 +150,7 @@ def test_a_run_repeats_elsewhere(made, tmp_path):
     root, folder = made
     shutil.copytree(root / "model", tmp_path / "moved")
     shutil.copytree(folder, tmp_path / "copy")
-    edit(tmp_path / "copy/manifest.json", lambda m: m.update(model=str(tmp_path / "gone")))
+    edit(tmp_path / "copy" / LOCAL, lambda places: places.update(model=str(tmp_path / "gone")))
     assert command(tmp_path / "copy", "--rerun").exit_code == 2
     result = command(tmp_path / "copy", "--rerun", "--model", tmp_path / "moved")
     assert result.exit_code == 0, result.output
@@ -158,7 +159,7 @@ def test_a_run_repeats_elsewhere(made, tmp_path):
 def test_what_is_not_reproduced_is_named_with_the_likely_reason(made, tmp_path, monkeypatch):
     _, folder = made
     copy = shutil.copytree(folder, tmp_path / "copy")
-    shard = copy / "model-00001-of-00002.safetensors"
+    shard = copy / SHARD
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)

@@ -43,12 +43,12 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} has no {WEIGHTS} and no {INDEX}{beside}: give the folder of a whole checkpoint"
         )
     weight_map = read_json(index, "copy or download it again").get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise CheckpointError(
             f"weight_map in {index} does not name a file of this folder for each tensor: copy or download it again"
         )
-    files = [folder / name for name in sorted(names)]
+    files = [folder / name for name in sorted(set(names))]
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing, though {INDEX} names it: copy or download it again")

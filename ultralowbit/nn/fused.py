@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ultralowbit.kernels.packed_matmul import packed_matmul
+from ultralowbit.nn.inputs import watch_inputs
 from ultralowbit.nn.linear import KeepsPacked, PackedLinear, swap
 
 
@@ -43,10 +43,10 @@ class Stack(KeepsPacked):
             y = packed_matmul(x, list(self._tensors().values()), self._layout, int8)
             self._waiting = x, list(y.split(self.sizes, dim=-1))
         parts = self._waiting[1]
-        found, parts[member] = parts[member], None
+        mine, parts[member] = parts[member], None
         if all(part is None for part in parts):
             self._waiting = None
-        return found
+        return mine
 
     def member(self, k: int) -> dict[str, Tensor]:
         """The stored tensors of a member: views, but for what all rows share."""
@@ -58,6 +58,9 @@ class Stack(KeepsPacked):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Nothing: the members save their rows."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the members load their rows."""
 
 
 class StackedLinear(PackedLinear):
@@ -88,6 +91,35 @@ class StackedLinear(PackedLinear):
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         destination.update({prefix + name: tensor.contiguous() for name, tensor in self._tensors().items()})
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = {f"{prefix}bias"} | {prefix + name for name in self._names}
+        rest = {key: value for key, value in state_dict.items() if key == f"{prefix}bias"}
+        nn.Module._load_from_state_dict(self, rest, prefix, local_metadata, strict, missing_keys, [], error_msgs)
+        for name, mine in self._tensors().items():
+            value = state_dict.get(prefix + name)
+            if value is None:
+                missing_keys.append(prefix + name)
+            elif value.shape != mine.shape or value.dtype != mine.dtype:
+                error_msgs.append(
+                    f"{prefix + name} is {value.dtype} {list(value.shape)}, expected {mine.dtype} {list(mine.shape)}"
+                )
+            else:
+                mine.copy_(value)  # into the rows of the stack
+        if strict:
+            stacked = f"{prefix}stack."
+            unexpected_keys += [
+                k for k in state_dict if k.startswith(prefix) and k not in own and not k.startswith(stacked)
+            ]
+
 
 @torch.no_grad()
 def fuse(model: nn.Module) -> list[list[str]]:
@@ -100,26 +132,14 @@ def fuse(model: nn.Module) -> list[list[str]]:
         for name, module in model.named_modules()
         if isinstance(module, PackedLinear) and not isinstance(module, StackedLinear)
     }
-    seen: list[tuple[Tensor, list[str]]] = []  # holding the tensors keeps their identities apart
-
-    def note(name: str, x: Tensor) -> None:
-        names = next((names for tensor, names in seen if tensor is x), None)
-        if names is None:
-            seen.append((x, [name]))
-        elif name not in names:
-            names.append(name)
-
-    with ExitStack() as hooks:
-        for name, module in linears.items():
-            handle = module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
-            hooks.callback(handle.remove)
-        model(torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device), use_cache=False)
-
+    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
     stacked = []
-    for _, names in seen:
-        while names:
-            alike = [name for name in names if _stack(linears[names[0]], linears[name])]
-            names = [name for name in names if name not in alike]
+    for group in watch_inputs(linears, lambda: model(token, use_cache=False)):
+        rest = group.names
+        while rest:
+            first, *others = rest
+            alike = [first, *(name for name in others if _stack(linears[first], linears[name]))]
+            rest = [name for name in others if name not in alike]
             if len(alike) > 1:
                 stack = Stack([linears[name] for name in alike])
                 for k, name in enumerate(alike):

@@ -25,7 +25,6 @@ from ultralowbit.checkpoint.config import QUANT_METHOD
 from ultralowbit.checkpoint.files import read_headers
 from ultralowbit.errors import CheckpointError
 from ultralowbit.format.weight import Format, PackedWeight
-from ultralowbit.nn import fused
 from ultralowbit.nn.linear import PackedLinear, swap
 
 
@@ -225,7 +224,9 @@ def load(
         if isinstance(module, PackedLinear):
             module.int8 = activations == "int8"
     if fuse:
-        fused.fuse(model)
+        from ultralowbit.nn.fused import fuse as fuse_linears  # it looks at decoders, which are matched here
+
+        fuse_linears(model)
     return model
 
 

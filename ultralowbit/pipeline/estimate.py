@@ -26,6 +26,7 @@ from ultralowbit.pipeline.source import open_decoder, planned_formats, window_le
 from ultralowbit.pipeline.workload import Workload
 from ultralowbit.recipe import Recipe
 from ultralowbit.system import available_memory, existing, pick_device
+from ultralowbit.units import format_bytes, format_seconds
 
 ACTIVATIONS = "activation files in memory"
 """Mapped pages of the activation files: the system takes them back under pressure, so they never make a run fail."""
@@ -58,7 +59,7 @@ class Estimate:
         """One sentence for each thing that will not fit."""
         pinned = sum(size for part, size in self.memory.items() if part != ACTIVATIONS)
         base = self.memory.get("this process", 0)  # it has that already
-        found = []
+        sentences = []
         for what, need, there, remedy in (
             (
                 "memory",
@@ -75,8 +76,9 @@ class Estimate:
             ("disk", sum(self.disk.values()), self.available_disk, "free some, or choose another --out"),
         ):
             if need > there:
-                found.append(f"about {_bytes(need)} of {what} are needed, {_bytes(there)} are free: {remedy}")
-        return found
+                needed, free = format_bytes(need), format_bytes(there)
+                sentences.append(f"about {needed} of {what} are needed, {free} are free: {remedy}")
+        return sentences
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in __str__, as JSON values."""
@@ -104,8 +106,8 @@ class Estimate:
         if self.device_memory:
             lines.append(_line("device", self.device_memory, self.available_device_memory))
         lines.append(_line("disk", self.disk, self.available_disk))
-        parts = ", ".join(f"{part} {_time(s)}" for part, s in self.seconds.items())
-        lines.append(f"  time      about {_time(sum(self.seconds.values()))}: {parts}")
+        parts = ", ".join(f"{part} {format_seconds(s)}" for part, s in self.seconds.items())
+        lines.append(f"  time      about {format_seconds(sum(self.seconds.values()))}: {parts}")
         lines += [f"  note      {note}" for note in self.notes]
         return "\n".join(lines + [f"  WARNING   {warning}" for warning in self.warnings])
 
@@ -140,7 +142,10 @@ def estimate(
         size=size,
         memory=memory,
         device_memory=device_memory,
-        disk={"packed checkpoint": size.total_bytes, "activation files": work.files * work.activations},
+        disk={
+            "packed checkpoint": 2 * size.total_bytes,  # the blocks, and what they are merged into
+            "activation files": work.files * work.activations,
+        },
         seconds=seconds(work, size),
         available_memory=available_memory(),
         available_device_memory=torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else 0,
@@ -237,16 +242,6 @@ def _training_memory(work: Workload) -> dict[str, int]:
     return max(found, key=lambda parts: sum(parts.values()))
 
 
-def _bytes(n: float) -> str:
-    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.2f} MB"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def _line(name: str, parts: dict[str, int], free: int) -> str:
-    listed = ", ".join(f"{part} {_bytes(n)}" for part, n in parts.items())
-    return f"  {name:<10}{_bytes(sum(parts.values()))} ({_bytes(free)} free): {listed}"
+    listed = ", ".join(f"{part} {format_bytes(n)}" for part, n in parts.items())
+    return f"  {name:<10}{format_bytes(sum(parts.values()))} ({format_bytes(free)} free): {listed}"

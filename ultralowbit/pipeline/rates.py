@@ -56,9 +56,9 @@ def _training_seconds(work: Workload, token: float) -> dict[str, float]:
     """Of the stages that train, from the seconds of a token's forward pass; a backward pass takes two of them."""
     recipe, parts = work.recipe, {}
     for stage, spec in (
-        ("tuning", recipe.blockwise),
-        ("distilling", recipe.finetune),
-        ("preparing", recipe.preprocess),
+        ("blockwise", recipe.blockwise),
+        ("finetune", recipe.finetune),
+        ("preprocess", recipe.preprocess),
     ):
         if spec is None:
             continue
@@ -67,10 +67,10 @@ def _training_seconds(work: Workload, token: float) -> dict[str, float]:
         training = spec.training
         windows = training.total_steps(trained) * training.batch * training.accumulation
         judged = (training.evaluations + 1) * (source.samples - trained)
-        taught = windows + judged if stage == "distilling" and spec.objective.needs_teacher else 0
+        taught = windows + judged if stage == "finetune" and spec.objective.needs_teacher else 0
         parts[stage] = token * window_length(source, work.decoder) * (3 * windows + judged + taught)
     if recipe.preprocess is not None:
-        parts["preparing"] += parts.get("tuning", 0.0) + 2 * work.tokens * token  # the model is quantized twice
+        parts["preprocess"] += parts.get("blockwise", 0.0) + 2 * work.tokens * token  # the model is quantized twice
     return parts
 
 

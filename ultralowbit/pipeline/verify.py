@@ -152,6 +152,8 @@ def _broken_promises(folder: Path, manifest: dict[str, Any], found: dict[str, Te
         formats = packed_formats(read_config_json(folder))
     except (CheckpointError, FormatError) as e:
         return [str(e)]
+    if not formats:
+        return ["config.json does not say how the weights are packed: copy it again"]
     layers = manifest["layers"]
     problems = [
         f"{name} is packed according to {one} but not to {other}: copy both again"
