@@ -84,7 +84,9 @@ def checkpoint(tmp_path_factory, save_model, text) -> Callable[[str], Path]:
                     "calibration": {"source": text, "samples": 4, "length": 24},
                 }
             )
-            made[name] = ultralowbit.compress(str(source), recipe, root / "packed").folder
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("ultralowbit.checkpoint.merge.SHARD_BYTES", 20_000)  # several files and an index
+                made[name] = ultralowbit.compress(str(source), recipe, root / "packed").folder
         return made[name]
 
     return make

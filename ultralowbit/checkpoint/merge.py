@@ -31,13 +31,14 @@ class _Entry:
 
 
 def merge_tensors(
-    sources: Sequence[Path], folder: Path, metadata: Mapping[str, str], limit: int = SHARD_BYTES
+    sources: Sequence[Path], folder: Path, metadata: Mapping[str, str], limit: int | None = None
 ) -> list[Path]:
     """Write the tensors of all `sources` into `folder` as transformers would: `model.safetensors`, or shards of at most
-    `limit` bytes and their index. `metadata` goes into every header. Returns the files written.
+    `limit` bytes (by default `SHARD_BYTES`) and their index. `metadata` goes into every header. Returns the files written.
 
     Raises `DiskFull`. The sources are whole files that this process or an earlier one has checked.
     """
+    limit = limit or SHARD_BYTES
     shards: list[list[_Entry]] = [[]]
     for entry in (entry for source in sources for entry in _entries(source)):
         if shards[-1] and sum(e.size for e in shards[-1]) + entry.size > limit:
