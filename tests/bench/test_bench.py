@@ -18,6 +18,8 @@ from ultralowbit.data.corpora import read_text
 from ultralowbit.errors import InputError
 from ultralowbit.system import forget_peak_memory, peak_memory
 
+pytestmark = pytest.mark.slow
+
 TINY = Shape(hidden=64, inter=172, heads=4, kv_heads=2, vocab=96)
 
 

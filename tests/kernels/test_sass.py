@@ -36,6 +36,8 @@ if os.environ.get("TRITON_INTERPRET"):
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 if NARROWEST_DOT > 8:
     pytest.skip("the budget is that of tiles of 8 tokens", allow_module_level=True)
 

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from ultralowbit.cli.app import app
 from ultralowbit.report import sweep as bench_methods
 
+pytestmark = pytest.mark.slow
+
 CONFIG = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,

@@ -21,8 +21,10 @@ from ultralowbit.hub import open_tokenizer
 from ultralowbit.pipeline.compress import compress
 from ultralowbit.recipe import Recipe
 
-SEEDS = (0, 1)
-SHARED = Path(__file__).parents[2] / "shared"
+pytestmark = pytest.mark.slow
+
+SEEDS = (0,)
+SHARED = Path(__file__).parents[3] / "shared"
 STORIES = SHARED / "data/calib/tinystories_excerpt.txt"
 CALIBRATION = {"source": "python-docs", "samples": 24, "length": 128}
 PTQ161 = {"method": "ptq161"}
