@@ -53,7 +53,7 @@ def _download(name: str) -> Path:
     if at and not revision:
         raise InputError(f"{name!r} has no revision after the '@': give org/model@revision, or leave the '@' out")
     try:
-        found = snapshot_download(repo, revision=revision or None, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+        snapshot = snapshot_download(repo, revision=revision or None, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
     except GatedRepoError as error:  # before its parent, RepositoryNotFoundError
         message = (
             f"the model {repo!r} is gated: accept its terms at https://huggingface.co/{repo} and run `hf auth login`"
@@ -74,7 +74,7 @@ def _download(name: str) -> Path:
     except Exception as error:  # other answers of the server, proxies, a full disk
         message = f"the model {name!r} cannot be downloaded ({reason(error)}): try again, or give a local folder"
         raise InputError(message) from error
-    return Path(found)
+    return Path(snapshot)
 
 
 def check_push(repo: str) -> None:

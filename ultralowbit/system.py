@@ -23,11 +23,11 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        where = torch.device(device)
+        torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"device {device!r} cannot be used here ({str(e).splitlines()[0]}): try --device cpu") from e
-    return found
+    return where
 
 
 def return_free_memory() -> None:

@@ -1,1 +1,6 @@
-"""TODO."""
+"""Text.
+
+corpora      a text by name: a file, one of the hub's usual corpora, or what every Python carries
+python_docs  the documentation and docstrings of the standard library, the text that needs no download
+calibration  windows of tokens that statistics and training are made from
+"""

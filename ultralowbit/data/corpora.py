@@ -92,8 +92,8 @@ def read_text(source: str, split: Split) -> Text:
     (in every Python), "wikitext2", "c4", "ptb", or a hub dataset `org/name` or `org/name:config`, which is downloaded
     whole. The field "text" is read, or the only field of strings. Raises `InputError` for whatever cannot be read.
     """
-    documents, separator, found = _read(source, split)
-    return Text(source, found, separator.join(documents))
+    documents, separator, recorded = _read(source, split)
+    return Text(source, recorded, separator.join(documents))
 
 
 def read_documents(source: str, split: Split) -> list[str]:
@@ -103,8 +103,8 @@ def read_documents(source: str, split: Split) -> list[str]:
 
 def is_collection(source: str) -> bool:
     """Whether `source` is a hub dataset whose rows are separate documents, as c4's are. Raises `InputError`."""
-    found = _find(source)
-    return isinstance(found, _Hub) and not found.lines
+    place = _find(source)
+    return isinstance(place, _Hub) and not place.lines
 
 
 def public_name(source: str) -> str:
@@ -124,11 +124,11 @@ def _read(source: str, split: str) -> tuple[list[str], str, str]:
     """Documents, what joins them and the split to record."""
     if split not in ("train", "test"):
         raise InputError(f"split is {split!r}, expected 'train' or 'test'")
-    found = _find(source)
-    if isinstance(found, Path):
-        documents, separator, split = _file_documents(source, found), SEPARATOR, "file"
-    elif isinstance(found, _Hub):
-        documents, separator = _hub_documents(source, found, split), found.separator
+    place = _find(source)
+    if isinstance(place, Path):
+        documents, separator, split = _file_documents(source, place), SEPARATOR, "file"
+    elif isinstance(place, _Hub):
+        documents, separator = _hub_documents(source, place, split), place.separator
     else:
         from ultralowbit.data.python_docs import corpus
 

@@ -70,7 +70,7 @@ class Decoder:
         absent."""
         tied = self.model.all_tied_weights_keys
         key_of = match_keys(self.model, self.source.specs)
-        found, missing = {}, []
+        key_of_name, missing = {}, []
         for name, tensor in self.model.state_dict().items():
             key = key_of.get(name)
             if name in tied and tied[name] != name and self._stored_alike(key, key_of.get(tied[name])):
@@ -83,14 +83,14 @@ class Decoder:
                     f"config.json implies {list(tensor.shape)}: the two do not belong together"
                 )
             else:
-                found[name] = key
+                key_of_name[name] = key
         if missing:
             raise CheckpointError(
                 f"{self.source.folder} holds no tensor for {missing[0]}"
                 + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
                 + f"; load it with transformers {_transformers_version()} and `save_pretrained` it to rewrite its names"
             )
-        return found
+        return key_of_name
 
     def _stored_alike(self, tied: str | None, key: str | None) -> bool:
         """Whether a tied tensor needs no place of its own; where the two differ, transformers does not tie them."""

@@ -225,21 +225,21 @@ def _training_memory(work: Workload) -> dict[str, int]:
     width = 12 * work.hidden + 4 * max(
         sum(shape) for shape in work.shapes.values()
     )  # numbers a token leaves in a block
-    found: list[dict[str, int]] = [{}]
+    stages: list[dict[str, int]] = [{}]
     for spec, depth in ((recipe.blockwise, 1), (recipe.finetune, blocks), (recipe.preprocess, blocks)):
         if spec is None:
             continue
         tokens = spec.training.batch * window_length(getattr(spec, "data", None) or recipe.calibration, work.decoder)
         share = weights * depth // blocks
         end_to_end = spec is not recipe.blockwise
-        found.append(
+        stages.append(
             {
                 "weights and their bits": int(4 * share * (2 + bits)) + 4 * work.outside * end_to_end,
                 "latent weights, gradients and moments": 16 * share * ("latent" in spec.training.lr),
                 "a batch for the backward pass": 4 * tokens * (depth * width + 4 * work.vocabulary * end_to_end),
             }
         )  # fmt: skip
-    return max(found, key=lambda parts: sum(parts.values()))
+    return max(stages, key=lambda parts: sum(parts.values()))
 
 
 def _line(name: str, parts: dict[str, int], free: int) -> str:

@@ -41,19 +41,19 @@ def window_length(spec: CalibrationSpec, decoder: Decoder) -> int:
 def planned_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format, tuple[int, int]]]:
     """Format and (out, in) of every Linear that the recipe packs, as expected before any data is seen: where the choice
     of weights depends on data, the packed result may need more room."""
-    found = {}
+    formats = {}
     for i in range(len(decoder.blocks)):
         for name, module in decoder.linears(i, recipe.ignore).items():
             shape = linear_shape(module)
-            found[name] = (recipe.method_for(name).format(shape[1]), shape)
-    if not found:
+            formats[name] = (recipe.method_for(name).format(shape[1]), shape)
+    if not formats:
         raise InputError(f"recipe {recipe.name} skips every Linear of the model: nothing would be compressed")
     for override in recipe.overrides:
-        if not any(recipe.method_for(name) is override.quantize for name in found):
+        if not any(recipe.method_for(name) is override.quantize for name in formats):
             raise InputError(
-                f"the override {override.match!r} matches no Linear of the model, such as {next(iter(found))}"
+                f"the override {override.match!r} matches no Linear of the model, such as {next(iter(formats))}"
             )
-    return found
+    return formats
 
 
 def hash_model(decoder: Decoder, progress: Progress) -> dict[str, str]:

@@ -146,8 +146,8 @@ def _digest(path: Path, progress: Progress) -> str | None:
     return sha256_file(path, progress.step) if path.is_file() else None
 
 
-def _broken_promises(folder: Path, manifest: dict[str, Any], found: dict[str, TensorSpec]) -> list[str]:
-    """How the tensors found differ from the formats in config.json and the shapes in the manifest."""
+def _broken_promises(folder: Path, manifest: dict[str, Any], stored_specs: dict[str, TensorSpec]) -> list[str]:
+    """How the stored tensors differ from the formats in config.json and the shapes in the manifest."""
     try:
         formats = packed_formats(read_config_json(folder))
     except (CheckpointError, FormatError) as e:
@@ -172,7 +172,7 @@ def _broken_promises(folder: Path, manifest: dict[str, Any], found: dict[str, Te
             )
             continue
         for suffix, spec in format.tensors(*layer["shape"]).items():
-            stored = found.get(f"{name}.{suffix}")
+            stored = stored_specs.get(f"{name}.{suffix}")
             if stored is None:
                 problems.append(f"{name}.{suffix} is in no file, {format.summary} has one: copy the shards again")
             elif stored != spec:
