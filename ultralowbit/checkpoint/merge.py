@@ -34,7 +34,7 @@ def merge_tensors(
     sources: Sequence[Path], folder: Path, metadata: Mapping[str, str], limit: int | None = None
 ) -> list[Path]:
     """Write the tensors of all `sources` into `folder` as transformers would: `model.safetensors`, or shards of at most
-    `limit` bytes (by default `SHARD_BYTES`) and their index. `metadata` goes into every header. Returns the files written.
+    `limit` bytes (by default `SHARD_BYTES`) and their index. `metadata` goes into every header. Returns the files.
 
     Raises `DiskFull`. The sources are whole files that this process or an earlier one has checked.
     """
