@@ -58,19 +58,19 @@ def test_no_choice_of_signs_and_scales_is_missed_by_much(planes, uniform):
     """Least squares over all (2^K)^6 sign patterns of a row is the best there is; alternating stays near it."""
     ratios = []
     patterns = torch.tensor(list(product([-1.0, 1.0], repeat=6))).double()
-    planes = torch.combinations(torch.arange(len(patterns)), planes)  # planes may not repeat: that is one plane less
-    B = patterns[planes]  # [., K, 6]
+    choices = torch.combinations(torch.arange(len(patterns)), planes)  # none repeats: that is one plane less
+    B = patterns[choices]  # [., K, 6]
     for seed in range(12 if planes < 3 else 2):
         weight, h = tiny(seed)
         h = torch.ones(6) if uniform else h
         ours = weighted(weight, fitted(weight, planes, None if uniform else h)[0], h)
         G = torch.einsum("mki,mli,i->mkl", B, B, h.double())
-        for row, found in zip(weight.double(), ours, strict=True):
+        for row, error in zip(weight.double(), ours, strict=True):
             b = torch.einsum("mki,i->mk", B, h * row)
             energy = torch.einsum("mk,mkl,ml->m", b, torch.linalg.pinv(G, hermitian=True), b).max()
             best = (h * row.square()).sum() - energy
-            assert found >= best - 1e-9  # the scales are fp16: never below the optimum
-            ratios.append(((found - best) / (h * row.square()).sum()).item())
+            assert error >= best - 1e-9  # the scales are fp16: never below the optimum
+            ratios.append(((error - best) / (h * row.square()).sum()).item())
     assert sum(ratios) / len(ratios) < (1e-5, 0.02, 0.02)[planes - 1]
 
 
@@ -102,8 +102,8 @@ def test_every_weight_takes_the_nearest_level(layer, planes):
 def test_more_iterations_never_raise_the_error_of_a_row(layer, group):
     weight = layer(30, 128).weight
     for planes in (2, 3, 4):
-        found = [solved(Sign(planes=planes, group=group, iterations=n), weight) for n in (0, 1, 2, 15)]
-        errors = [(q - weight).square().view(30, -1, group or 128).sum(2) for q in found]
+        values = [solved(Sign(planes=planes, group=group, iterations=n), weight) for n in (0, 1, 2, 15)]
+        errors = [(q - weight).square().view(30, -1, group or 128).sum(2) for q in values]
         for before, after in pairwise(errors):
             assert (after <= before * (1 + 1e-6)).all()
         assert errors[-1].sum() < 0.99 * errors[0].sum()
@@ -113,8 +113,8 @@ def test_more_iterations_never_raise_the_error_of_a_row(layer, group):
 def test_every_plane_lowers_the_error(layer, data):
     problem = layer(20, 96, seed=1)
     stats = problem.stats if data else None
-    found = [solved(Sign(planes=k), problem.weight, stats) for k in (1, 2, 3, 4)]
-    losses = [problem.loss(q) if data else (q - problem.weight).square().sum().item() for q in found]
+    values = [solved(Sign(planes=k), problem.weight, stats) for k in (1, 2, 3, 4)]
+    losses = [problem.loss(q) if data else (q - problem.weight).square().sum().item() for q in values]
     assert all(after < 0.7 * before for before, after in pairwise(losses))
 
 

@@ -71,22 +71,22 @@ def quantize_blocks(
 ) -> PackedWeight:
     """fit(weight [out, columns], pivots U_jj [columns]) chooses a block at once; the columns after make up for it."""
     weight, columns = weight.clone(memory_format=torch.contiguous_format), weight.shape[1]
-    found: list[Parts] = []
+    blocks: list[Parts] = []
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         part = weight[:, start:stop]
         if factor is None:
-            found.append(fit(part, torch.ones_like(part[0])))
+            blocks.append(fit(part, torch.ones_like(part[0])))
             continue
         U = factor.U[start:stop]
-        found.append(fit(part, U[:, start:stop].diagonal()))
-        error = part - _pack(found[-1:], block).dequantize()
+        blocks.append(fit(part, U[:, start:stop].diagonal()))
+        error = part - _pack(blocks[-1:], block).dequantize()
         if exact:
             error = torch.linalg.solve_triangular(U[:, start:stop], error, upper=True, left=False)
         else:
             error /= U[:, start:stop].diagonal()
         weight[:, stop:].addmm_(error, U[:, stop:], alpha=-1)
-    return _pack(found, block)
+    return _pack(blocks, block)
 
 
 def _pack(blocks: list[Parts], block: int) -> PackedWeight:

@@ -28,7 +28,12 @@ _LEAF = 16
 
 
 def compensate(weight: Tensor, rounding: Rounding, factor: Factor) -> PackedWeight:
-    """GPTQ (Frantar et al. 2023, arXiv 2210.17323, algorithm 1) with any rounding.
+    """The weight [out, in] with codes that make up for each other's errors, packed."""
+    return rounding.pack(compensated_codes(weight, rounding, factor))
+
+
+def compensated_codes(weight: Tensor, rounding: Rounding, factor: Factor) -> Tensor:
+    """Codes [out, in] uint8 by GPTQ (Frantar et al. 2023, arXiv 2210.17323, algorithm 1) with any rounding.
 
     Columns are rounded one by one, and each error is made up for by the columns after it: W[:, j:] -= e_j U[j, j:] with
     e_j = (w_j - q_j) / U_jj. Groups are fitted when their first column is reached, to the weights as compensated by
@@ -63,7 +68,7 @@ def compensate(weight: Tensor, rounding: Rounding, factor: Factor) -> PackedWeig
             columns[j + 1 : high].addr_(U[j, j + 1 : high], column, alpha=-1)
     if order is not None:
         codes = torch.empty_like(codes).index_copy_(0, order, codes)
-    return rounding.pack(codes.T.contiguous())
+    return codes.T.contiguous()
 
 
 def _steps(low: int, high: int, group: int) -> Iterator[tuple[int, int, int]]:

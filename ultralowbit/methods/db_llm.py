@@ -67,33 +67,34 @@ class DualRounding(AlternatingRounding):
         super().__init__(out, columns, 2, group, iterations, device)
         self.segment = Planes(columns, 2, group, alphabet="01")
 
-    def _plane(self, codes: Tensor, p: int) -> Tensor:
+    def plane(self, codes: Tensor, p: int) -> Tensor:
         return ((codes >> p) & 1).float()
 
     def _start(self, weight: Tensor, h: Tensor) -> Tensor:
         half = weight.abs().amax(0) / 2  # [out]
         best = torch.full_like(half, torch.inf)
-        found = weight.new_zeros(2, weight.shape[1])
+        scale = weight.new_zeros(2, weight.shape[1])
 
         def attempt(s: Tensor, sign: Tensor | int) -> None:
-            nonlocal best, found
+            nonlocal best, scale
             s = to_scale(s).clamp_min_(MIN_SCALE) * sign
             q = (weight / s).round_().clamp_(-1, 2).mul_(s)
             error = h @ q.sub_(weight).square_()
             better = error < best
-            best, found = torch.where(better, error, best), torch.where(better, torch.stack([2 * s, -s]), found)
+            best = torch.where(better, error, best)
+            scale = torch.where(better, torch.stack([2 * s, -s]), scale)
 
         for i in range(1, _COARSE + 1):
             for sign in (1, -1):
                 attempt(half * (i / _COARSE), sign)
-        middle, sign = found[1].abs(), found[0].sign()
+        middle, sign = scale[1].abs(), scale[0].sign()
         for i in range(1, _FINE + 1):
             for side in (1, -1):
                 attempt(middle + side * i / (_FINE + 1) * half / _COARSE, sign)
-        return found
+        return scale
 
     def _least_squares(self, codes: Tensor, weight: Tensor, h: Tensor) -> Tensor:
         return self._free(codes, weight, h)
 
     def _table(self, scale: Tensor) -> Levels:
-        return self._levels(scale)
+        return Levels.of(scale, 0)

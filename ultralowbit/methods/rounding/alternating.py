@@ -18,9 +18,19 @@ _FIT = 1 << 21  # weights fitted at a time
 class Levels(NamedTuple):
     """The values that the codes of a group stand for, rising in each row."""
 
-    values: Tensor  # [levels, out]
+    levels: Tensor  # [levels, out]
     codes: Tensor  # [levels, out] uint8
     middles: Tensor  # [levels - 1, out], the decision thresholds
+
+    @classmethod
+    def of(cls, scale: Tensor, low: int) -> Levels:
+        """The sums of planes of `low` and 1 with scales [K, out]; bit p of a code says which of the two plane p has."""
+        bits = (
+            torch.arange(2 ** len(scale), device=scale.device)[:, None] >> torch.arange(len(scale), device=scale.device)
+            & 1
+        )  # [2^K, K]
+        values, order = (torch.where(bits > 0, 1.0, float(low)) @ scale).sort(dim=0)
+        return cls(values, order.to(torch.uint8), (values[1:] + values[:-1]) / 2)
 
     def nearest(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """weight [..., out] -> (codes, values) of the nearest level."""
@@ -28,7 +38,10 @@ class Levels(NamedTuple):
         for middle in self.middles:
             rank += weight >= middle
         index = rank.long().reshape(-1, weight.shape[-1])  # [columns, out]
-        return self.codes.gather(0, index).view_as(rank), self.values.gather(0, index).view_as(weight)
+        return self.codes.gather(0, index).view_as(rank), self.levels.gather(0, index).view_as(weight)
+
+    def values(self, weight: Tensor) -> Tensor:
+        return self.nearest(weight)[1]
 
 
 class Greedy(NamedTuple):
@@ -43,6 +56,10 @@ class Greedy(NamedTuple):
             return codes, value
         second = torch.copysign(self.scale[1], weight - value)
         return torch.add(codes, (second >= 0).view(torch.uint8), alpha=2), value.add_(second)
+
+    def values(self, weight: Tensor) -> Tensor:
+        value = torch.copysign(self.scale[0], weight)
+        return value if len(self.scale) == 1 else torch.copysign(self.scale[1], weight - value).add_(value)
 
 
 class OddMultiples(NamedTuple):
@@ -114,25 +131,18 @@ class AlternatingRounding:
         codes, values = self._table(scale).nearest(weight)
         return codes, h @ (values - weight).square_()
 
-    def _plane(self, codes: Tensor, p: int) -> Tensor:
+    def plane(self, codes: Tensor, p: int) -> Tensor:
         """What bit p of the codes, of plane p, stands for."""
         return ((codes >> p) & 1).float().mul_(2).sub_(1)
 
     def _free(self, codes: Tensor, weight: Tensor, h: Tensor) -> Tensor:
         """The least squares of scales that are free of one another."""
-        planes = [self._plane(codes, p) for p in range(self.planes)]  # K of [columns, out]
+        planes = [self.plane(codes, p) for p in range(self.planes)]  # K of [columns, out]
         A = torch.stack([torch.stack([h @ (x * y) for y in planes], dim=-1) for x in planes], dim=-1)  # [out, K, K]
         b = torch.stack([h @ (x * weight) for x in planes], dim=-1)  # [out, K]
         # equal planes make A singular: the ridge then splits their scale, and the error decides
         A.diagonal(dim1=1, dim2=2).add_(1e-6 * h.sum())
         return torch.linalg.solve(A, b).T
-
-    def _levels(self, scale: Tensor) -> Levels:
-        """The sums of the planes of every code, in order."""
-        codes = torch.arange(2**self.planes, device=scale.device)
-        planes = torch.stack([self._plane(codes, p) for p in range(self.planes)], dim=1)  # [2^K, K]
-        values, order = (planes @ scale).sort(dim=0)
-        return Levels(values, order.to(torch.uint8), (values[1:] + values[:-1]) / 2)
 
     def pack(self, codes: Tensor) -> PackedWeight:
         bits = torch.stack([(codes >> p) & 1 for p in range(self.planes)])

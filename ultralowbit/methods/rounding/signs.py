@@ -11,6 +11,11 @@ from ultralowbit.format.words import to_scale
 from ultralowbit.methods.rounding.alternating import AlternatingRounding, Greedy, Levels, OddMultiples
 
 
+def sign_levels(scale: Tensor) -> Levels | Greedy:
+    """The levels of sign planes whose scales [K, out] fall and are not negative; bit p of a code is plane p."""
+    return Greedy(scale) if len(scale) <= 2 else Levels.of(scale, -1)
+
+
 class SignRounding(AlternatingRounding):
     """K sign planes with free scales: the nearest of the levels sum_p +-a_p, from greedy residual binarisation.
 
@@ -33,7 +38,7 @@ class SignRounding(AlternatingRounding):
         return scale.abs().sort(dim=0, descending=True).values
 
     def _table(self, scale: Tensor) -> Levels | Greedy:
-        return Greedy(scale) if self.planes <= 2 else self._levels(scale)
+        return sign_levels(scale)
 
     def _alternate(self, weight: Tensor, h: Tensor) -> Tensor:
         return self._alternate_two(weight, h) if self.planes == 2 else super()._alternate(weight, h)
@@ -57,8 +62,8 @@ class SignRounding(AlternatingRounding):
             # signs that are always equal, or always opposite, make the system singular: the ridge splits the scale
             diagonal = total * (1 + 1e-6)
             determinant = diagonal * diagonal - both * both
-            found = torch.stack([diagonal * first - both * second, diagonal * second - both * first]) / determinant
-            tried = to_scale(self._ordered(found))
+            solution = torch.stack([diagonal * first - both * second, diagonal * second - both * first]) / determinant
+            tried = to_scale(self._ordered(solution))
         return scale
 
 
