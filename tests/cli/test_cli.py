@@ -138,11 +138,11 @@ def test_a_killed_report_is_made_up_for(run, model, text, tmp_path, monkeypatch)
 
 
 def test_mistakes_are_one_sentence_and_exit_2(run, model, text, tmp_path):
-    (tmp_path / "mine.yaml").write_text("quantize: {method: sign, base: 2}\ncalibraton: {}\n")
+    (tmp_path / "mine.yaml").write_text("quantize: {method: sign, plane: 2}\ncalibraton: {}\n")
     for args, said in (
         (["compress", model, "--recipe", "mine.yaml"], ["did you mean planes?", "did you mean calibration?"]),
         (["compress", model, "--recipe", "sign2"], ["did you mean 'sign-2'?"]),
-        (["compress", model, "--recipe", "sign-2", "--set", "quantize.base=2"], ["did you mean planes?"]),
+        (["compress", model, "--recipe", "sign-2", "--set", "quantize.plane=2"], ["did you mean planes?"]),
         (["compress", "./nowhere", "--recipe", "sign-2"], ["no such folder"]),
         (["compress", model, "--recipe", "sign-2", *options(text, "nowhere.txt")], ["no file 'nowhere.txt'"]),
         (["compress", model, "--recipe", "sign-2", "--eval", "auto", "--eval", text], ["stand alone"]),
@@ -240,14 +240,14 @@ def test_fallbacks_are_loud_and_exit_3(run, model, text, tmp_path, monkeypatch):
 
 def test_errors_in_words(monkeypatch, run):
     full = OSError(errno.ENOSPC, "No space left on device", "/x/y")
-    assert explain(full) == "no space left to write /x/y: free some, then run the same command to go on"
+    assert explain(full) == "no space is left to write /x/y: make room, then run the same command to go on"
     assert explain(DiskFull(errno.ENOSPC, "no space left to write /x")) == "no space left to write /x"
     assert explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")).startswith(
         "out of memory (CUDA"
     )
     assert explain(PermissionError(errno.EACCES, "Permission denied", "/x")) == "Permission denied: /x"
     assert explain(KeyError("a")).startswith("unexpected KeyError: 'a'")
-    monkeypatch.setattr("ultralowbit.cli.inspect.measure_size", lambda folder: 1 / 0)
+    monkeypatch.setattr("ultralowbit.checkpoint.size.measure_size", lambda folder: 1 / 0)
     assert (result := run("inspect", ".")).exit_code == 1 and "unexpected ZeroDivisionError" in result.stderr
     assert isinstance(run("--debug", "inspect", ".").exception, ZeroDivisionError)
 

@@ -19,9 +19,9 @@ from ultralowbit.checkpoint.files import Source
 from ultralowbit.errors import CheckpointError, InputError
 from ultralowbit.format.weight import Format
 from ultralowbit.nn.decoder import Decoder, _Spy, run_block
-from ultralowbit.nn.hf import UltraLowBitConfig
 from ultralowbit.nn.inputs import input_groups
 from ultralowbit.nn.linear import PackedLinear, linear_shape
+from ultralowbit.nn.quantizer import UltraLowBitConfig
 from ultralowbit.recipe import Recipe
 
 Q = "model.layers.0.self_attn.q_proj.weight"

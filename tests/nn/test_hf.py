@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 import ultralowbit
+from ultralowbit.checkpoint.config import DIGEST, config_digest
 from ultralowbit.errors import CheckpointError, FormatError
 from ultralowbit.format.ints import Ints
 from ultralowbit.format.planes import Planes
@@ -29,8 +30,9 @@ from ultralowbit.kernels.packed_matmul import packed_matmul
 from ultralowbit.methods.gptq import GPTQ
 from ultralowbit.methods.rtn import RTN
 from ultralowbit.methods.sign import Sign
-from ultralowbit.nn.hf import UltraLowBitConfig, pack_model
+from ultralowbit.nn.hf import pack_model
 from ultralowbit.nn.linear import PackedLinear
+from ultralowbit.nn.quantizer import UltraLowBitConfig
 from ultralowbit.recipe import Recipe
 
 LLAMA = {
@@ -366,6 +368,13 @@ def test_transformers_without_the_package_refuses_instead_of_inventing_weights(c
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
+def bless(folder: Path) -> None:
+    """Let the shards agree with what config.json is now: what is behind that check is then seen."""
+    digest = config_digest(json.loads((folder / "config.json").read_text()))
+    for path in folder.glob("*.safetensors"):
+        save_file(load_file(path), path, metadata={"format": "pt", DIGEST: digest})
+
+
 def tampered(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
     """A copy whose tensors were changed, with an index that agrees."""
     shutil.copytree(folder, target)
@@ -378,6 +387,7 @@ def tampered(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], N
     data = json.loads(index.read_text())
     data["weight_map"] = {n: p.name for p in sorted(target.glob("*.safetensors")) for n in load_file(p)}
     index.write_text(json.dumps(data))
+    bless(target)
     return target
 
 
@@ -487,12 +497,39 @@ def test_a_shard_that_is_missing_is_named(llama, tmp_path):
 
 
 def with_config(folder: Path, target: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    """A copy whose quantization_config was changed."""
+    """A copy whose quantization_config was changed, and its shards with it."""
     shutil.copytree(folder, target)
     config = json.loads((target / "config.json").read_text())
     change(config["quantization_config"])
     (target / "config.json").write_text(json.dumps(config))
+    bless(target)
     return target
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.update(rms_norm_eps=1e-3),
+        lambda c: c.update(hidden_act="relu"),
+        lambda c: c.update(num_attention_heads=8),
+        lambda c: next(iter(c["quantization_config"]["formats"].values()))["segments"][0].update(group=16),
+        lambda c: c["quantization_config"]["modules"].pop(Q),
+    ],
+    ids=["epsilon", "activation", "heads", "group", "module"],
+)
+def test_a_config_that_was_not_written_with_the_weights_is_refused(llama, tmp_path, change):
+    shutil.copytree(llama, tmp_path / "x")
+    config = json.loads((llama / "config.json").read_text())
+    change(config)
+    (tmp_path / "x/config.json").write_text(json.dumps(config))
+    refused(tmp_path / "x", "was written with another config.json")
+
+
+def test_weights_that_do_not_say_their_config_are_refused(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "x")
+    for path in (tmp_path / "x").glob("*.safetensors"):
+        save_file(load_file(path), path, metadata={"format": "pt"})
+    refused(tmp_path / "x", "does not say which config.json it belongs to")
 
 
 def test_a_newer_format_is_refused_by_its_version(llama, tmp_path):
@@ -552,7 +589,7 @@ def test_a_module_that_is_no_linear_is_named(llama, tmp_path, name):
 def test_a_folder_that_is_not_packed_is_refused(llama, tmp_path):
     with pytest.raises(CheckpointError, match=r"is not a packed checkpoint .* `ultralowbit compress"):
         ultralowbit.load(llama.parent / "source")
-    with pytest.raises(CheckpointError, match=r"no readable config.json"):
+    with pytest.raises(CheckpointError, match=r"config.json cannot be read"):
         ultralowbit.load(tmp_path)
     for content in ("", "[", "[]", "null", '{"quantization_config": 3}'):
         (tmp_path / "config.json").write_text(content)

@@ -167,7 +167,7 @@ def test_a_verified_folder_is_pushed(compress, api):
 
 def test_nothing_is_pushed_unless_asked_nor_if_damaged(compress, api, monkeypatch):
     assert compress()[0].exit_code == 0 and api.calls == []
-    monkeypatch.setattr("ultralowbit.cli.compress.find_problems", lambda folder: ["x has changed since it was written"])
+    monkeypatch.setattr("ultralowbit.pipeline.verify.verify", lambda folder: ["x has changed since it was written"])
     result, _ = compress("--push-to-hub", "org/tiny")
     assert result.exit_code == 1 and "is not pushed: x has changed" in result.stderr
     assert [name for name, _ in api.calls] == ["whoami"]

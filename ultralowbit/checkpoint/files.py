@@ -73,6 +73,15 @@ def _tensors(files: Sequence[str | Path]) -> Iterator[tuple[Path, str, TensorSpe
             yield file, name, spec
 
 
+def read_metadata(file: str | Path) -> dict[str, str]:
+    """The metadata in the header of a safetensors file; raises `CheckpointError` as `read_headers` does."""
+    try:
+        with safe_open(str(file), framework="pt") as shard:
+            return shard.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(f"{file} is not a complete safetensors file ({e}): copy or compress it again") from e
+
+
 def _header(file: Path) -> dict[str, TensorSpec]:
     try:
         with safe_open(str(file), framework="pt") as shard:

@@ -5,23 +5,23 @@ from __future__ import annotations
 
 import _thread
 import errno
+import logging
 import os
 import signal
 import sys
 import threading
 import warnings
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
-from huggingface_hub.utils import disable_progress_bars
-from huggingface_hub.utils import logging as hub_logging
-from rich.markup import escape
-from transformers.utils import logging
+from rich.highlighter import NullHighlighter
+from rich.logging import RichHandler
+from rich.text import Text
 from typer.core import TyperGroup
 
-import ultralowbit
 from ultralowbit.cli import bench, compress, demo, evaluate, inspect, recipes
-from ultralowbit.cli.console import err, out
+from ultralowbit.cli.console import err, out, say, visible
 from ultralowbit.cli.errors import FAILED, INTERRUPTED, USAGE, explain
 from ultralowbit.cli.options import command_line
 from ultralowbit.errors import InputError
@@ -45,7 +45,7 @@ class Commands(TyperGroup):
             debug = ctx.params.get("debug") or os.environ.get("ULTRALOWBIT_DEBUG")
             if usage or debug or getattr(e, "errno", None) == errno.EPIPE:
                 raise
-            err.print(f"[bold red]error:[/] {escape(explain(e))}", soft_wrap=True)
+            err.print(Text.assemble(("error: ", "bold red"), visible(explain(e))), soft_wrap=True)
             raise typer.Exit(USAGE if isinstance(e, InputError) else FAILED) from None
 
 
@@ -54,7 +54,7 @@ def _interrupted(args: list[str]) -> None:
     if {"compress", "demo", "methods"} & {*args[:2]}:  # --debug may come first
         again = command_line([arg for arg in args if arg != "--restart"])  # which would discard what is done
         err.print("finished blocks are kept; to go on, run:")
-        err.print(f"  {again}", markup=False, soft_wrap=True)
+        say(f"  {again}", to=err)
 
 
 app = typer.Typer(
@@ -70,24 +70,13 @@ app = typer.Typer(
 
 
 recipes_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="List and show recipes.")
-
-
-app.add_typer(recipes_app, name="recipes")
-recipes_app.command("list")(recipes.recipes_list)
-recipes_app.command("show")(recipes.recipes_show)
-
-
 bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Measure speed and memory.")
 
 
-app.add_typer(bench_app, name="bench")
-for _name in ("pipeline", "quantize", "training", "eval", "methods", "kernels", "decode"):
-    bench_app.command(_name)(getattr(bench, f"bench_{_name}"))
-
-
 def _version(wanted: bool) -> None:
+
     if wanted:
-        out.print(f"ultralowbit {ultralowbit.__version__}")
+        out.print(f"ultralowbit {version('ultralowbit')}")
         raise typer.Exit
 
 
@@ -98,17 +87,38 @@ def root(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks, as ULTRALOWBIT_DEBUG=1 does")] = False,
 ) -> None:
-    """Compress language models to 1-2 true bits per weight, and see what it costs.
+    """Compress language models to 1-4 true bits per weight, and see what it costs.
 
     Start with  [bold]ultralowbit demo[/]
     """
+    _show_warnings()
 
 
-for _name, _command in (
-    ("compress", compress.compress), ("inspect", inspect.inspect), ("verify", inspect.verify),
-    ("eval", evaluate.evaluate), ("compare", evaluate.compare), ("generate", evaluate.generate), ("demo", demo.demo),
-):  # fmt: skip
-    app.command(_name)(_command)
+def _show_warnings() -> None:
+    """Warnings of the package go to stderr, also under --quiet, and between the lines of the progress."""
+    log = logging.getLogger("ultralowbit")
+    if not any(isinstance(handler, RichHandler) for handler in log.handlers):
+        log.addHandler(RichHandler(console=err, show_time=False, show_path=False, highlighter=NullHighlighter()))
+
+
+app.command("compress")(compress.compress)
+app.command("eval")(evaluate.evaluate)
+app.command("compare")(evaluate.compare)
+app.command("generate")(evaluate.generate)
+app.command("inspect")(inspect.inspect)
+app.command("verify")(inspect.verify)
+app.command("demo")(demo.demo)
+app.add_typer(recipes_app, name="recipes")
+recipes_app.command("list")(recipes.recipes_list)
+recipes_app.command("show")(recipes.recipes_show)
+app.add_typer(bench_app, name="bench")
+bench_app.command("pipeline")(bench.bench_pipeline)
+bench_app.command("quantize")(bench.bench_quantize)
+bench_app.command("training")(bench.bench_training)
+bench_app.command("eval")(bench.bench_eval)
+bench_app.command("methods")(bench.bench_methods)
+bench_app.command("kernels")(bench.bench_kernels)
+bench_app.command("decode")(bench.bench_decode)
 
 
 def main() -> None:
@@ -135,9 +145,11 @@ def _keep_interrupts() -> None:
 
 def _quiet_libraries() -> None:
     """Warnings and bars of the libraries below would tear the progress apart; their errors still come through."""
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    disable_progress_bars()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    disable_progress_bars()  # transformers then shows none either
     hub_logging.set_verbosity_error()
     warnings.filterwarnings("ignore")

@@ -6,81 +6,71 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from ultralowbit.cli.console import Watch, out
+from ultralowbit.cli.console import Watch, say
 from ultralowbit.cli.errors import FELL_BACK, QUALITY
 from ultralowbit.cli.options import (
+    CalibOption,
     ContextOption,
     DeviceOption,
+    EvalOption,
+    LengthOption,
+    MaxTokensOption,
     ModelArgument,
     QuietOption,
+    RecipeOption,
+    RestartOption,
+    SamplesOption,
+    SeedOption,
+    SettingsOption,
     SmallOption,
     TrustOption,
     command_line,
     default_name,
     download,
+    eval_sources,
     given,
-    sources,
 )
 from ultralowbit.cli.render import show
 from ultralowbit.errors import CheckpointError, InputError
-from ultralowbit.hub import check_push, push
-from ultralowbit.pipeline.estimate import estimate
-from ultralowbit.pipeline.verify import verify as find_problems
-from ultralowbit.recipe import Recipe
-from ultralowbit.report.gates import Limits
-from ultralowbit.report.run import Texts, compress_and_measure
+
+OutOption = Annotated[Path | None, typer.Option("--out", help="folder to write; <model>-<recipe> by default")]
+RatioOption = Annotated[
+    float | None, typer.Option(min=0, help="exit 4 if perplexity comes out more times the original's than this")
+]
+KLOption = Annotated[
+    float | None, typer.Option(min=0, help="exit 4 if predictions diverge more than this, in nats a token")
+]
+PushOption = Annotated[
+    str | None, typer.Option(metavar="ORG/NAME", help="upload the folder to the hub once it is whole and verified")
+]
+PrivateOption = Annotated[bool, typer.Option("--private", help="make the hub model private, if it is new")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="print the bits, memory, disk and time to expect, and run nothing")
+]
 
 
 def compress(
     ctx: typer.Context,
     model: ModelArgument,
-    recipe: Annotated[str, typer.Option(help="a shipped recipe (see `recipes list`) or a .yaml file")],
-    out_folder: Annotated[
-        Path | None, typer.Option("--out", help="folder to write, by default <model>-<recipe>")
-    ] = None,
-    calib: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE",
-            help="calibration text, and what stages train on: a .txt, .jsonl or .parquet file, wikitext2, c4, ptb, "
-            "org/name, python-docs, self",
-        ),
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="calibration windows")] = None,
-    length: Annotated[int | None, typer.Option(help="tokens in a calibration window")] = None,
-    seed: Annotated[int | None, typer.Option(help="of the windows of these texts")] = None,
+    recipe: RecipeOption,
+    out_folder: OutOption = None,
+    calib: CalibOption = None,
+    samples: SamplesOption = None,
+    length: LengthOption = None,
+    seed: SeedOption = None,
     small: SmallOption = False,
-    settings: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="any value of the recipe, such as quantize.bits=3")
-    ] = [],  # noqa: B006 (typer reads it, nobody writes it)
-    eval_sources: Annotated[
-        list[str],
-        typer.Option(
-            "--eval",
-            metavar="SOURCE",
-            help="text to measure perplexity on, repeatable; auto: the test split of the calibration's hub dataset, "
-            "else python-docs, up to 40960 tokens; none: skip",
-        ),
-    ] = ["auto"],  # noqa: B006
+    settings: SettingsOption = [],  # noqa: B006 (typer reads it, nobody writes it)
+    texts: EvalOption = ["auto"],  # noqa: B006
     context: ContextOption = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="of each text that perplexity is measured on")] = None,
-    max_ppl_ratio: Annotated[
-        float | None, typer.Option(min=0, help="exit 4 if perplexity comes out more times the original's than this")
-    ] = None,
-    max_kl: Annotated[
-        float | None, typer.Option(min=0, help="exit 4 if predictions diverge more than this, in nats a token")
-    ] = None,
+    max_tokens: MaxTokensOption = None,
+    max_ppl_ratio: RatioOption = None,
+    max_kl: KLOption = None,
     device: DeviceOption = "auto",
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="ORG/NAME", help="upload the folder to the hub once it is whole and verified")
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="make the hub model private, if it is new")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="bits, memory, disk and time to expect; nothing is run")
-    ] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="discard what an earlier run has written")] = False,
+    push_to_hub: PushOption = None,
+    private: PrivateOption = False,
+    dry_run: DryRunOption = False,
+    restart: RestartOption = False,
     trust_remote_code: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -93,13 +83,18 @@ def compress(
 
     [bold]ultralowbit compress ./model --recipe gptq-2bit --set quantize.group=64 --calib notes.txt --out small[/]
     """
-    windows = given(samples=samples, length=length)
-    overrides = [f"calibration.{key}={value}" for key, value in windows.items()]
-    chosen = Recipe.load(recipe, [*settings, *overrides], small=small, texts=given(source=calib, seed=seed))
-    texts = Texts(sources(eval_sources), context, max_tokens)
+    from ultralowbit.hub import check_push
+    from ultralowbit.pipeline.estimate import estimate
+    from ultralowbit.recipe import Recipe
+    from ultralowbit.report.gates import Limits
+    from ultralowbit.report.run import Texts, compress_and_measure
+
+    windows = [f"calibration.{key}={value}" for key, value in given(samples=samples, length=length).items()]
+    chosen = Recipe.load(recipe, [*settings, *windows], small=small, texts=given(source=calib, seed=seed))
+    measured = Texts(eval_sources(texts), context, max_tokens)
     folder = out_folder or Path(default_name(model, chosen))
     if dry_run:
-        out.print(str(estimate(model, chosen, device, trust_remote_code, folder)), markup=False, soft_wrap=True)
+        say(str(estimate(model, chosen, device, trust_remote_code, folder)))
         return
     if private and not push_to_hub:
         raise InputError("--private is of a model on the hub: give --push-to-hub ORG/NAME too")
@@ -108,13 +103,13 @@ def compress(
     download(model, quiet)
     with Watch(quiet) as watch:
         report = compress_and_measure(
-            model, chosen, folder, texts, device=device, restart=restart, trust_remote_code=trust_remote_code,
+            model, chosen, folder, measured, device=device, restart=restart, trust_remote_code=trust_remote_code,
             watch=watch, command=command_line(ctx.obj), load_from=push_to_hub, limits=Limits(max_ppl_ratio, max_kl),
         )  # fmt: skip
     show(report)
     if report["exceeded"]:
         if push_to_hub:
-            out.print(f"[yellow]not uploaded to {escape(push_to_hub)}: the quality gate failed[/]", soft_wrap=True)
+            say(f"not uploaded to {push_to_hub}: the quality gate failed", "yellow")
         raise typer.Exit(QUALITY)
     if push_to_hub:
         _push(folder, push_to_hub, private)
@@ -124,6 +119,9 @@ def compress(
 
 def _push(folder: Path, repo: str, private: bool) -> None:
     """Upload a folder whose files are all as they were written."""
-    if problems := find_problems(folder):
+    from ultralowbit.hub import push
+    from ultralowbit.pipeline.verify import verify
+
+    if problems := verify(folder):
         raise CheckpointError(f"{folder} is not pushed: {problems[0]}")
-    out.print(f"pushed to {push(folder, repo, private=private)}", soft_wrap=True)
+    say(f"pushed to {push(folder, repo, private=private)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +32,21 @@ out = _console(stderr=False)
 
 
 err = _console(stderr=True)
+
+
+def visible(text: str) -> str:
+    """User text as it can be shown: control characters, with which a terminal could be driven, as their codes."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def cell(text: str, style: str = "") -> Text:
+    """User text for a table or a panel: never read as markup."""
+    return Text(visible(text), style=style)
+
+
+def say(text: str, style: str = "", to: Console | None = None) -> None:
+    """Print a line of user text on stdout, or on another console."""
+    (to or out).print(cell(text, style), soft_wrap=True)
 
 
 class Pace:
@@ -71,7 +87,7 @@ class _PaceColumn(ProgressColumn):
 
 
 class Watch:
-    """`progress.Progress` on stderr, to be used as a context. `quiet` leaves only the warnings."""
+    """`progress.Progress` on stderr, to be used as a context. `quiet` shows nothing: warnings go through `logging`."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -113,12 +129,11 @@ class Watch:
             self._line(f"{self.pace.what}: {self.pace}")
 
     def say(self, line: str) -> None:
-        warning = line.startswith("WARNING")
-        if warning or not self.quiet:
-            self._line(line, "bold yellow" if warning else "")
+        if not self.quiet:
+            self._line(line)
 
-    def _line(self, line: str, style: str = "") -> None:
-        err.print(line, style=style, markup=False, soft_wrap=not err.is_terminal)
+    def _line(self, line: str) -> None:
+        err.print(cell(line), soft_wrap=not err.is_terminal)
 
     def counter(self, what: str) -> Callable[[int, int], None]:
         """A `progress(done, total)` callback that shows as the stage `what`."""

@@ -5,51 +5,50 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from rich.markup import escape
 
-from ultralowbit.cli.console import Watch, out
+from ultralowbit.cli.console import Watch, cell, out, say
 from ultralowbit.cli.errors import FELL_BACK
-from ultralowbit.cli.options import DeviceOption, QuietOption, command_line
+from ultralowbit.cli.options import DeviceOption, QuietOption, RestartOption, command_line
 from ultralowbit.cli.render import new_table, shout
-from ultralowbit.demo.run import run_demo
-from ultralowbit.report.tables import protocol, table
 
 
 def demo(
     ctx: typer.Context,
     out_folder: Annotated[Path, typer.Option("--out", help="folder to write")] = Path("ultralowbit-demo"),
     device: DeviceOption = "auto",
-    restart: Annotated[bool, typer.Option("--restart", help="discard what an earlier run has written")] = False,
+    restart: RestartOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Compress the tiny model that comes with the package with several recipes, and compare them in one table.
 
-    Needs no network and takes a minute or two; run again, it only prints.
+    It needs no network and takes a minute or two; run again, it only prints.
 
     [bold]ultralowbit demo[/]
     """
+    import torch
+
+    from ultralowbit.demo.run import run_demo
+    from ultralowbit.report.tables import protocol, table
+
     # products so small gain little from a second thread, and on a busy machine the two wait for one another for minutes
     torch.set_num_threads(1)
     with Watch(quiet) as watch:
         result = run_demo(out_folder, watch, device=device, restart=restart, command=command_line(ctx.obj))
     out.print(table(result["rows"]))
     for line in protocol(result["rows"][0]["perplexity"]):
-        out.print(f"[dim]{escape(line)}[/]")
+        say(line, "dim")
     out.print()
     samples = new_table("", f"what it writes after {result['prompt']!r}", left=2)
     for row in result["rows"]:
-        samples.add_row(row["label"], escape(" ".join(row["sample"].split())))
+        samples.add_row(row["label"], cell(" ".join(row["sample"].split())))
     out.print(samples)
     out.print()
     for row in result["rows"]:
         if row["collapsed"]:
             shout("COLLAPSED", f"{row['label']} predicts worse than a guess among the tokens of the vocabulary.")
-    out.print(f"{out_folder}  [dim]report.md, report.json and a folder for each recipe[/]", soft_wrap=True)
-    out.print(
-        f"[dim]to see them as plots on one page: ultralowbit compare {escape(str(out_folder))}[/]", soft_wrap=True
-    )
+    say(f"{out_folder}  report.md, report.json and a folder for each recipe")
+    say(f"to see them as plots on one page: {command_line(['compare', str(out_folder)])}", "dim")
     if any(row["fallbacks"] for row in result["rows"]):
         shout("FELL BACK", "Some Linears were rounded to nearest instead: see the recipes' report.md.")
         raise typer.Exit(FELL_BACK)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import errno
 
-import torch
-
 from ultralowbit.errors import CheckpointError, DiskFull, FormatError, InputError
 
 FAILED, USAGE, FELL_BACK, QUALITY, INTERRUPTED = 1, 2, 3, 4, 130
+
+_FULL = {
+    errno.ENOSPC: "no space is left",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "the file would be larger than the system allows",
+}
 
 
 def explain(error: Exception) -> str:
@@ -18,12 +22,18 @@ def explain(error: Exception) -> str:
         return error.strerror
     if isinstance(error, InputError | CheckpointError | FormatError):
         return text
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+    if _is_out_of_memory(error, text):
         what = text.split(". ")[0] or "allocation failed"
         return f"out of memory ({what}): free some, or use fewer --samples or a shorter --length"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left to write {error.filename or 'a file'}: free some, then run the same command to go on"
+    if isinstance(error, OSError) and error.errno in _FULL:
+        where = error.filename or "a file"
+        return f"{_FULL[error.errno]} to write {where}: make room, then run the same command to go on"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     kind = type(error).__name__
     return f"unexpected {kind}: {text} (ULTRALOWBIT_DEBUG=1 shows where; please report it)"
+
+
+def _is_out_of_memory(error: Exception, text: str) -> bool:
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+    return out_of_memory or "can't allocate memory" in text or "Cannot allocate memory" in text

@@ -3,78 +3,99 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ultralowbit.cli.console import Watch, out
+from ultralowbit.cli.console import Watch, say, visible
 from ultralowbit.cli.options import (
     ContextOption,
     DeviceOption,
+    JsonOption,
     LimitOption,
+    MaxTokensOption,
     ModelArgument,
     QuietOption,
     TasksDirOption,
     TrustOption,
     command_line,
-    count,
     download,
     listed,
+    positive_number,
+    torch_dtype,
 )
 from ultralowbit.cli.render import show_comparison, show_evaluation
 from ultralowbit.errors import InputError
-from ultralowbit.eval.evaluate import Wanted, evaluate_models, to_json
-from ultralowbit.eval.generation import generate as write_text
-from ultralowbit.eval.runner import open_model, pick_dtype
-from ultralowbit.hub import open_tokenizer
-from ultralowbit.report.comparison import write_comparison
-from ultralowbit.system import pick_device
+
+ModelsArgument = Annotated[
+    list[str], typer.Argument(metavar="MODEL", help="packed or original models: folders or hub names")
+]
+PplOption = Annotated[
+    list[str],
+    typer.Option(
+        "--ppl",
+        metavar="SOURCE",
+        help="text to measure token perplexity on, repeatable: a text file, wikitext2, c4, ptb, org/name, python-docs",
+    ),
+]
+FidelityOption = Annotated[
+    str | None, typer.Option(metavar="ORIGINAL", help="compare predictions with this model's, on the texts of --ppl")
+]
+TasksOption = Annotated[
+    list[str],
+    typer.Option(
+        metavar="NAMES",
+        help="ask lm-eval's tasks, groups or patterns, with commas between them: piqa,arc_easy,hellaswag; wikitext is "
+        "its word perplexity",
+    ),
+]
+FewshotOption = Annotated[
+    int | None, typer.Option(min=0, help="examples before each document; what the task says by default")
+]
+BatchOption = Annotated[
+    str, typer.Option(metavar="N", help="requests of tasks to run at a time; auto goes by their length in tokens")
+]
+ExamplesSeedOption = Annotated[int, typer.Option(min=0, help="seed of the few-shot examples")]
+SamplesFlag = Annotated[
+    bool, typer.Option("--log-samples", help="keep each prompt and answer of the tasks in the --json file")
+]
+DtypeOption = Annotated[str, typer.Option(help="precision to run in; auto is float32 on a CPU, else the checkpoint's")]
+BosOption = Annotated[str, typer.Option(help="text: begin with the tokenizer's own start token; none: without it")]
+RunsArgument = Annotated[
+    list[Path],
+    typer.Argument(metavar="RUN", help="folders that compress wrote, folders of such, or measured original models"),
+]
+ReferenceOption = Annotated[
+    list[Path],
+    typer.Option(
+        "--reference",
+        metavar="DIR",
+        help="draw a run or original of another model beside them, such as a smaller one at more bits; repeatable",
+    ),
+]
 
 
 def evaluate(
     ctx: typer.Context,
-    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="packed or original: folders or hub names")],
-    sources: Annotated[
-        list[str],
-        typer.Option(
-            "--ppl",
-            metavar="SOURCE",
-            help="text to measure token perplexity on, repeatable: a text file, wikitext2, c4, ptb, org/name, "
-            "python-docs",
-        ),
-    ] = [],  # noqa: B006 (typer reads it, nobody writes it)
-    fidelity: Annotated[
-        str | None,
-        typer.Option(metavar="ORIGINAL", help="compare predictions with this model's, on the texts of --ppl"),
-    ] = None,
-    tasks: Annotated[
-        list[str],
-        typer.Option(
-            metavar="NAMES",
-            help="lm-eval's tasks, groups or patterns, with commas between them: piqa,arc_easy,hellaswag; wikitext is "
-            "its word perplexity",
-        ),
-    ] = [],  # noqa: B006
+    models: ModelsArgument,
+    sources: PplOption = [],  # noqa: B006 (typer reads it, nobody writes it)
+    fidelity: FidelityOption = None,
+    tasks: TasksOption = [],  # noqa: B006
     tasks_dir: TasksDirOption = None,
     limit: LimitOption = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="examples before each document, by default what the task says")
-    ] = None,
-    batch_size: Annotated[
-        str, typer.Option(metavar="N", help="requests of tasks at a time; auto: by their length in tokens")
-    ] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="of the few-shot examples")] = 0,
-    log_samples: Annotated[
-        bool, typer.Option("--log-samples", help="keep each prompt and answer of the tasks in --json")
-    ] = False,
+    num_fewshot: FewshotOption = None,
+    batch_size: BatchOption = "auto",
+    seed: ExamplesSeedOption = 0,
+    log_samples: SamplesFlag = False,
     context: ContextOption = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="of each text, by default all")] = None,
-    dtype: Annotated[str, typer.Option(help="auto is float32 on a CPU, elsewhere the checkpoint's")] = "auto",
-    bos: Annotated[str, typer.Option(help="text: with the tokenizer's own start token; none: without")] = "text",
+    max_tokens: MaxTokensOption = None,
+    dtype: DtypeOption = "auto",
+    bos: BosOption = "text",
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the results here too")] = None,
+    json_file: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Measure packed and original models on the same texts and tasks.
@@ -89,13 +110,15 @@ def evaluate(
 
     [bold]ultralowbit eval model model-sign-2 --tasks piqa,arc_easy,hellaswag --limit 200[/]
     """
+    from ultralowbit.eval.evaluate import Wanted, evaluate_models, to_json
+
     if json_file and not json_file.absolute().parent.is_dir():
         raise InputError(f"--json {str(json_file)!r} lies in no folder: make it first, nothing has been measured")
     wanted = Wanted(
         sources=tuple(sources), fidelity=fidelity, tasks=tuple(name for names in tasks for name in listed(names)),
-        tasks_dir=tasks_dir, context=context, max_tokens=max_tokens, bos=bos,
-        dtype=None if dtype == "auto" else dtype(dtype), limit=limit, num_fewshot=num_fewshot,
-        batch_size=None if batch_size == "auto" else count(batch_size), seed=seed, log_samples=log_samples,
+        tasks_dir=tasks_dir, context=context, max_tokens=max_tokens, bos=bos, dtype=torch_dtype(dtype), limit=limit,
+        num_fewshot=num_fewshot, seed=seed, log_samples=log_samples,
+        batch_size=None if batch_size == "auto" else positive_number("--batch-size", batch_size),
     )  # fmt: skip
     with Watch(quiet) as watch:
         report = evaluate_models(
@@ -109,20 +132,10 @@ def evaluate(
 
 def compare(
     ctx: typer.Context,
-    runs: Annotated[
-        list[Path],
-        typer.Argument(metavar="RUN", help="folders that compress wrote, folders of such, or measured original models"),
-    ],
+    runs: RunsArgument,
     out_folder: Annotated[Path, typer.Option("--out", help="folder to write")] = Path("comparison"),
-    references: Annotated[
-        list[Path],
-        typer.Option(
-            "--reference",
-            metavar="DIR",
-            help="a run or original of another model to draw beside them, such as a smaller one at more bits",
-        ),
-    ] = [],  # noqa: B006
-) -> None:  # fmt: skip
+    references: ReferenceOption = [],  # noqa: B006
+) -> None:
     """Set finished runs side by side: one page that opens from disk, with tables and plots of quality against size.
 
     Runs of different models, and perplexities on different windows, stand apart: those numbers do not compare. Runs
@@ -132,19 +145,20 @@ def compare(
 
     [bold]ultralowbit compare big-sign-1 big-sign-2 --reference small-gptq-4bit[/]
     """
-    comparison = write_comparison(runs, out_folder, references, command=command_line(ctx.obj))
-    show_comparison(comparison)
-    out.print(f"{out_folder / 'report.html'}  [dim]report.md, report.json, plots[/]", soft_wrap=True)
+    from ultralowbit.report.comparison import write_comparison
+
+    show_comparison(write_comparison(runs, out_folder, references, command=command_line(ctx.obj)))
+    say(f"{out_folder / 'report.html'}  report.md, report.json, plots")
 
 
 def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(help="text to continue")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to write at most")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token every time")] = 0.0,
-    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
+    temperature: Annotated[float, typer.Option(min=0, help="randomness; 0 takes the likeliest token every time")] = 0.0,
+    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
     int8: Annotated[
-        bool, typer.Option("--int8", help="round the inputs of packed Linears to 8 bits: faster on a CPU")
+        bool, typer.Option("--int8", help="round the inputs of packed Linears to 8 bits, which is faster on a CPU")
     ] = False,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -153,12 +167,18 @@ def generate(
 
     [bold]ultralowbit generate model-sign-2 "The import statement" --temperature 0.7[/]
     """
+    from ultralowbit.eval.generation import generate as continue_prompt
+    from ultralowbit.eval.runner import open_model, pick_dtype
+    from ultralowbit.hub import open_tokenizer
+    from ultralowbit.system import pick_device
+
     where = pick_device(device)
     folder = download(model, quiet=False)
     tokenizer = open_tokenizer(folder, trust_remote_code)
     net = open_model(folder, where, pick_dtype(folder, where), trust_remote_code, int8, fuse=True)
-    write_text(
+    shown = visible if sys.stdout.isatty() else str  # a model may write what drives a terminal
+    continue_prompt(
         net, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-        on_text=lambda piece: print(piece, end="", flush=True),
+        on_text=lambda piece: print(shown(piece), end="", flush=True),
     )  # fmt: skip
     print()

@@ -1,22 +1,18 @@
-"""`ultralowbit inspect` and `verify`."""
+"""`ultralowbit inspect`, `verify` and `export`."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from ultralowbit.checkpoint.size import measure_size
-from ultralowbit.cli.console import Watch, out
+from ultralowbit.cli.console import Watch, out, say
 from ultralowbit.cli.errors import FAILED
 from ultralowbit.cli.options import FolderArgument, QuietOption, TrustOption
 from ultralowbit.cli.render import layer_table, size_table
 from ultralowbit.errors import InputError
-from ultralowbit.pipeline.verify import rerun as run_again
-from ultralowbit.pipeline.verify import verify as find_problems
-from ultralowbit.report.schema import strict
 
 
 def inspect(
@@ -29,6 +25,9 @@ def inspect(
 
     [bold]ultralowbit inspect model-sign-2 --json | jq .linear_bits_per_weight[/]
     """
+    from ultralowbit.checkpoint.size import measure_size
+    from ultralowbit.report.schema import strict
+
     size = measure_size(folder)
     if as_json:
         print(json.dumps(strict(size.to_dict()), indent=1))
@@ -40,9 +39,11 @@ def inspect(
 
 def verify(
     folder: FolderArgument,
-    rerun: Annotated[bool, typer.Option("--rerun", help="repeat the run too, and compare the bytes it writes")] = False,
+    rerun: Annotated[
+        bool, typer.Option("--rerun", help="compress again as well, and compare the bytes it writes")
+    ] = False,
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="where the original is now, if not where it was")
+        str | None, typer.Option(metavar="MODEL", help="where the original lies now, if not where it was")
     ] = None,
     trust_remote_code: TrustOption = False,
     quiet: QuietOption = False,
@@ -56,25 +57,33 @@ def verify(
 
     [bold]ultralowbit verify model-sign-2 --rerun --model ./model[/]
     """
+    from ultralowbit.pipeline.verify import verify as find_problems
+
     if model and not rerun:
         raise InputError("--model is the original to compress again: give --rerun too")
     with Watch(quiet) as watch:
         watch.start("hashing", sum(path.stat().st_size for path in folder.glob("*") if path.is_file()))
         problems = find_problems(folder, watch.step)
     for problem in problems:
-        out.print(f"[bold red]not intact:[/] {escape(problem)}", soft_wrap=True)
+        say(f"not intact: {problem}", "bold red")
     if problems:
         raise typer.Exit(FAILED)
-    out.print(f"{folder} is intact: every file is as it was written", soft_wrap=True)
+    say(f"{folder} is intact: every file is as it was written")
     if rerun:
-        with Watch(quiet) as watch:
-            again = run_again(folder, model, trust_remote_code=trust_remote_code, progress=watch)
-        for name, how in again.different.items():
-            out.print(f"[bold red]not reproduced:[/] {escape(name)} {how}", soft_wrap=True)
-        if again.different:
-            reasons = "; ".join(again.reasons) or "none is known: versions, machine, model and text are the same"
-            out.print(f"likely reason: {reasons}", markup=False, soft_wrap=True)
-            raise typer.Exit(FAILED)
-        out.print(f"the run repeated: every file of {folder} has the same bytes again", soft_wrap=True)
-        if again.reasons:
-            out.print(f"although {'; '.join(again.reasons)}", markup=False, soft_wrap=True)
+        _rerun(folder, model, trust_remote_code, quiet)
+
+
+def _rerun(folder: Path, model: str | None, trust_remote_code: bool, quiet: bool) -> None:
+    from ultralowbit.pipeline.verify import rerun
+
+    with Watch(quiet) as watch:
+        again = rerun(folder, model, trust_remote_code=trust_remote_code, progress=watch)
+    for name, how in again.different.items():
+        say(f"not reproduced: {name} {how}", "bold red")
+    if again.different:
+        reasons = "; ".join(again.reasons) or "none is known: versions, machine, model and text are the same"
+        say(f"likely reason: {reasons}")
+        raise typer.Exit(FAILED)
+    say(f"the run repeated: every file of {folder} has the same bytes again")
+    if again.reasons:
+        say(f"although {'; '.join(again.reasons)}")

@@ -1,60 +1,72 @@
-"""Arguments and options that commands share."""
+"""Arguments and options that commands share, and what their values mean."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from ultralowbit.cli.console import err
 from ultralowbit.errors import InputError
-from ultralowbit.hub import resolve_model
-from ultralowbit.recipe import Recipe
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="folder, or hub name like org/model@revision")]
+if TYPE_CHECKING:
+    import torch
 
+    from ultralowbit.recipe import Recipe
 
-FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="folder of a checkpoint")]
-
-
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-
-
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model")]
-
-
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only warnings and results")]
-
-
-SmallOption = Annotated[
-    bool, typer.Option("--small", help="with the recipe's values for models of a few million parameters, if it has any")
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a folder, or a hub name like org/model@revision")]
+FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="the folder of a checkpoint")]
+RecipeOption = Annotated[str, typer.Option(help="a shipped recipe (`ultralowbit recipes list`) or a .yaml file")]
+CalibOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="text to calibrate and train on: a .txt, .jsonl or .parquet file, wikitext2, c4, ptb, org/name, "
+        "python-docs, self",
+    ),
 ]
-
-
+SamplesOption = Annotated[int | None, typer.Option(help="number of calibration windows")]
+LengthOption = Annotated[int | None, typer.Option(help="tokens in a calibration window")]
+SeedOption = Annotated[int | None, typer.Option(help="seed of the windows drawn from these texts")]
+SmallOption = Annotated[
+    bool, typer.Option("--small", help="take the recipe's values for models of a few million parameters, if it has any")
+]
+SettingsOption = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="change any value of the recipe: quantize.bits=3")
+]
+EvalOption = Annotated[
+    list[str],
+    typer.Option(
+        "--eval",
+        metavar="SOURCE",
+        help="text to measure perplexity on, repeatable; auto: the test split of the calibration's hub dataset, else "
+        "python-docs, up to 40960 tokens; none: measure nothing",
+    ),
+]
+ContextOption = Annotated[
+    int | None, typer.Option(min=2, help="tokens in a window of perplexity; 2048, or what the model takes")
+]
+MaxTokensOption = Annotated[int | None, typer.Option(min=1, help="tokens of each text to measure perplexity on")]
 TasksDirOption = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="lm-eval task files of your own (.yaml, and the Python they name)")
 ]
-
-
-LimitOption = Annotated[int | None, typer.Option(min=1, help="documents of each task, by default all")]
-
-
-ContextOption = Annotated[
-    int | None, typer.Option(min=2, help="tokens in a window of perplexity, by default 2048 or what the model takes")
-]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="documents of each task to ask; all by default")]
+DeviceOption = Annotated[str, typer.Option(help="where to run: auto, cpu, cuda, cuda:1, ...")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model")]
+RestartOption = Annotated[bool, typer.Option("--restart", help="discard what an earlier run has written")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="show no progress, only warnings and results")]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the results to this file too")]
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """Those that are not left out."""
+    """The options that are not left out."""
     return {key: value for key, value in options.items() if value is not None}
 
 
-def sources(named: list[str]) -> tuple[str, ...] | None:
-    """`auto` is None and `none` is nothing, but neither goes with other texts."""
+def eval_sources(named: list[str]) -> tuple[str, ...] | None:
+    """What --eval names: None for auto, nothing for none; neither goes with other texts."""
     if len(named) > 1 and {"auto", "none"} & {*named}:
         raise InputError(f"--eval {' --eval '.join(named)}: auto and none stand alone, drop them or the rest")
     return {("auto",): None, ("none",): ()}.get(tuple(named), tuple(named))
@@ -69,6 +81,10 @@ def default_name(model: str, recipe: Recipe) -> str:
 
 def download(model: str, quiet: bool) -> Path:
     """The model's folder; while it is fetched from the hub, the hub's own bars show."""
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    from ultralowbit.hub import resolve_model
+
     if quiet or not err.is_terminal:
         return resolve_model(model)
     enable_progress_bars()
@@ -78,29 +94,36 @@ def download(model: str, quiet: bool) -> Path:
         disable_progress_bars()
 
 
-def count(text: str) -> int:
+def positive_number(option: str, text: str) -> int:
+    """A whole number from 1; `InputError` names the option."""
     if not text.isdecimal() or not int(text):
-        raise InputError(f"--batch-size is {text!r}, expected auto or a number from 1")
+        raise InputError(f"{option} is {text!r}, expected auto or a number from 1")
     return int(text)
 
 
-def dtype(name: str) -> torch.dtype:
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+def torch_dtype(name: str) -> torch.dtype | None:
+    """What --dtype names; None for auto."""
+    import torch
+
+    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
-        raise InputError(f"--dtype is {name!r}, expected auto, {', '.join(known)}")
+        raise InputError(f"--dtype is {name!r}, expected one of {', '.join(known)}")
     return known[name]
 
 
 def listed(text: str) -> list[str]:
+    """The parts of a text with commas between them."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def numbers(text: str) -> list[int]:
-    numbers = listed(text)
-    if not numbers or not all(number.isdecimal() for number in numbers):
-        raise InputError(f"--seeds is {text!r}, expected numbers with commas between them, such as 0,1,2")
-    return [*dict.fromkeys(map(int, numbers))]
+def numbers(option: str, text: str) -> list[int]:
+    """Distinct whole numbers with commas between them; `InputError` names the option."""
+    parts = listed(text)
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise InputError(f"{option} is {text!r}, expected numbers with commas between them, such as 0,1,2")
+    return [*dict.fromkeys(map(int, parts))]
 
 
 def command_line(args: list[str]) -> str:
+    """The command as typed, quoted for a shell."""
     return shlex.join(["ultralowbit", *args])

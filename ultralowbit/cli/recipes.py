@@ -6,20 +6,21 @@ from typing import Annotated
 
 import typer
 
-from ultralowbit.cli.console import out
+from ultralowbit.cli.console import cell, out
 from ultralowbit.cli.options import SmallOption
 from ultralowbit.cli.render import new_table
-from ultralowbit.recipe import Recipe, shipped
 
 
 def recipes_list() -> None:
-    """Name the shipped recipes.
+    """Name the shipped recipes, and say what each does.
 
     [bold]ultralowbit recipes list[/]
     """
+    from ultralowbit.recipe import Recipe, shipped
+
     table = new_table("recipe", "what it does")
     for name in shipped():
-        table.add_row(name, Recipe.load(name).summary)
+        table.add_row(name, cell(Recipe.load(name).summary))
     out.print(table)
 
 
@@ -30,6 +31,7 @@ def recipes_show(
 
     [bold]ultralowbit recipes show sign-2 > mine.yaml[/]
     """
-    out.out(
-        f"# ultralowbit compress MODEL --recipe {name} --out DIR\n" + Recipe.load(name, small=small).to_yaml(), end=""
-    )
+    from ultralowbit.recipe import Recipe
+
+    text = Recipe.load(name, small=small).to_yaml()
+    out.out(f"# ultralowbit compress MODEL --recipe {name} --out DIR\n{text}", end="")

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from ultralowbit.checkpoint.size import Size
-from ultralowbit.cli.console import out
-from ultralowbit.report.columns import cell
-from ultralowbit.report.tables import (
-    average_notes,
-    divergence_lines,
-    fidelity_grid,
-    perplexity_grid,
-    protocol,
-    sparsity_lines,
-    table,
-    task_grid,
-)
+from ultralowbit.cli.console import cell, out, say
+
+if TYPE_CHECKING:
+    from ultralowbit.checkpoint.size import Size
 
 
 def show(report: dict[str, Any]) -> None:
     """The table of a report, and below it what nobody may miss."""
+    from ultralowbit.report.tables import divergence_lines, protocol, sparsity_lines, table
+
     original, packed = report["original"], report["packed"]
     out.print(table([original, packed]))
     for line in protocol(packed["perplexity"]):
-        out.print(f"[dim]{escape(line)}[/]")
+        say(line, "dim")
     for line in [*divergence_lines(packed["fidelity"]), *sparsity_lines(packed)]:
-        out.print(f"[dim]{escape(line)}[/]", soft_wrap=True)
+        say(line, "dim")
     if original["not_measured"]:
-        out.print(f"[yellow]original {escape(original['not_measured'])}[/]")
+        say(f"original {original['not_measured']}", "yellow")
     for source in report["collapsed"]:
         shout(
             "COLLAPSED",
@@ -56,25 +48,28 @@ def show(report: dict[str, Any]) -> None:
         )
     if report["exceeded"]:
         shout("QUALITY GATE FAILED", "\n".join([*(f"{line}." for line in report["exceeded"]), report["advice"]]))
-    out.print(f"{report['folder']}  [dim]README.md, report.md, report.json[/]", soft_wrap=True)
+    say(f"{report['folder']}  README.md, report.md, report.json")
 
 
 def shout(title: str, text: str) -> None:
+    """Print what nobody may miss, in a frame."""
     width = min(out.width, 100)
-    out.print(Panel(escape(text), title=title, border_style="bold red", title_align="left", width=width))
+    out.print(Panel(cell(text), title=title, border_style="bold red", title_align="left", width=width))
 
 
 def layer_table(size: Size) -> Table:
+    """What each packed weight takes."""
     table = new_table("layer", "shape", "format", *(("bytes", "bits", "claimed")))
     for layer in size.layers:
         table.add_row(
-            layer.name, "x".join(map(str, layer.shape)), layer.format, f"{layer.bytes:,}",
+            cell(layer.name), "x".join(map(str, layer.shape)), layer.format, f"{layer.bytes:,}",
             f"{layer.bits_per_weight:.3f}", f"{layer.claimed_bits:.2f}",
         )  # fmt: skip
     return table
 
 
 def size_table(size: Size) -> Table:
+    """What a whole checkpoint takes, by what it is spent on."""
     table = new_table("stored", "", "bytes", "in fp16", "bits per weight", "claimed", left=1)
     if size.layers:
         table.add_row(
@@ -92,18 +87,22 @@ def size_table(size: Size) -> Table:
 
 
 def new_table(*headers: str, left: int = 3) -> Table:
+    """A table whose first `left` columns are text and the others numbers."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for i, header in enumerate(headers):
-        table.add_column(header, justify="left" if i < left else "right", overflow="fold")
+        table.add_column(cell(header), justify="left" if i < left else "right", overflow="fold")
     return table
 
 
 def show_evaluation(report: dict[str, Any]) -> None:
+    """The tables of `ultralowbit eval`."""
+    from ultralowbit.report.tables import average_notes, fidelity_grid, perplexity_grid, task_grid
+
     rows = report["results"]
     for row in rows:
         if row["tasks"]:
-            out.print(f"{row['model']}, lm-eval {row['tasks'].version}:", markup=False, soft_wrap=True)
-            out.print(row["tasks"].table, markup=False, soft_wrap=True)
+            say(f"{row['model']}, lm-eval {row['tasks'].version}:")
+            say(row["tasks"].table)
     for grid, left in (
         (perplexity_grid(rows), 2),
         (fidelity_grid(rows), 2),
@@ -112,22 +111,24 @@ def show_evaluation(report: dict[str, Any]) -> None:
         if len(grid) > 1:
             table = new_table(*grid[0], left=left)
             for line in grid[1:]:
-                table.add_row(*map(escape, line))
+                table.add_row(*map(cell, line))
             out.print(table)
     for line in average_notes(rows):
-        out.print(f"[dim]{escape(line)}[/]", soft_wrap=True)
+        say(line, "dim")
 
 
 def show_comparison(comparison: dict[str, Any]) -> None:
     """The columns of a comparison that a terminal has room for, and why something stands apart."""
+    from ultralowbit.report.columns import cell as cell_of
+
     for section in comparison["sections"]:
         if len(comparison["sections"]) > 1:
-            out.print(f"[bold]{escape(section['model']['name'])}[/]")
+            say(section["model"]["name"], "bold")
         columns = [c for c in section["columns"] if c["drawn"] or c["key"] in ("linear_bits", "file_bytes", "seconds")]
         table = new_table("", *(f"{c['group']}\n{c['title']}" for c in columns), left=1)
         for row in section["rows"]:
-            label = f"[bold]{escape(row['label'])}[/]" if row["on_front"] else escape(row["label"])
-            table.add_row(label, *(cell(row, column) for column in columns))
+            label = cell(row["label"], "bold" if row["on_front"] else "")
+            table.add_row(label, *(cell_of(row, column) for column in columns))
         out.print(table)
         for line in [*section["notes"], *(column["protocol"] for column in columns if column["drawn"])]:
-            out.print(f"[dim]{escape(line)}[/]")
+            say(line, "dim")

@@ -25,8 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ultralowbit.checkpoint.files import Source
 from ultralowbit.errors import CheckpointError, InputError, reason
-from ultralowbit.nn.hf import match_keys
 from ultralowbit.nn.linear import PackedLinear
+from ultralowbit.nn.quantizer import match_keys
 
 MAX_UNQUANTIZED = 0.05
 """Largest share of the blocks' weights that may stay outside Linears; above it (MoE experts) a model is refused."""

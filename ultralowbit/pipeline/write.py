@@ -19,7 +19,7 @@ from ultralowbit.data.calibration import Calibration
 from ultralowbit.data.corpora import public_name
 from ultralowbit.format.weight import Format
 from ultralowbit.nn.decoder import Decoder
-from ultralowbit.nn.hf import UltraLowBitConfig
+from ultralowbit.nn.quantizer import UltraLowBitConfig
 from ultralowbit.recipe import Recipe
 from ultralowbit.system import environment
 

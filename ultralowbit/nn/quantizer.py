@@ -1,0 +1,183 @@
+"""What transformers is told of packed checkpoints: `quant_method: ultralowbit` in a config.json.
+
+Importing this module registers the method. It names only what `transformers.quantizers.auto` has itself imported by
+then, since it is imported right after that (see `ultralowbit/__init__.py`). Loading fails closed: every tensor of the
+model must be in the files with the dtype and shape that the config promises, and the config must be the one that was
+written with them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ultralowbit.checkpoint.config import CONFIG, DIGEST, QUANT_METHOD, config_digest, malformed, module_formats
+from ultralowbit.checkpoint.files import read_headers, read_metadata
+from ultralowbit.checkpoint.storage import read_json
+from ultralowbit.errors import CheckpointError
+from ultralowbit.format.weight import Format
+from ultralowbit.nn.linear import PackedLinear, swap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@register_quantization_config(QUANT_METHOD)
+class UltraLowBitConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a packed checkpoint.
+
+    modules: name of each packed Linear -> key in `formats`; formats: key -> `Format.to_dict()`; recipe: its name.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, str] | None = None,
+        formats: Mapping[str, Mapping[str, Any]] | None = None,
+        recipe: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        self.recipe = recipe
+        try:
+            self.formats = {key: dict(value) for key, value in (formats or {}).items()}
+            self.modules = dict(modules or {})
+        except (TypeError, ValueError, AttributeError) as e:
+            raise malformed(repr(e)) from e
+
+    @classmethod
+    def of(cls, formats: Mapping[str, Format], recipe: str | None = None) -> UltraLowBitConfig:
+        """From the format of each packed module."""
+        distinct = {format.summary: format.to_dict() for format in formats.values()}
+        return cls({name: format.summary for name, format in formats.items()}, distinct, recipe)
+
+    def module_formats(self) -> dict[str, Format]:
+        """The format of each packed module; raises `FormatError` where this release cannot read one."""
+        return module_formats(self.modules, self.formats)
+
+
+@register_quantizer(QUANT_METHOD)
+class UltraLowBitQuantizer(HfQuantizer):
+    """Puts a `PackedLinear` wherever the config names one; the shards then fill it as they fill any module."""
+
+    requires_calibration = True
+    required_packages: tuple[str, ...] = ()
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        self.quantization_config.module_formats()  # an unreadable format stops here, before anything is built
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        if checkpoint_files is None:
+            raise CheckpointError("a packed model is loaded from its safetensors files, not from a state_dict")
+        check_config(checkpoint_files)
+        modules = dict(model.named_modules())
+        for name, format in self.quantization_config.module_formats().items():
+            # AutoModel builds the same decoder without the head's prefix
+            names = (name, name.removeprefix(f"{model.base_model_prefix}."))
+            own = next((n for n in names if isinstance(modules.get(n), nn.Linear | Conv1D)), None)
+            if own is None:
+                raise CheckpointError(
+                    f"config.json lists {name} as packed, which is no Linear of {type(model).__name__}: "
+                    "the config.json was edited, or belongs to another model"
+                )
+            swap(model, own, PackedLinear.replacing(modules[own], format))
+        check_files(model, checkpoint_files)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, PackedLinear):
+                swap(model, name, module.dense(dtype or model.dtype))
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Ties the weights that `save_pretrained` writes to the config.json beside them."""
+        return None, {DIGEST: config_digest(json.loads(model.config.to_json_string()))}
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # adapters: packed_matmul passes gradients to its input
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def match_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Name of each tensor of the model that a checkpoint holds -> its key there: with transformers' own renamings
+    (GPT-NeoX's `embed_out` is `lm_head` to it), and with or without the base model's prefix."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    prefix = f"{model.base_model_prefix}."
+    renamed = {apply_renamings(key, renamings): key for key in keys}
+    key_of = {}
+    for name in model.state_dict():
+        key = next((k for k in (name, name.removeprefix(prefix), prefix + name) if k in renamed), None)
+        if key is not None:
+            key_of[name] = renamed[key]
+    return key_of
+
+
+def check_config(files: Sequence[str | Path]) -> None:
+    """Raise `CheckpointError` unless the config.json beside the files is the one that they were written with."""
+    config = read_json(Path(files[0]).parent / CONFIG)
+    for file in files:
+        written_with = read_metadata(file).get(DIGEST)
+        if written_with != config_digest(config):
+            what = "does not say which" if written_with is None else "was written with another"
+            raise CheckpointError(f"{file} {what} {CONFIG} it belongs to: copy both again, or compress again")
+
+
+def check_files(model: PreTrainedModel, files: Sequence[str | Path]) -> None:
+    """Raise `CheckpointError` unless every tensor of the model is in the files, as the model expects it."""
+    stored = read_headers(files)
+    key_of = match_keys(model, stored)
+    packed = {
+        f"{name}.{suffix}": spec
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLinear)
+        for suffix, spec in module.format.tensors(module.out_features, module.in_features).items()
+    }
+    problems = []
+    for name, tensor in model.state_dict().items():
+        spec = stored.get(key_of.get(name))
+        if spec is None:
+            if name not in model.all_tied_weights_keys:
+                problems.append(f"{name} is missing")
+        elif spec.shape != tuple(tensor.shape):
+            problems.append(f"{name} has shape {list(spec.shape)}, expected {list(tensor.shape)}")
+        elif name in packed and spec.dtype != packed[name].dtype:
+            problems.append(f"{name} has dtype {spec.dtype}, expected {packed[name].dtype}")
+        elif spec.dtype is None or spec.dtype.is_floating_point != tensor.dtype.is_floating_point:
+            problems.append(f"{name} has dtype {spec.dtype}, expected {tensor.dtype}")
+    # a part that the format leaves out would change what the others mean
+    modules = {key.rpartition(".")[0] for name, key in key_of.items() if name in packed}
+    problems += [
+        f"{key} is no part of the format of its module"
+        for key in sorted(stored.keys() - set(key_of.values()))
+        if key.rpartition(".")[0] in modules
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"the checkpoint does not hold the model that its config.json describes: {'; '.join(problems[:3])}{more}; "
+            "copy it again, or compress again"
+        )
