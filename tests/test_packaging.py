@@ -40,20 +40,16 @@ def test_every_folder_with_code_is_a_package_that_installs():
 
 def test_files_that_are_no_code_are_declared():
     declared = PROJECT["tool"]["setuptools"]["package-data"]
-    folders = {"ultralowbit": ROOT / "ultralowbit"} | {f"ultralowbit.{name}": ROOT / name for name in MAPPED}
-    folders["ultralowbit.demo"] = ROOT / "ultralowbit/demo"
-    for package, folder in folders.items():
-        matched = {path for pattern in declared.get(package, []) for path in folder.glob(pattern)}
-        below = {
-            path
-            for other in folders.values()
-            if other != folder and folder in other.parents
-            for path in other.rglob("*")
-        }
-        for path in folder.rglob("*"):
-            known = (".py", ".pyc", ".md", ".csv", ".cpp", ".h", ".so")  # of these, a wheel has what is compiled
-            if path.is_file() and path.suffix not in known and path not in below:
-                assert path in matched, f"{path.relative_to(ROOT)} would not be in a wheel"
+    known = {".py", ".pyc", ".md", ".csv", ".png", ".cpp", ".h", ".so"}  # of these, a wheel has what is compiled
+    matched, others = set(), set()
+    for package, patterns in declared.items():
+        parts = package.split(".")[1:]
+        folder = ROOT.joinpath(*parts) if parts and parts[0] in MAPPED else ROOT.joinpath("ultralowbit", *parts)
+        matched |= {path for pattern in patterns for path in folder.glob(pattern)}
+    for top in ("ultralowbit", *MAPPED):
+        others |= {path for path in (ROOT / top).rglob("*") if path.is_file() and path.suffix not in known}
+    assert {path.relative_to(ROOT) for path in others - matched} == set(), "would not be in a wheel"
+    assert matched
 
 
 def test_a_wheel_holds_every_file_under_one_name(tmp_path, monkeypatch):
@@ -102,6 +98,29 @@ def test_importing_the_package_adds_little_to_transformers_and_leaves_no_name_be
     assert "ultralowbit" in names
     assert not names & {"triton", "lm_eval", "datasets", "matplotlib", "pandas", "pyarrow", "sklearn", "typer", "rich"}
     assert not names & {"eval", "kernels", "recipes", "tests"}
+
+
+def test_naming_the_package_or_asking_for_help_needs_no_torch(tmp_path):
+    for script in ("import ultralowbit", "import ultralowbit.cli.app"):
+        script += "; import sys; print(*{name.partition('.')[0] for name in sys.modules})"
+        done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert not set(done.stdout.split()) & {"torch", "transformers", "triton", "lm_eval", "datasets", "matplotlib"}
+
+
+FIRST = """
+import {first}, {second}
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as known
+import sys
+assert "ultralowbit" in known and "ultralowbit.pipeline" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("first, second", [("ultralowbit", "transformers"), ("transformers", "ultralowbit")])
+def test_the_format_is_registered_whichever_is_imported_first(tmp_path, first, second):
+    script = FIRST.format(first=first, second=second)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["eval", "recipes"])

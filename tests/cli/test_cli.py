@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
@@ -148,7 +149,7 @@ def test_mistakes_are_one_sentence_and_exit_2(run, model, text, tmp_path):
         (["compress", model, "--recipe", "sign-2", "--eval", "auto", "--eval", text], ["stand alone"]),
         (["compress", model, "--recipe", "sign-2", *options(text), "--context", "65"], ["the model takes 2 to 64"]),
         (["compress", model, "--recipe", "sign-2", "--device", "toaster"], ["try --device cpu"]),
-        (["eval", model, "--ppl", text, "--dtype", "int3"], ["expected auto, float32"]),
+        (["eval", model, "--ppl", text, "--dtype", "int3"], ["expected one of auto, float32"]),
         (["eval", model], ["name a text with --ppl, or tasks with --tasks"]),
         (["eval", model, "--tasks", "piqa", "--fidelity", model], ["name one with --ppl"]),
         (["eval", model, "--tasks", "piqa", "--batch-size", "0"], ["expected auto or a number from 1"]),
@@ -364,3 +365,24 @@ except KeyboardInterrupt:
     sys.exit(130)
 """
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 130
+
+
+@pytest.mark.parametrize("name", ["out [x]", "a[/o]b", "[bold]", "esc\x1b[31m"])
+def test_names_are_printed_as_they_are_and_drive_no_terminal(run, model, text, tmp_path, name):
+    result = run("compress", model, "--recipe", "rtn-4bit", "--out", name, *options(text, "none"))
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / name / "manifest.json").exists()
+    assert name.replace("\x1b", "\\x1b") in result.stdout and "\x1b" not in result.output
+    result = run("verify", name, "-q")
+    assert result.exit_code == 0 and name.replace("\x1b", "\\x1b") in result.stdout
+    result = run("verify", f"{name}-gone", "-q")
+    assert result.exit_code == 1 and name.replace("\x1b", "\\x1b") in result.stderr
+
+
+def test_help_of_every_command_has_an_example():
+    def commands(group, path):
+        for name, command in group.commands.items():
+            yield from commands(command, (*path, name)) if hasattr(command, "commands") else [((*path, name), command)]
+
+    for path, command in commands(typer.main.get_command(app), ()):
+        assert f"ultralowbit {' '.join(path)}" in command.help, path
