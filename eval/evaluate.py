@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ultralowbit.cli.console import Watch
 from ultralowbit.errors import InputError
 from ultralowbit.eval import zeroshot
 from ultralowbit.eval.perplexity import Bos
@@ -25,10 +25,13 @@ from ultralowbit.eval.runner import (
     read_texts,
 )
 from ultralowbit.hub import open_tokenizer, resolve_model
+from ultralowbit.progress import Progress
 from ultralowbit.report.schema import strict
 from ultralowbit.system import pick_device, release
 
 SCHEMA_VERSION = 1
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def evaluate_models(
     *,
     device: str = "auto",
     trust_remote_code: bool = False,
-    watch: Watch,
+    watch: Progress,
     fetch: Callable[[str], Path] = resolve_model,
     command: str | None = None,
     questions: zeroshot.Tasks | None = None,
@@ -117,10 +120,10 @@ def evaluate_models(
             batch_size=wanted.batch_size, seed=wanted.seed, log_samples=wanted.log_samples, progress=stage(model),
         )  # fmt: skip
         if answers.truncated:
-            watch.say(
-                f"WARNING {model}: {answers.truncated} of {answers.requests} requests of the tasks are longer than its "
-                "context and lost their beginning"
-            )
+            log.warning(
+                "%s: %d of %d requests of the tasks are longer than its context and lost their beginning",
+                model, answers.truncated, answers.requests,
+            )  # fmt: skip
         rows[model]["tasks"] = answers
         del net
         release(where)

@@ -1,8 +1,9 @@
 """Accuracy on tasks of lm-eval (https://github.com/EleutherAI/lm-evaluation-harness), asked of a model in memory.
 
-Prompts, scores and standard errors are lm-eval's own, through `simple_evaluate`, and its full results are kept. Added
-is what a table needs to be read: the chance level, counted from the choices of the documents that were asked, and
-averages that say which metric of which task they are over. lm-eval is optional and imported when it is first needed.
+Prompts, scores and standard errors are lm-eval's own, from `simple_evaluate`, and its full results are kept. This
+module adds what a reader of the table needs: the level of chance, counted from the choices of the documents that were
+asked, and averages that say which metric of which task they are over. lm-eval is optional, and imported when it is
+first needed.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -31,11 +32,12 @@ import torch
 from torch import nn
 
 from ultralowbit.errors import InputError, reason
+from ultralowbit.eval.scores import ACCURACIES, Average, Score, averages
+from ultralowbit.progress import OnProgress
 
-Progress = Callable[[str], Callable[[int, int], object]]
-"""progress(what) begins a stage and gives what is told (done, total)."""
+Stages = Callable[[str], OnProgress]
+"""stages(what) begins a stage and gives the callback that is told (done, total)."""
 
-ACCURACIES = ("acc", "acc_norm")
 BOOTSTRAP = 1000
 """Resamples for the standard error of the metrics that lm-eval has no formula for, such as LAMBADA's perplexity."""
 
@@ -45,43 +47,8 @@ _BATCH_LOGITS = 1 << 29  # lm-eval holds a batch's logits whole, twice: 2 GB eac
 
 
 @dataclass(frozen=True)
-class Score:
-    """One metric of a task, or of a group of tasks that lm-eval averages itself."""
-
-    task: str
-    metric: str
-    """As lm-eval names it, with its filter behind a comma where it has one."""
-    value: float
-    stderr: float | None
-    chance: float | None
-    """What guessing among the choices of these documents gives, 0 where the answer is free; None if that is not known
-    or the metric is no accuracy."""
-    documents: int
-    of: int
-    """Documents that the task has; a limit asks the first of them."""
-    shots: int | None
-    version: str
-    higher_is_better: bool | None
-
-
-@dataclass(frozen=True)
-class Average:
-    """The plain mean over tasks, each of which counts once."""
-
-    metrics: dict[str, str]
-    """Task -> the metric of it that is averaged."""
-    value: float
-    stderr: float | None
-    """Of the mean, the tasks being independent."""
-    chance: float | None
-    corrected: float | None
-    """Mean of (value - chance) / (1 - chance): 0 for a guess, 1 for no mistake."""
-    corrected_stderr: float | None
-
-
-@dataclass(frozen=True)
 class ZeroShot:
-    """What a model scored, and lm-eval's own results."""
+    """What a model scored, with lm-eval's own results."""
 
     scores: list[Score]
     averages: list[Average]
@@ -89,28 +56,22 @@ class ZeroShot:
     """Requests that lost their beginning because they are longer than the model's context, of `requests`."""
     requests: int
     seconds: float
-    results: dict[str, Any] = field(repr=False)
+    lm_eval: dict[str, Any] = field(repr=False)
     """All that `simple_evaluate` returned, as JSON values."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, as JSON values; lm-eval's results are under "lm_eval"."""
-        found = asdict(self)
-        results = found.pop("results")
-        return {**found, "lm_eval": results}
 
     @property
     def version(self) -> str:
-        """Of lm-eval."""
-        return self.results["lm_eval_version"]
+        """The version of lm-eval."""
+        return self.lm_eval["lm_eval_version"]
 
     @property
     def table(self) -> str:
         """lm-eval's own table, and below it that of the groups if there are any."""
         from lm_eval.utils import make_table
 
-        tables = [make_table(self.results)]
-        if self.results.get("groups"):
-            tables.append(make_table(self.results, "groups"))
+        tables = [make_table(self.lm_eval)]
+        if self.lm_eval.get("groups"):
+            tables.append(make_table(self.lm_eval, "groups"))
         return "\n".join(tables)
 
 
@@ -135,7 +96,7 @@ def require() -> None:
         ) from error
 
 
-def read_tasks(names: Sequence[str], folder: Path | None = None, progress: Progress | None = None) -> Tasks:
+def read_tasks(names: Sequence[str], folder: Path | None = None, progress: Stages | None = None) -> Tasks:
     """Find tasks by name and read their documents.
 
     A name is a task, a group, a tag or a pattern of lm-eval (`blimp_*`), first looked for in the YAML files of
@@ -156,15 +117,15 @@ def read_tasks(names: Sequence[str], folder: Path | None = None, progress: Progr
             if step:
                 step(done, len(wanted))
             try:
-                found = manager.load([name])
+                parts = manager.load([name])
             except Exception as error:  # datasets lets through whatever the network, the cache and the parsers raise
                 raise InputError(
                     f"the task {name!r} cannot be read ({reason(error)}): connect to the hub, or give --tasks-dir with "
                     "task files whose data are local"
                 ) from error
             for key, part in loaded.items():
-                part |= found.get(key, {})
-            scored += _scored(name, found)
+                part |= parts.get(key, {})
+            scored += _scored(name, parts)
     return Tasks(list(dict.fromkeys(scored)), loaded, manager.task_index)
 
 
@@ -193,19 +154,19 @@ def _closed(name: str, index: Mapping[str, Any]) -> bool:
 
 
 def _match(pattern: str, known: Sequence[str]) -> list[str]:
-    found = fnmatch.filter(known, pattern)
-    if not found:
+    matches = fnmatch.filter(known, pattern)
+    if not matches:
         near = difflib.get_close_matches(pattern, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "`lm_eval ls tasks` names lm-eval's, --tasks-dir adds your own"
         raise InputError(f"there is no task {pattern!r}: {hint}")
-    return found
+    return matches
 
 
-def _scored(name: str, found: Mapping[str, Any]) -> list[str]:
+def _scored(name: str, loaded: Mapping[str, Any]) -> list[str]:
     """What of a loaded name has a score: a group if it averages its members, else the members."""
-    group = found.get("groups", {}).get(name)
+    group = loaded.get("groups", {}).get(name)
     if group is None:
-        return [*found["tasks"]]
+        return [*loaded["tasks"]]
     if group.has_aggregation:
         return [name]
     inner = {child.name: child for child in group.get_all_groups()}
@@ -222,7 +183,7 @@ def evaluate(
     batch_size: int | None = None,
     seed: int = 0,
     log_samples: bool = False,
-    progress: Progress | None = None,
+    progress: Stages | None = None,
 ) -> ZeroShot:
     """Ask a causal LM, packed or not, the documents of the tasks, or the first `limit` of each.
 
@@ -272,7 +233,7 @@ def _lm() -> type:
     from lm_eval.models.huggingface import HFLM
 
     class LM(HFLM):
-        def __init__(self, *, progress: Progress | None, **kwargs: Any) -> None:
+        def __init__(self, *, progress: Stages | None, **kwargs: Any) -> None:
             super().__init__(**kwargs)
             tokens = _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS_ELSEWHERE)
             self.tokens = min(tokens, _BATCH_LOGITS // self.model.config.get_text_config().vocab_size)
@@ -300,10 +261,10 @@ def _lm() -> type:
             if override_bs is None:
                 self.requests += len(requests)
                 self.truncated += sum(len(a) + len(b) > self.max_length + 1 for _, a, b in requests)
-            found = super()._loglikelihood_tokens(requests, disable_tqdm or self.step is not None, override_bs)
+            answers = super()._loglikelihood_tokens(requests, disable_tqdm or self.step is not None, override_bs)
             if self.step:
                 self.step(len(requests))
-            return found
+            return answers
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
             """Its windows come in batches that know nothing of one another: one stage for all."""
@@ -334,7 +295,7 @@ def _steps(report: Callable[[int, int], object], total: int) -> Callable[[int], 
 
 
 @contextmanager
-def _contained(progress: Progress | None) -> Iterator[None]:
+def _contained(progress: Stages | None) -> Iterator[None]:
     """lm-eval without its traces: bars become stages of ours, random states are put back, and nothing is printed."""
     import datasets
     import lm_eval.api.model
@@ -393,7 +354,7 @@ def _scores(name: str, tasks: Tasks, results: Mapping[str, Any]) -> list[Score]:
     row = results["results"][name]
     group = tasks.loaded["groups"].get(name)
     members = [name] if group is None else [task.task_name for task in group.get_all_tasks()]
-    found = []
+    scores = []
     for key, value in row.items():
         metric, comma, filter_name = key.partition(",")
         if not comma or metric.endswith("_stderr"):
@@ -403,7 +364,7 @@ def _scores(name: str, tasks: Tasks, results: Mapping[str, Any]) -> list[Score]:
         if metric in ACCURACIES:
             weighed = group is not None and _weighs(group, metric)
             chance = _mean_chance([tasks.loaded["tasks"][m] for m in members], results, weighed)
-        found.append(
+        scores.append(
             Score(
                 task=name, metric=metric if filter_name == "none" else key, value=value,
                 stderr=stderr if isinstance(stderr, float) else None, chance=chance,
@@ -413,7 +374,7 @@ def _scores(name: str, tasks: Tasks, results: Mapping[str, Any]) -> list[Score]:
                 higher_is_better=results["higher_is_better"].get(name, {}).get(metric),
             )
         )  # fmt: skip
-    return found
+    return scores
 
 
 def _weighs(group: Any, metric: str) -> bool:
@@ -441,35 +402,3 @@ def _chance(task: Any) -> float | None:
     if getattr(task, "multiple_target", 0):
         right = {request.doc_id: len({*task.doc_to_target(request.doc)}) for request in task.instances}
     return fmean(right[doc] * repeats / asked[doc] for doc in asked)
-
-
-def averages(scores: Iterable[Score]) -> list[Average]:
-    """Means over tasks of acc, and of acc_norm where a task has it and acc elsewhere, if that is another; a mean is of
-    two tasks at least."""
-    tasks: dict[str, dict[str, Score]] = {}
-    for score in scores:
-        if score.metric in ACCURACIES:
-            tasks.setdefault(score.task, {})[score.metric] = score
-    plain = [found["acc"] for found in tasks.values() if "acc" in found]
-    normed = [found.get("acc_norm") or found["acc"] for found in tasks.values()]
-    return [_average(chosen) for chosen in ([plain] if plain == normed else [plain, normed]) if len(chosen) > 1]
-
-
-def _average(scores: Sequence[Score]) -> Average:
-    def stderr(errors: Iterable[float | None]) -> float | None:
-        found = [*errors]
-        return None if None in found else math.sqrt(sum(e * e for e in found)) / len(found)
-
-    chances = [score.chance for score in scores]
-    corrected = corrected_stderr = None
-    if None not in chances:
-        corrected = fmean((s.value - s.chance) / (1 - s.chance) for s in scores)
-        corrected_stderr = stderr(None if s.stderr is None else s.stderr / (1 - s.chance) for s in scores)
-    return Average(
-        metrics={score.task: score.metric for score in scores},
-        value=fmean(score.value for score in scores),
-        stderr=stderr(score.stderr for score in scores),
-        chance=None if None in chances else fmean(chances),
-        corrected=corrected,
-        corrected_stderr=corrected_stderr,
-    )

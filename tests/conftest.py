@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import string
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from transformers.utils import logging
 
 VOCAB = 96
 
+os.environ.pop("COLUMNS", None)  # xdist sets it: tables would be cut to a terminal's width
 torch.set_num_threads(1)  # tiny products: more threads only wait for one another
 logging.disable_progress_bar()
 

@@ -35,8 +35,8 @@ ALLOWED = {
     "bench": "report eval export pipeline recipe training methods data nn kernels checkpoint format hub system errors "
     "progress units",
     "demo": "bench report eval pipeline recipe data nn checkpoint format hub system errors progress units",
-    "cli": "demo bench report export eval pipeline recipe training methods data nn kernels checkpoint format hub system "
-    "errors progress units",
+    "cli": "demo bench report export eval pipeline recipe training methods data nn kernels checkpoint format hub "
+    "system errors progress units",
     "": "nn pipeline recipe",  # ultralowbit/__init__.py, lazily
     "__main__": "cli",
 }

@@ -36,6 +36,7 @@ from ultralowbit.nn.linear import PackedLinear
 from ultralowbit.pipeline.collect import collect
 from ultralowbit.pipeline.compress import compress
 from ultralowbit.pipeline.quantize import quantize_linear
+from ultralowbit.progress import Silent
 from ultralowbit.recipe import Recipe
 
 LLAMA = {
@@ -93,7 +94,7 @@ def shards(folder: Path) -> dict[str, Tensor]:
     return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
 
 
-class Lines:
+class Lines(Silent):
     """Notes what compress says."""
 
     def __init__(self) -> None:

@@ -18,6 +18,7 @@ from ultralowbit.errors import InputError
 from ultralowbit.hub import open_tokenizer
 from ultralowbit.nn.linear import PackedLinear
 from ultralowbit.pipeline.compress import compress
+from ultralowbit.progress import Silent
 from ultralowbit.recipe import Recipe
 from ultralowbit.training.loop import fit
 
@@ -167,7 +168,7 @@ def test_preprocessing_restores_before_it_quantizes(source, recipe, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "plain"]
 
 
-class Stop:
+class Stop(Silent):
     """Ends the run at the n-th step of a stage."""
 
     def __init__(self, stage: str, n: int) -> None:

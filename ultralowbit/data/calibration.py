@@ -14,9 +14,7 @@ from torch import Tensor
 from ultralowbit.data.corpora import is_collection, read_documents, read_text, token_sha256
 from ultralowbit.errors import InputError, reason
 from ultralowbit.nn.hf import cache_name
-
-Progress = Callable[[int, int], object]
-"""Called with the tokens done and the tokens in all."""
+from ultralowbit.progress import OnProgress
 
 _TRIES = 10_000  # documents drawn for one sample; in c4 one in fifty has 2048 tokens
 _BATCH = 8  # samples written at once: 2048 tokens of a 7B model's keys and values are 1 GB each
@@ -45,7 +43,7 @@ def calibrate(
     seed: int,
     model_path: str | Path | None = None,
     device: str | torch.device = "cpu",
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Calibration:
     """Draw `samples` windows of `length` tokens from the train split of `source`, the same ones for the same seed.
 
@@ -123,7 +121,7 @@ def _own_samples(
     seed: int,
     model_path: str | Path | None,
     device: str | torch.device,
-    progress: Progress,
+    progress: OnProgress,
 ) -> Tensor:
     model = _load(model_path, device)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -11,11 +11,11 @@ import torch
 
 from ultralowbit.checkpoint.manifest import MANIFEST
 from ultralowbit.checkpoint.storage import sha256_file, write_atomic, write_json
-from ultralowbit.cli.console import Watch
 from ultralowbit.errors import InputError
 from ultralowbit.eval.generation import generate
 from ultralowbit.eval.runner import open_model, pick_dtype
 from ultralowbit.hub import open_tokenizer
+from ultralowbit.progress import Progress
 from ultralowbit.recipe import Recipe
 from ultralowbit.report.run import Texts, compress_and_measure
 from ultralowbit.report.schema import SCHEMA_VERSION, stored_perplexity, strict
@@ -42,7 +42,7 @@ TOKENS = 24
 
 def run_demo(
     out: Path,
-    watch: Watch,
+    watch: Progress,
     *,
     device: str = "auto",
     restart: bool = False,

@@ -79,20 +79,9 @@ class TextReader:
         length = window_length(spec, self.decoder)
         if length < spec.length:
             self.progress.say(f"windows of {spec.source} cut from {spec.length} to the model's {length} positions")
-        tokenizer = self.tokenizer
-        self.progress.start(f"reading {spec.source}", 1)
-        done = 0
-
-        def step(now: int, total: int) -> None:
-            nonlocal done
-            if not done:
-                self.progress.start(f"text from {spec.source}", total)
-            self.progress.step(now - done)
-            done = now
-
         data = calibrate(
-            spec.source, tokenizer, samples=spec.samples, length=length, seed=spec.seed, model_path=self.folder,
-            device=self.decoder.device, progress=step,
+            spec.source, self.tokenizer, samples=spec.samples, length=length, seed=spec.seed, model_path=self.folder,
+            device=self.decoder.device, progress=self.progress.counter(f"text from {spec.source}"),
         )  # fmt: skip
         rows = self.decoder.model.get_input_embeddings().weight.shape[0]
         if data.tokens.max() >= rows:

@@ -25,7 +25,7 @@ from ultralowbit.nn.inputs import InputGroup, input_groups
 from ultralowbit.pipeline.collect import collect
 from ultralowbit.pipeline.quantize import give_weight, quantize_linear
 from ultralowbit.pipeline.source import batched
-from ultralowbit.progress import Progress
+from ultralowbit.progress import OnProgress, Progress
 from ultralowbit.recipe import Recipe
 from ultralowbit.system import return_free_memory
 from ultralowbit.training.blockwise import Streams, train_block
@@ -229,6 +229,9 @@ class SubStage:
 
     def say(self, line: str) -> None:
         self.outer.say(line)
+
+    def counter(self, what: str) -> OnProgress:
+        return self.outer.counter(what)
 
 
 def _block_line(name: str, layers: dict[str, dict[str, Any]], tuned: dict[str, Any] | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,6 @@ from ultralowbit.checkpoint.files import Source
 from ultralowbit.checkpoint.manifest import MANIFEST
 from ultralowbit.checkpoint.size import measure_size
 from ultralowbit.checkpoint.storage import sha256_file, write_atomic, write_json
-from ultralowbit.cli.console import Watch
 from ultralowbit.data.corpora import SOURCES
 from ultralowbit.errors import InputError
 from ultralowbit.eval.fidelity import Fidelity
@@ -39,12 +39,15 @@ from ultralowbit.eval.runner import (
 from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.hub import open_tokenizer, resolve_model
 from ultralowbit.pipeline.compress import compress
+from ultralowbit.progress import Progress
 from ultralowbit.recipe import Recipe
 from ultralowbit.report import card as cards
 from ultralowbit.report.gates import Continuation, Limits, advice, continuation, exceeded
 from ultralowbit.report.schema import SCHEMA_VERSION, stored_fidelity, stored_perplexity, strict
 from ultralowbit.report.tables import render
 from ultralowbit.system import forget_peak_memory, peak_memory, pick_device
+
+log = logging.getLogger(__name__)
 
 AUTO_TOKENS = 40_960
 """Tokens that perplexity is measured on unless texts are named: twenty windows of 2048, enough to see what happened."""
@@ -83,7 +86,7 @@ def compress_and_measure(
     device: str = "auto",
     restart: bool = False,
     trust_remote_code: bool = False,
-    watch: Watch,
+    watch: Progress,
     command: str | None = None,
     known: Sequence[Perplexity] = (),
     load_from: str | None = None,
@@ -136,7 +139,7 @@ def compress_and_measure(
     no_room = None
     if unknown(wanted, dtype, known) and (why := too_large([(folder, dtype)], where)):
         no_room = f"not measured: it {why}"
-        watch.say(f"WARNING the original is {no_room}")
+        log.warning("the original is %s", no_room)
     before = (
         []
         if no_room
@@ -187,7 +190,7 @@ def _side_by_side(
     out: Path,
     texts: list[EvalText],
     device: torch.device,
-    watch: Watch,
+    watch: Progress,
     options: dict[str, Any],
 ) -> Compared:
     """Both models over the texts, if they fit into memory together."""
@@ -204,7 +207,7 @@ def _side_by_side(
 
 
 def _continue(
-    out: Path, original: Path | None, text: EvalText, device: torch.device, watch: Watch, options: dict[str, Any]
+    out: Path, original: Path | None, text: EvalText, device: torch.device, watch: Progress, options: dict[str, Any]
 ) -> dict[str, Any]:
     """What the packed model writes; that it repeats a token is no collapse if the original does."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import statistics
 from collections import defaultdict
@@ -15,7 +16,6 @@ from typing import Any
 
 from ultralowbit.checkpoint.config import read_config_json
 from ultralowbit.checkpoint.storage import write_json
-from ultralowbit.cli.console import Watch
 from ultralowbit.data.corpora import read_text
 from ultralowbit.errors import CheckpointError, DiskFull, FormatError, InputError, reason
 from ultralowbit.eval import zeroshot
@@ -24,6 +24,7 @@ from ultralowbit.eval.perplexity import Perplexity, token_stream
 from ultralowbit.eval.runner import open_model, pick_dtype, too_large
 from ultralowbit.eval.tracks import Observed, Track, across, robustness, speed, tracks
 from ultralowbit.hub import open_tokenizer, resolve_model
+from ultralowbit.progress import Progress
 from ultralowbit.recipe import Recipe
 from ultralowbit.report import plots
 from ultralowbit.report.comparison import may_write, write_comparison
@@ -31,6 +32,8 @@ from ultralowbit.report.run import Texts, compress_and_measure
 from ultralowbit.report.runs import evaluated
 from ultralowbit.report.schema import stored_perplexity, strict
 from ultralowbit.system import pick_device, release
+
+log = logging.getLogger(__name__)
 
 ROBUSTNESS_TOKENS = 16_384
 PROMPT_TOKENS = 128
@@ -89,7 +92,7 @@ def run_sweep(
     device: str = "auto",
     restart: bool = False,
     trust_remote_code: bool = False,
-    watch: Watch,
+    watch: Progress,
     command: str | None = None,
 ) -> dict[str, Any]:
     """Run all, into folders of `out/runs`, and write the comparison of `compare` with the tracks into `out`.
@@ -131,7 +134,7 @@ def run_sweep(
                 raise
             except Exception as error:  # one method's trouble is not to cost the others' results
                 said = str(error) if isinstance(error, InputError | CheckpointError | FormatError) else reason(error)
-                watch.say(f"WARNING {name}, {label}: {said}")
+                log.warning("%s, %s: %s", name, label, said)
                 failed.append({"model": name, "label": f"{label}/{folder.name}", "error": said})
                 continue
             if calibration is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ from ultralowbit.checkpoint.storage import write_tensors
 from ultralowbit.errors import InputError, reason
 from ultralowbit.progress import Progress, Silent
 from ultralowbit.training.specs import TrainSpec
+
+log = logging.getLogger(__name__)
 
 SAVE_SECONDS = 60.0
 """Between two saved states; more where saving is slow, so that it takes 2 % of the time at most."""
@@ -228,7 +231,7 @@ class _Fit:
         then = "training ended with them" if state.ended else "training went on from them at half the learning rates"
         note = f"at step {state.step} {error}: the parameters of step {state.best_step} were restored and {then}"
         state.notes.append(note)
-        self.progress.say(f"WARNING {what}: {note}")
+        log.warning("%s: %s", what, note)
 
     def _restore(self) -> None:
         with torch.no_grad():
