@@ -42,7 +42,7 @@ def decode_bench(
     tokens: int = 8,
     rounds: int = 4,
     threads: int = 1,
-    shape: Shape = Shape(),
+    shape: Shape | None = None,
     json_file: Path | str | None = None,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
@@ -52,6 +52,7 @@ def decode_bench(
     The models write `tokens` in turns, `rounds` times after one that warms up; the fastest counts, by the thread's own
     clock where there is one. Peak memory is that of a new process which loads one model and writes.
     """
+    shape = shape or Shape()
     clock = time.thread_time if threads == 1 else time.perf_counter
     result: dict[str, Any] = {
         "shape": asdict(shape), "layers": layers, "threads": threads, "torch": torch.__version__, "isa": cpu.isa(),
@@ -73,15 +74,7 @@ def decode_bench(
                 name: open_model(folder, torch.device("cpu"), torch.bfloat16, fuse=True)
                 for name, folder in folders.items()
             }
-        runs = [("bf16", False), *((name, int8) for name in DECODED for int8 in (False, True))]
-        seconds: dict[tuple[str, bool], list[float]] = {run: [] for run in runs}
-        for turn in range(rounds + 1):
-            for name, int8 in runs:
-                for module in nets[name].modules():
-                    if isinstance(module, PackedLinear):
-                        module.int8 = int8
-                found = _seconds_a_token(nets[name], tokens, clock)
-                seconds[name, int8] += [found] if turn else []
+        seconds = _take_turns(nets, tokens, rounds, clock)
     finally:
         torch.set_num_threads(kept)
     base = min(seconds["bf16", False])
@@ -102,6 +95,23 @@ def decode_bench(
     if json_file is not None:
         Path(json_file).write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _take_turns(
+    nets: dict[str, nn.Module], tokens: int, rounds: int, clock: Callable[[], float]
+) -> dict[tuple[str, bool], list[float]]:
+    """Seconds a token of each model, and of packed ones also with 8-bit activations, in `rounds` turns after one that
+    warms up."""
+    runs = [("bf16", False), *((name, int8) for name in DECODED for int8 in (False, True))]
+    seconds: dict[tuple[str, bool], list[float]] = {run: [] for run in runs}
+    for turn in range(rounds + 1):
+        for name, int8 in runs:
+            for module in nets[name].modules():
+                if isinstance(module, PackedLinear):
+                    module.int8 = int8
+            taken = _seconds_a_token(nets[name], tokens, clock)
+            seconds[name, int8] += [taken] if turn else []
+    return seconds
 
 
 def _read_bytes(model: nn.Module) -> int:
@@ -153,10 +163,10 @@ class Decoder:
     @torch.no_grad()
     def step(self) -> None:
         mask = (self.slots <= self.position).expand(len(self.token), 1, 1, -1)
-        found = self.model(
+        output = self.model(
             input_ids=self.token, position_ids=self.position[None], attention_mask=mask, use_cache=True, **self.cache,
         )  # fmt: skip
-        self.token.copy_(found.logits[:, -1].argmax(-1, keepdim=True))
+        self.token.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
         self.position += 1
 
 
@@ -173,7 +183,7 @@ def decode_speed(
         for _ in range(steps):
             replay()
 
-    return [found / steps for found in race({"decode": write}, device, rounds)["decode"]]
+    return [seconds / steps for seconds in race({"decode": write}, device, rounds)["decode"]]
 
 
 def decode_bench_gpu(

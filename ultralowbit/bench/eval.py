@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ultralowbit.bench.models import Shape, write_model
 from ultralowbit.bench.timing import now
@@ -28,7 +28,7 @@ def eval_bench(
     repeat: int = 3,
     device: str = "auto",
     json_file: Path | str | None = None,
-    shape: Shape = Shape(),
+    shape: Shape | None = None,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """Perplexity, and divergence between two models, beside the bare forward passes over the same batches.
@@ -36,7 +36,7 @@ def eval_bench(
     `model` is a checkpoint folder, packed or not; without one, a random Llama. Tokens are random; each batch is run
     `repeat` times in turns, and the fastest of each counts. Returns, and writes to `json_file`, what `say` is told.
     """
-    where = pick_device(device)
+    where, shape = pick_device(device), shape or Shape()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(model) if model else write_model(Path(folder) / "model", layers, shape)
         net = open_model(path, where, pick_dtype(path, where))
@@ -44,6 +44,28 @@ def eval_bench(
     context = min(context, config.max_position_embeddings or context)
     count = max(context, tokens // context * context)
     windows = torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0)).view(-1, context)
+
+    seconds = _raced(net, windows, where, repeat)
+    result: dict[str, Any] = {
+        "model": str(model or f"random Llama of {layers} layers, {shape}"), "tokens": count, "context": context,
+        "dtype": str(net.dtype).removeprefix("torch."), "device": str(where), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "seconds": seconds, "perplexity_ratio": seconds["perplexity"] / seconds["forward"],
+        "divergence_ratio": seconds["divergence"] / seconds["two forwards"],
+    }  # fmt: skip
+    say(f"{result['model']}: {count} tokens in windows of {context}, {result['dtype']} on {where}")
+    say(f"forward passes {seconds['forward']:.2f} s; perplexity takes {result['perplexity_ratio']:.3f} times that")
+    say(
+        f"forward passes of two models {seconds['two forwards']:.2f} s; their perplexities and divergence take "
+        f"{result['divergence_ratio']:.3f} times that"
+    )
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _raced(net: nn.Module, windows: Tensor, where: torch.device, repeat: int) -> dict[str, float]:
+    """Seconds of bare forward passes and of measuring on windows [windows, context], the fastest of `repeat` turns."""
+    context = windows.shape[1]
 
     def timed(f: Callable[[], object]) -> float:
         started = now(where)
@@ -67,18 +89,4 @@ def eval_bench(
         rounds = [{what: timed(run) for what, run in runs.items()} for _ in range(repeat)]
         for what in seconds:
             seconds[what] += min(times[what] for times in rounds)
-    result: dict[str, Any] = {
-        "model": str(model or f"random Llama of {layers} layers, {shape}"), "tokens": count, "context": context,
-        "dtype": str(net.dtype).removeprefix("torch."), "device": str(where), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "seconds": seconds, "perplexity_ratio": seconds["perplexity"] / seconds["forward"],
-        "divergence_ratio": seconds["divergence"] / seconds["two forwards"],
-    }  # fmt: skip
-    say(f"{result['model']}: {count} tokens in windows of {context}, {result['dtype']} on {where}")
-    say(f"forward passes {seconds['forward']:.2f} s; perplexity takes {result['perplexity_ratio']:.3f} times that")
-    say(
-        f"forward passes of two models {seconds['two forwards']:.2f} s; their perplexities and divergence take "
-        f"{result['divergence_ratio']:.3f} times that"
-    )
-    if json_file is not None:
-        Path(json_file).write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    return seconds

@@ -161,16 +161,16 @@ def _packed(format: Format, out: int, x: Tensor, int8: bool, enough: int) -> Cas
 def cases(out: int, columns: int, tokens: int, enough: int) -> list[Case]:
     """torch's products first, then each format exactly and with activations of 8 bits."""
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
-    found = [_dense(out, columns, x, dtype, enough) for dtype in (torch.bfloat16, torch.float32)]
-    found.append(_int4(out, columns, x, enough))
-    return found + [_packed(f, out, x, int8, enough) for f in formats(columns) for int8 in (False, True)]
+    cases = [_dense(out, columns, x, dtype, enough) for dtype in (torch.bfloat16, torch.float32)]
+    cases.append(_int4(out, columns, x, enough))
+    return cases + [_packed(f, out, x, int8, enough) for f in formats(columns) for int8 in (False, True)]
 
 
-def timed(found: Sequence[Case], rounds: int, clock: Clock) -> list[list[float]]:
+def timed(products: Sequence[Case], rounds: int, clock: Clock) -> list[list[float]]:
     """Seconds of each case's calls, fastest first; the cases take turns."""
-    times: list[list[float]] = [[] for _ in found]
+    times: list[list[float]] = [[] for _ in products]
     for i in range(-1, rounds):
-        for case, seconds in zip(found, times, strict=True):
+        for case, seconds in zip(products, times, strict=True):
             took = _seconds(case.calls[i % len(case.calls)], clock)
             if i >= 0:  # the first round only warms up
                 seconds.append(took)
@@ -203,9 +203,9 @@ def kernel_bench(
                 say("")
                 say(f"[{m}, {columns}] x [{out}, {columns}]")
                 say(_HEAD)
-                found = cases(out, columns, m, 2 * cache_bytes())
+                products = cases(out, columns, m, 2 * cache_bytes())
                 best = {}
-                for case, seconds in zip(found, timed(found, rounds, clock), strict=True):
+                for case, seconds in zip(products, timed(products, rounds, clock), strict=True):
                     us = best[case.product, case.path] = 1e6 * seconds[0]
                     spread = seconds[-1 - len(seconds) // 10] / seconds[0] - 1
                     gbps = case.nbytes / seconds[0] / 1e9
@@ -217,7 +217,7 @@ def kernel_bench(
                     )  # fmt: skip
                     rows.append(row)
                     say(_line(row))
-                del found
+                del products
     finally:
         torch.set_num_threads(kept)
     if csv_file is not None:

@@ -77,9 +77,9 @@ def need_gpu(device: str) -> torch.device:
             f"--device is {device}, and torch {torch.__version__} finds no GPU: run this where "
             "torch.cuda.is_available() is true, or leave --device out to time the CPU"
         )
-    found = torch.device("cuda", torch.device(device).index or 0)
-    torch.cuda.set_device(found)
-    return found
+    gpu = torch.device("cuda", torch.device(device).index or 0)
+    torch.cuda.set_device(gpu)
+    return gpu
 
 
 @dataclass
@@ -155,7 +155,7 @@ def measure_product(
     if not error <= ERROR[x.dtype]:
         raise RuntimeError(f"{name} of [{out}, {columns}] with {tokens} tokens is wrong: relative error {error:.2g}")
     entries = {"packed": calls, "cublas": dense.calls(x), "copy": copy_calls(packed.nbytes, device)}
-    runs = {entry: captured(found, device) for entry, found in entries.items()}
+    runs = {entry: captured(calls, device) for entry, calls in entries.items()}
     try:
         if other := gemlite_calls(packed.format, out, x):
             runs |= {"gemlite": captured(other, device)}
@@ -163,7 +163,7 @@ def measure_product(
     except Exception as e:  # whatever a release of another package may raise, ours is timed all the same
         warnings.warn(f"gemlite is not timed: {e!r}", stacklevel=2)
     times = race(runs, device, rounds)
-    one = {entry: statistics.median(found) / len(entries[entry]) for entry, found in times.items()}
+    one = {entry: statistics.median(replays) / len(entries[entry]) for entry, replays in times.items()}
     alone = statistics.median(race({"packed": calls[0]}, device, rounds)["packed"])
     ours = times["packed"]
     path = kernel_for(packed.format, device, x.dtype, tokens).__name__
@@ -191,14 +191,14 @@ def line(row: Row) -> str:
 
 def machine(device: torch.device) -> dict[str, str]:
     """What the rows were measured on."""
-    found = {"date": datetime.now(timezone.utc).date().isoformat(), "device": device.type, "torch": torch.__version__}
+    columns = {"date": datetime.now(timezone.utc).date().isoformat(), "device": device.type, "torch": torch.__version__}
     if device.type == "cuda":
-        found |= {"device": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
+        columns |= {"device": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
     with suppress(ImportError):
         import triton
 
-        found["triton"] = triton.__version__
-    return found
+        columns["triton"] = triton.__version__
+    return columns
 
 
 def columns_of(device: torch.device) -> list[str]:
@@ -209,8 +209,8 @@ def check_csv(file: Path, device: torch.device) -> None:
     """`InputError` where the file has other columns than rows from this device."""
     if file.exists():
         with file.open(newline="", encoding="utf-8") as stream:
-            found = next(csv.reader(stream), None)
-        if found != columns_of(device):
+            head = next(csv.reader(stream), None)
+        if head != columns_of(device):
             raise InputError(f"{file} has other columns than the rows of this benchmark: name another file")
 
 
@@ -324,5 +324,5 @@ def autotune_bench(
         except OutOfResources:
             return math.inf
 
-    found = tune(cost, lambda tokens: mean(tokens, dequantized), tuning_of(device), say)
-    return entry(torch.cuda.get_device_name(device), found)
+    tuning = tune(cost, lambda tokens: mean(tokens, dequantized), tuning_of(device), say)
+    return entry(torch.cuda.get_device_name(device), tuning)

@@ -22,8 +22,8 @@ from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.methods.pb_llm import PBLLM
 from ultralowbit.methods.ptq161 import PTQ161
 from ultralowbit.nn.fused import fuse
-from ultralowbit.nn.quantizer import UltraLowBitConfig
 from ultralowbit.nn.linear import PackedLinear, swap
+from ultralowbit.nn.quantizer import UltraLowBitConfig
 
 
 @dataclass(frozen=True)

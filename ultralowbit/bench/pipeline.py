@@ -41,7 +41,7 @@ def pipeline_bench(
     recipe: str = "gptq-2bit",
     out: Path | str | None = None,
     json_file: Path | str | None = None,
-    shape: Shape = Shape(),
+    shape: Shape | None = None,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """Compress random models of a few depths, each in a fresh process, and set cost against unavoidable work.
@@ -49,6 +49,7 @@ def pipeline_bench(
     `out` is the folder for models and outputs, a temporary one unless given. Returns, and writes to `json_file`, what
     `say` is told: bytes, seconds, GB/s.
     """
+    shape = shape or Shape()
     result: dict[str, Any] = {
         "shape": asdict(shape), "recipe": recipe, "samples": samples, "length": length, "torch": torch.__version__,
         "machine": platform.machine(), "threads": torch.get_num_threads(), "runs": {},

@@ -22,13 +22,14 @@ QUANTIZED = ("gptq-2bit", "sign-1", "sign-2", "ptq161-gptq", "pb-llm", "billm", 
 
 def quantize_bench(
     recipes: Sequence[str] = QUANTIZED,
-    shape: Shape = Shape(),
+    shape: Shape | None = None,
     repeat: int = 2,
     json_file: Path | None = None,
     say: Callable[[str], object] = print,
 ) -> list[dict[str, Any]]:
     """Seconds in which the method of each recipe packs the Linears of one block, statistics given, factors included;
     the methods take turns, and the fastest of each counts, of one thread by its own clock."""
+    shape = shape or Shape()
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(size, generator=generator) / size[1] ** 0.5 for name, size in shape.linears.items()}

@@ -80,7 +80,7 @@ def race(runs: Mapping[str, Call], device: torch.device, rounds: int) -> dict[st
         for name, run in runs.items():
             took = seconds(run, device)
             times[name] += [took] if turn else []
-    return {name: sorted(found) for name, found in times.items()}
+    return {name: sorted(samples) for name, samples in times.items()}
 
 
 def cache_bytes(device: torch.device) -> int:

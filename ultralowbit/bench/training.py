@@ -51,13 +51,14 @@ def training_bench(
     length: int = 512,
     batch: int = 2,
     repeat: int = 5,
-    shape: Shape = Shape(),
+    shape: Shape | None = None,
     device: str = "cpu",
     json_file: Path | None = None,
     say: Callable[[str], object] = print,
 ) -> list[dict[str, Any]]:
     """Seconds of a step of tuning one block, AdamW included, beside a forward and backward pass of the block as it is,
     which makes the gradients of all its weights. Both take turns; the median of the ratios of neighbours counts."""
+    shape = shape or Shape()
     where, rows = pick_device(device), []
     with tempfile.TemporaryDirectory() as folder:
         decoder = open_decoder(write_model(Path(folder), 1, replace(shape, vocab=256)), where)

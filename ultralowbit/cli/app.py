@@ -133,12 +133,12 @@ def _keep_interrupts() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     show = sys.unraisablehook
 
-    def hook(found: Any) -> None:
-        if found.exc_type is KeyboardInterrupt:
+    def hook(raised: Any) -> None:
+        if raised.exc_type is KeyboardInterrupt:
             # not SIGINT, which background jobs ignore
             threading.Timer(0.1, _thread.interrupt_main, [signal.SIGTERM]).start()
         else:
-            show(found)
+            show(raised)
 
     sys.unraisablehook = hook
 

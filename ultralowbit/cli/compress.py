@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -107,12 +107,17 @@ def compress(
             watch=watch, command=command_line(ctx.obj), load_from=push_to_hub, limits=Limits(max_ppl_ratio, max_kl),
         )  # fmt: skip
     show(report)
+    _finish(report, folder, push_to_hub, private)
+
+
+def _finish(report: dict[str, Any], folder: Path, repo: str | None, private: bool) -> None:
+    """Upload what passed its gates, and leave with the exit code that says what did not."""
     if report["exceeded"]:
-        if push_to_hub:
-            say(f"not uploaded to {push_to_hub}: the quality gate failed", "yellow")
+        if repo:
+            say(f"not uploaded to {repo}: the quality gate failed", "yellow")
         raise typer.Exit(QUALITY)
-    if push_to_hub:
-        _push(folder, push_to_hub, private)
+    if repo:
+        _push(folder, repo, private)
     if report["fallbacks"]:
         raise typer.Exit(FELL_BACK)
 

@@ -66,39 +66,41 @@ def train_block(
     def evaluate() -> float:
         return sum(loss([k]).item() for k in held_out) / len(held_out)
 
-    with views(model, packed, weights, spec) as found:
+    with fake_quantized(model, packed, weights, spec) as linears:
         fitted = fit(
             parameter_groups(block), loss, spec.loop, len(training), evaluate, state=state, progress=progress,
             on_progress=lambda share: set_progress(block, share),
         )  # fmt: skip
-        return {name: view.pack() for name, view in found.items()} if fitted.accepted else {}, fitted
+        return {name: linear.pack() for name, linear in linears.items()} if fitted.accepted else {}, fitted
 
 
 @contextmanager
-def views(
+def fake_quantized(
     model: nn.Module, packed: Mapping[str, PackedWeight], weights: Mapping[str, Tensor], spec: Blockwise | Finetune
 ) -> Iterator[dict[str, FakeQuantLinear]]:
-    """Trainable views in the place of the named Linears, as far as their formats have what is trained; all else in the
-    model is frozen meanwhile. Raises `InputError` where none has."""
+    """Fake-quantized Linears in the place of the named ones, on their devices, as far as their formats have what is
+    trained; all else in the model is frozen meanwhile. Raises `InputError` where none has."""
     required = {p: p.requires_grad for p in model.parameters()}
     replaced = {name: model.get_submodule(name) for name in packed}
     model.requires_grad_(False)
-    found: dict[str, FakeQuantLinear] = {}
+    linears: dict[str, FakeQuantLinear] = {}
     try:
         for name, module in replaced.items():
+            device, stored = module.weight.device, packed[name]
             weight = weights[name].T if isinstance(module, Conv1D) else weights[name]
+            here = PackedWeight(stored.format, stored.shape, {n: t.to(device) for n, t in stored.tensors.items()})
             try:
-                found[name] = view = FakeQuantLinear(
-                    packed[name], spec.training.lr, latent=weight.to(module.weight.device), bias=module.bias,
+                linears[name] = linear = FakeQuantLinear(
+                    here, spec.training.lr, latent=weight.to(device), bias=module.bias,
                     estimator=spec.estimator, scales=spec.scales,
                 )  # fmt: skip
             except InputError as e:
-                nothing, view = e, PackedLinear.replacing(module, packed[name].format)
-                view.fill(packed[name])
-            swap(model, name, view)
-        if not found:
+                nothing, linear = e, PackedLinear.replacing(module, stored.format)
+                linear.fill(here)
+            swap(model, name, linear)
+        if not linears:
             raise nothing
-        yield found
+        yield linears
     finally:
         for name, module in replaced.items():
             swap(model, name, module)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.progress import Progress
-from ultralowbit.training.blockwise import views
+from ultralowbit.training.blockwise import fake_quantized
 from ultralowbit.training.fake_quant.linear import parameter_groups, set_progress
 from ultralowbit.training.loop import Fitted, fit
 from ultralowbit.training.objectives import Outputs
@@ -51,8 +51,8 @@ def finetune(
     training, held_out = spec.split(range(len(tokens)))
 
     def run(model: PreTrainedModel, batch: Tensor) -> Outputs:
-        found = model(batch, use_cache=False, output_hidden_states=spec.objective.needs_hidden)
-        return Outputs(found.logits, found.hidden_states or ())
+        output = model(batch, use_cache=False, output_hidden_states=spec.objective.needs_hidden)
+        return Outputs(output.logits, output.hidden_states or ())
 
     @torch.no_grad()
     def teach(batch: Tensor) -> Outputs | None:
@@ -69,9 +69,9 @@ def finetune(
     def evaluate() -> float:
         return sum(loss([k]).item() for k in held_out) / len(held_out)
 
-    with views(student, packed, weights, spec) as found:
+    with fake_quantized(student, packed, weights, spec) as linears:
         fitted = fit(
             parameter_groups(student), loss, spec.training, len(training), evaluate, state=state, progress=progress,
             what="distilling", on_progress=lambda share: set_progress(student, share),
         )  # fmt: skip
-        return {name: view.pack() for name, view in found.items()} if fitted.accepted else {}, fitted
+        return {name: linear.pack() for name, linear in linears.items()} if fitted.accepted else {}, fitted

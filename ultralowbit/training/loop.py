@@ -173,9 +173,9 @@ class _Fit:
             part.backward()
             loss += part.detach()
         norm = get_total_norm([p.grad for p in self.named.values() if p.grad is not None])
-        found, size = torch.stack([loss, norm]).tolist()
-        if not math.isfinite(found):
-            raise _NotFinite(f"the loss was {found}")
+        mean_loss, size = torch.stack([loss, norm]).tolist()
+        if not math.isfinite(mean_loss):
+            raise _NotFinite(f"the loss was {mean_loss}")
         if not math.isfinite(size):
             raise _NotFinite(f"the gradient's norm was {size}")
         if self.spec.clip_norm is not None and size > self.spec.clip_norm:
@@ -184,7 +184,7 @@ class _Fit:
         for kind, group in zip(self.kinds, self.optimizer.param_groups, strict=True):
             group["lr"] = self.spec.lr[kind] * factor
         self.optimizer.step()
-        self.state.loss += found
+        self.state.loss += mean_loss
         self.state.counted += 1
 
     def _rows(self, step: int) -> list[int]:

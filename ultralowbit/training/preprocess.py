@@ -110,9 +110,9 @@ def _train(
     @torch.no_grad()
     def evaluate() -> float:
         model.eval()
-        found = sum(loss([k]).item() for k in held_out) / len(held_out)
+        judged = sum(loss([k]).item() for k in held_out) / len(held_out)
         model.train()
-        return found
+        return judged
 
     parameters = {"adapter": [p for p in model.parameters() if p.requires_grad]}
     total = spec.training.total_steps(len(training))

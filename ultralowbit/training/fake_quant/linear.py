@@ -147,10 +147,10 @@ class FakeQuantLinear(nn.Module):
 
     def by_kind(self) -> dict[str, list[nn.Parameter]]:
         """The parameters of each kind that there is."""
-        found: dict[str, list[nn.Parameter]] = {}
+        by_kind: dict[str, list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
-            found.setdefault(name.rpartition(".")[2], []).append(parameter)
-        return found
+            by_kind.setdefault(name.rpartition(".")[2], []).append(parameter)
+        return by_kind
 
     def extra_repr(self) -> str:
         return f"{self.packed.format.summary}, trains {', '.join(self.by_kind())}"
@@ -158,12 +158,12 @@ class FakeQuantLinear(nn.Module):
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The parameters of all `TrainableLinear`s in a model by their kind, in the order of the modules."""
-    found: dict[str, list[nn.Parameter]] = {}
+    by_kind: dict[str, list[nn.Parameter]] = {}
     for module in model.modules():
         if isinstance(module, FakeQuantLinear):
             for kind, parameters in module.by_kind().items():
-                found.setdefault(kind, []).extend(parameters)
-    return found
+                by_kind.setdefault(kind, []).extend(parameters)
+    return by_kind
 
 
 def set_progress(model: nn.Module, progress: float) -> None:

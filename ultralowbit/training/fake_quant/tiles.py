@@ -40,8 +40,8 @@ class Tiled(torch.autograd.Function):
             part = {name: t.detach() for name, t in take_rows(tensors, rows).items()}
             leaves = [part[name].requires_grad_() for name in trained]
             with torch.enable_grad():
-                found = torch.autograd.grad(ctx.weight(part), leaves, grad[rows].float())
-            for name, g in zip(trained, found, strict=True):
+                gradients = torch.autograd.grad(ctx.weight(part), leaves, grad[rows].float())
+            for name, g in zip(trained, gradients, strict=True):
                 take_rows(grads, rows)[name].add_(g)
         return None, None, None, None, *(grads.get(name) for name in ctx.names)
 
