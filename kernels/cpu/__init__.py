@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ultralowbit.format.ints import Ints
-from ultralowbit.format.outliers import IndexedOutliers
+from ultralowbit.format.outliers import IndexedOutliers, MaskedOutliers
 from ultralowbit.format.planes import Planes, TiedPlanes
 from ultralowbit.format.weight import Format
 from ultralowbit.format.words import group_count, word_count
@@ -168,6 +168,10 @@ class _Planned(NamedTuple):
 @lru_cache(maxsize=4096)
 def _plan(format: Format) -> _Planned | None:
     """How the native code sees a format; None where it has a part that the native code does not know."""
+    if not all(isinstance(segment, Planes | TiedPlanes | Ints) for segment in format.segments):
+        return None
+    if not isinstance(format.outliers, IndexedOutliers | MaskedOutliers | None):
+        return None
     names = {name: i for i, name in enumerate(format.tensors(1, format.in_features))}
     tables, streams, offsets, replaced = [], [], [], []
     column, bits, fields, direct = 0, 0, 0, format.outliers is None
@@ -186,7 +190,7 @@ def _plan(format: Format) -> _Planned | None:
                 _Stream(len(tables), names[prefix], 0, 0, word_count(segment.columns, segment.planes), scale, 0)
             )
             tables.append(_Table(column, segment.columns, segment.planes, group, 2, 1 - 2**segment.planes))
-        elif isinstance(segment, Ints):
+        else:
             middle, widths = 2 ** (segment.bits - 1), segment.widths
             if not segment.symmetric:
                 offsets.append(_Offset(names[f"{prefix}_zero"], scale, len(tables), segment.zero_width, middle))
@@ -196,8 +200,6 @@ def _plan(format: Format) -> _Planned | None:
                 streams.append(_Stream(len(tables), names[prefix], 0, sum(sizes[:k]), sum(sizes), scale, joined))
                 mul, add = 2 ** sum(widths[:k]), -middle if k == 0 else 0
                 tables.append(_Table(column, segment.columns, width, group, mul, add))
-        else:
-            return None
         direct &= group >= 16 or group_count(segment.columns, group) == 1  # each smaller group is a pass of its own
         share = segment.columns / format.in_features
         bits += share * segment.code_bits

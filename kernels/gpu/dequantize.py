@@ -48,25 +48,8 @@ def _tile(first_row, rows, columns, BN: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def planes(
-    words,
-    scale,
-    offset,
-    weight,
-    first_row,
-    rows,
-    out_rows,
-    in_columns,
-    first,
-    columns,
-    full,
-    lanes,
-    row_stride,
-    groups,
-    group,
-    count: tl.constexpr,
-    sign: tl.constexpr,
-    has_offset: tl.constexpr,
-    BN: tl.constexpr,
+    words, scale, offset, weight, first_row, rows, out_rows, in_columns, first, columns, full, lanes, row_stride,
+    groups, group, count: tl.constexpr, sign: tl.constexpr, has_offset: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
     """weight [rows, in], columns `first` on = sum_p scale_p b_p (+ offset). Grid (tiles of rows, tiles of columns)."""
@@ -86,30 +69,9 @@ def planes(
 
 @triton.jit
 def ints(
-    words,
-    high,
-    scale,
-    zero,
-    weight,
-    first_row,
-    rows,
-    out_rows,
-    in_columns,
-    first,
-    columns,
-    full,
-    lanes,
-    high_full,
-    high_lanes,
-    row_stride,
-    group,
-    width: tl.constexpr,
-    high_width: tl.constexpr,
-    multiplier: tl.constexpr,
-    z: tl.constexpr,
-    zero_width: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    words, high, scale, zero, weight, first_row, rows, out_rows, in_columns, first, columns, full, lanes, high_full,
+    high_lanes, row_stride, group, width: tl.constexpr, high_width: tl.constexpr, multiplier: tl.constexpr,
+    z: tl.constexpr, zero_width: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """weight [rows, in], columns `first` on = (code - stored zero) scale, codes of `width` bits and `high_width` above
     them; or without zero_width (multiplier code - z) scale. Grid (tiles of rows, tiles of columns)."""
@@ -130,39 +92,14 @@ def ints(
 
 
 @triton.jit
-def zones(
-    words,
-    marks,
-    rank,
-    third,
-    scale,
-    offset,
-    column_scale,
-    third_scale,
-    weight,
-    first_row,
-    rows,
-    out_rows,
-    in_columns,
-    first,
-    columns,
-    full,
-    lanes,
-    row_stride,
-    third_full,
-    third_lanes,
-    third_stride,
-    salient_columns,
-    blocks,
-    block,
-    has_third: tl.constexpr,
-    has_offset: tl.constexpr,
-    has_columns: tl.constexpr,
-    BN: tl.constexpr,
+def salient_split(
+    words, marks, rank, third, scale, offset, column_scale, third_scale, weight, first_row, rows, out_rows,
+    in_columns, first, columns, full, lanes, row_stride, third_full, third_lanes, third_stride, salient_columns,
+    blocks, block, has_third: tl.constexpr, has_offset: tl.constexpr, has_columns: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """weight [rows, in], columns `first` on, as `SalientSplit` says; rank [columns] int32: how many salient columns are before
-    a column. Grid (tiles of rows, tiles of columns)."""
+    """weight [rows, in], columns `first` on, as `SalientSplit` says; rank [columns] int32: how many salient columns lie
+    before a column. Grid (tiles of rows, tiles of columns)."""
     n, k, there = _tile(first_row, rows, columns, BN, BK)
     here = k < columns
     salient = field(marks, 0, k, here, full, lanes, 1)  # [1, BK]
@@ -200,19 +137,7 @@ def zones(
 
 @triton.jit
 def outliers(
-    index,
-    value,
-    scale,
-    zero,
-    weight,
-    first_row,
-    rows,
-    out_rows,
-    in_columns,
-    entries,
-    count,
-    block,
-    BN: tl.constexpr,
+    index, value, scale, zero, weight, first_row, rows, out_rows, in_columns, entries, count, block, BN: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
     """Replace the stored entries of weight [rows, in]. Grid (tiles of rows, tiles of entries)."""
@@ -228,19 +153,7 @@ def outliers(
 
 @triton.jit
 def masked(
-    mask,
-    value,
-    scale,
-    zero,
-    weight,
-    first_row,
-    rows,
-    out_rows,
-    columns,
-    full,
-    lanes,
-    row_stride,
-    BN: tl.constexpr,
+    mask, value, scale, zero, weight, first_row, rows, out_rows, columns, full, lanes, row_stride, BN: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
     """Replace what the mask marks in weight [rows, columns], counting through a row. Grid (tiles of rows, 1)."""
@@ -267,11 +180,17 @@ def dequantize(tensors: Mapping[str, Tensor], format: Format, first_row: int, we
     column = 0
     for i, part in enumerate(format.segments):
         parts = _stored(tensors, f"weight_{i}" if i else "weight", part)
-        yield _LAUNCHES[type(part)](part, parts, weight, where, column)
+        yield LAUNCHES[type(part)](part, parts, weight, where, column)
         column += part.columns
     if format.outliers is not None:
         parts = _stored(tensors, "weight_outliers", format.outliers)
-        yield _LAUNCHES[type(format.outliers)](format.outliers, parts, weight, where, 0)
+        yield LAUNCHES[type(format.outliers)](format.outliers, parts, weight, where, 0)
+
+
+def knows(format: Format) -> bool:
+    """Whether there is a kernel for every part of a format."""
+    parts = [*format.segments, *([format.outliers] if format.outliers is not None else [])]
+    return all(type(part) in LAUNCHES for part in parts)
 
 
 def _stored(
@@ -324,7 +243,7 @@ def _tied(part: TiedPlanes, parts: Mapping[str, Tensor], weight: Tensor, where: 
     return _launch(ints, ROWS[TiedPlanes], part.columns, weight, args, **constants)
 
 
-def _zones(
+def _salient_split(
     part: SalientSplit, parts: Mapping[str, Tensor], weight: Tensor, where: tuple[int, int], column: int
 ) -> Launch:
     words, scale = parts[""], parts["_scale"]
@@ -338,7 +257,7 @@ def _zones(
         scale.shape[1], part.block,
     )  # fmt: skip
     constants = {"has_third": part.third, "has_offset": part.offset, "has_columns": part.column_scale}
-    return _launch(zones, ROWS[SalientSplit], part.columns, weight, args, **constants)
+    return _launch(salient_split, ROWS[SalientSplit], part.columns, weight, args, **constants)
 
 
 def _outliers(
@@ -363,11 +282,11 @@ def _masked(
     return _launch(masked, ROWS[MaskedOutliers], 1, weight, args)
 
 
-_LAUNCHES = {
+LAUNCHES = {
     Planes: _planes,
     TiedPlanes: _tied,
     Ints: _ints,
-    SalientSplit: _zones,
+    SalientSplit: _salient_split,
     IndexedOutliers: _outliers,
     MaskedOutliers: _masked,
 }

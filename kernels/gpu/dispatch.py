@@ -22,7 +22,7 @@ from torch import Tensor
 from ultralowbit.format.outliers import IndexedOutliers
 from ultralowbit.format.planes import Planes
 from ultralowbit.format.weight import Format, PackedWeight
-from ultralowbit.kernels.gpu.dequantize import dequantize, words_of
+from ultralowbit.kernels.gpu.dequantize import dequantize, knows, words_of
 from ultralowbit.kernels.gpu.fields import Matrix, matrices, multiply, reduce
 from ultralowbit.kernels.gpu.inputs import prologue, transformed
 from ultralowbit.kernels.gpu.launch import NARROWEST_DOT, Launch, cdiv, run
@@ -83,6 +83,8 @@ def choose(format: Format, device: torch.device, dtype: torch.dtype, tokens: int
     hadamard = format.transform and format.transform.hadamard
     if dtype not in DTYPES or not has_tensor_cores(device) or (hadamard or 0) > LARGEST_HADAMARD:
         return None
+    if not knows(format):
+        return None
     tuning = tuning_of(device)
     if matrices(format) is None or tokens > tuning.gemm_tokens:
         return dequantized
@@ -98,7 +100,7 @@ def has_tensor_cores(device: torch.device) -> bool:
 
 
 def lies_on_planes(format: Format) -> bool:
-    """Whether the outliers is one that a kernel corrects the product of the segments for."""
+    """Whether the outliers are such that a kernel corrects the product of the segments for them."""
     return isinstance(format.outliers, IndexedOutliers) and [type(part) for part in format.segments] == [Planes]
 
 
@@ -214,15 +216,8 @@ def _prologue(x: Tensor, x16: Tensor, sums: Tensor, units: Tensor, matrix: Matri
 
 
 def _multiply(
-    x16: Tensor,
-    sums: Tensor,
-    units: Tensor,
-    tensors: Mapping[str, Tensor],
-    partial: Tensor,
-    matrix: Matrix,
-    size: int,
-    tile: Tile,
-    subnormal: bool,
+    x16: Tensor, sums: Tensor, units: Tensor, tensors: Mapping[str, Tensor], partial: Tensor, matrix: Matrix,
+    size: int, tile: Tile, subnormal: bool,
 ) -> Launch:  # fmt: skip
     words, scale = tensors[matrix.prefix], tensors[f"{matrix.prefix}_scale"]
     zero = tensors[f"{matrix.prefix}_zero"] if matrix.zero_width else scale

@@ -181,16 +181,7 @@ def _unpack(words, bit: tl.constexpr, width: tl.constexpr, subnormal: tl.constex
 
 @triton.jit
 def _levels(
-    scale,
-    zero,
-    offset,
-    group,
-    groups,
-    rows,
-    out_rows,
-    plane,
-    z: tl.constexpr,
-    zero_width: tl.constexpr,
+    scale, zero, offset, group, groups, rows, out_rows, plane, z: tl.constexpr, zero_width: tl.constexpr,
     has_offset: tl.constexpr,
 ):  # fmt: skip
     """Of one group: the scale s and the factor k of the group's sum of inputs, both fp32 [rows]."""
@@ -207,6 +198,28 @@ def _levels(
 
 
 # an alignment that does not help would only mean more variants to compile
+@triton.jit
+def _rows(out_rows, few_rows: tl.constexpr, BN: tl.constexpr):
+    """The rows [BN] that a program writes, and those that it reads for them."""
+    if few_rows:
+        n = tl.arange(0, BN)
+        return n, tl.minimum(n, out_rows - 1)
+    # the last tile is moved up instead, so that the rows of all are consecutive; some are written twice alike
+    n = tl.minimum(tl.program_id(1) * BN, out_rows - BN) + tl.arange(0, BN)
+    return n, n
+
+
+@triton.jit
+def _add_group(acc, part, sum, s, k, z: tl.constexpr, zero_width: tl.constexpr, has_offset: tl.constexpr):
+    """acc [BN, BM] and what a group adds: its part [BN, BM] and the sum [BM] of its inputs, by the levels s, k [BN]."""
+    if zero_width or has_offset:
+        acc += sum[None, :] * k[:, None]
+        acc += part * s[:, None]
+    else:  # one operation a sum less
+        acc += (part - z * sum[None, :]) * s[:, None]
+    return acc
+
+
 @triton.jit(
     do_not_specialize=["tokens"],
     do_not_specialize_on_alignment=[
@@ -222,38 +235,11 @@ def _levels(
     ],
 )  # fmt: skip
 def multiply(
-    x16,
-    sums,
-    units,
-    words,
-    scale,
-    zero,
-    offset,
-    partial,
-    tokens,
-    out_rows,
-    planes,
-    plane_stride,
-    row_stride,
-    blocks,
-    full,
-    lanes,
-    groups,
-    blocks_in_group,
-    splits,
-    width: tl.constexpr,
-    fields_in_group: tl.constexpr,
-    row_scale: tl.constexpr,
-    tail: tl.constexpr,
-    multiplier: tl.constexpr,
-    z: tl.constexpr,
-    zero_width: tl.constexpr,
-    has_offset: tl.constexpr,
-    subnormal: tl.constexpr,
-    aligned: tl.constexpr,
-    few_rows: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    x16, sums, units, words, scale, zero, offset, partial, tokens, out_rows, planes, plane_stride, row_stride, blocks,
+    full, lanes, groups, blocks_in_group, splits, width: tl.constexpr, fields_in_group: tl.constexpr,
+    row_scale: tl.constexpr, tail: tl.constexpr, multiplier: tl.constexpr, z: tl.constexpr, zero_width: tl.constexpr,
+    has_offset: tl.constexpr, subnormal: tl.constexpr, aligned: tl.constexpr, few_rows: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """partial [planes * splits, tokens, out] fp32: what one plane and every `splits`-th block add to the product.
 
@@ -265,12 +251,7 @@ def multiply(
     groups_in_block: tl.constexpr = fields // fields_in_group
     unit: tl.constexpr = multiplier * (1 << (width + 16 if subnormal else width + 2))
     m = tl.program_id(0) * BM + tl.arange(0, BM)
-    if few_rows:
-        n = tl.arange(0, BN)
-        rows = tl.minimum(n, out_rows - 1)
-    else:  # the last tile is moved up instead, so that the rows of all are consecutive; some are written twice alike
-        n = tl.minimum(tl.program_id(1) * BN, out_rows - BN) + tl.arange(0, BN)
-        rows = n
+    n, rows = _rows(out_rows, few_rows, BN)
     split = tl.program_id(2) // planes
     plane = tl.program_id(2) % planes
     c = tl.arange(0, 32)
@@ -307,11 +288,7 @@ def multiply(
                     of_tail = full * groups_in_block // blocks_in_group + block - full
                     group = tl.where(block < full, group, of_tail)
                 s, k = _levels(scale, zero, offset, group, groups, rows, out_rows, plane, z, zero_width, has_offset)
-                if zero_width or has_offset:
-                    acc += sum[None, :] * k[:, None]
-                    acc += part * e[None, :] * s[:, None]
-                else:  # one operation a sum less
-                    acc += (part * e[None, :] - z * sum[None, :]) * s[:, None]
+                acc = _add_group(acc, part * e[None, :], sum, s, k, z, zero_width, has_offset)
     if row_scale:
         s, k = _levels(scale, zero, offset, 0, 1, rows, out_rows, plane, z, zero_width, has_offset)
         acc = acc * s[:, None] + total[None, :] * k[:, None]

@@ -38,23 +38,8 @@ def _sums_and_differences(v, half: tl.constexpr, size: tl.constexpr):
 
 @triton.jit
 def transform(
-    x,
-    out,
-    marks,
-    scale,
-    token_stride,
-    column_stride,
-    start,
-    stop,
-    columns,
-    first_columns,
-    full,
-    lanes,
-    rounds: tl.constexpr,
-    root: tl.constexpr,
-    has_marks: tl.constexpr,
-    has_scale: tl.constexpr,
-    size: tl.constexpr,
+    x, out, marks, scale, token_stride, column_stride, start, stop, columns, first_columns, full, lanes,
+    rounds: tl.constexpr, root: tl.constexpr, has_marks: tl.constexpr, has_scale: tl.constexpr, size: tl.constexpr,
 ):  # fmt: skip
     """out [tokens, columns] = T(x) of the channels from start to stop, in Hadamard blocks of 2^rounds. Grid (tokens,
     pieces of `size`, a multiple of that)."""
@@ -84,22 +69,8 @@ def transform(
 
 @triton.jit(do_not_specialize=["tokens", "columns", "blocks", "full", "lanes", "group"])
 def prologue(
-    x,
-    x16,
-    sums,
-    units,
-    tokens,
-    token_stride,
-    column_stride,
-    first,
-    columns,
-    blocks,
-    full,
-    lanes,
-    group,
-    width: tl.constexpr,
-    groups_in_block: tl.constexpr,
-    digits: tl.constexpr,
+    x, x16, sums, units, tokens, token_stride, column_stride, first, columns, blocks, full, lanes, group,
+    width: tl.constexpr, groups_in_block: tl.constexpr, digits: tl.constexpr,
 ):  # fmt: skip
     """x [tokens, in] -> x16 [lines, blocks, block] fp16, sums [lines, blocks, groups in a block] and units [lines,
     blocks] fp32, where lines = digits * tokens. Grid (blocks, tokens)."""

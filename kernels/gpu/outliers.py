@@ -11,34 +11,9 @@ from ultralowbit.kernels.gpu.launch import tl, triton
 
 @triton.jit
 def correct(
-    x,
-    index,
-    value,
-    value_scale,
-    value_zero,
-    words,
-    scale,
-    offset,
-    partial,
-    tokens,
-    lines,
-    token_stride,
-    column_stride,
-    out_rows,
-    entries,
-    count,
-    block,
-    full,
-    lanes,
-    row_stride,
-    groups,
-    group,
-    splits,
-    planes: tl.constexpr,
-    sign: tl.constexpr,
-    has_offset: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    x, index, value, value_scale, value_zero, words, scale, offset, partial, tokens, lines, token_stride,
+    column_stride, out_rows, entries, count, block, full, lanes, row_stride, groups, group, splits,
+    planes: tl.constexpr, sign: tl.constexpr, has_offset: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """partial [splits, lines, out] fp32: what every `splits`-th entry of the rows adds for x [tokens, in], and zeros
     for the lines after the tokens. Grid (tiles of lines, tiles of rows, splits)."""

@@ -17,9 +17,9 @@ from ultralowbit.format.salient import SalientSplit
 from ultralowbit.format.weight import Format, PackedWeight
 
 
-def random_parts(zones: SalientSplit, rows: int, seed: int = 0) -> dict[str, Tensor]:
+def random_parts(split: SalientSplit, rows: int, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    blocks = -(-zones.columns // zones.block)
+    blocks = -(-split.columns // split.block)
 
     def bits(*shape: int) -> Tensor:
         return torch.randint(2, shape, generator=generator).bool()
@@ -27,22 +27,22 @@ def random_parts(zones: SalientSplit, rows: int, seed: int = 0) -> dict[str, Ten
     def scale(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).half().float()
 
-    salient = torch.zeros(zones.columns, dtype=torch.bool)
-    salient[torch.randperm(zones.columns, generator=generator)[: zones.salient]] = True
-    parts = {"bits": bits(2, rows, zones.columns), "salient": salient}
-    parts["scale"] = scale(6 if zones.third else 4, rows, blocks)
-    if zones.third:
-        parts["third"] = bits(rows, zones.salient)
-    if zones.offset:
-        parts["offset"] = scale(4 if zones.third else 3, rows, blocks)
-    if zones.column_scale:
-        parts["column"] = scale(2, zones.columns)
-        if zones.third:
-            parts["third_column"] = scale(2, zones.salient)
+    salient = torch.zeros(split.columns, dtype=torch.bool)
+    salient[torch.randperm(split.columns, generator=generator)[: split.salient]] = True
+    parts = {"bits": bits(2, rows, split.columns), "salient": salient}
+    parts["scale"] = scale(6 if split.third else 4, rows, blocks)
+    if split.third:
+        parts["third"] = bits(rows, split.salient)
+    if split.offset:
+        parts["offset"] = scale(4 if split.third else 3, rows, blocks)
+    if split.column_scale:
+        parts["column"] = scale(2, split.columns)
+        if split.third:
+            parts["third_column"] = scale(2, split.salient)
     return parts
 
 
-def meaning(zones: SalientSplit, parts: dict[str, Tensor]) -> np.ndarray:
+def meaning(split: SalientSplit, parts: dict[str, Tensor]) -> np.ndarray:
     """The docstring, one weight at a time, in fp32."""
     rows, columns = parts["bits"].shape[1:]
     p = {name: part.numpy() for name, part in parts.items()}
@@ -51,26 +51,26 @@ def meaning(zones: SalientSplit, parts: dict[str, Tensor]) -> np.ndarray:
     rank = p["salient"].cumsum() - 1
     for i in range(rows):
         for j in range(columns):
-            block, k = j // zones.block, rank[j]
+            block, k = j // split.block, rank[j]
             s = np.float32(2 * int(p["bits"][0, i, j]) - 1)
             second = int(p["bits"][1, i, j])
-            u = p["column"][:, j] if zones.column_scale else (one, one)
+            u = p["column"][:, j] if split.column_scale else (one, one)
             if not p["salient"][j]:
                 value, zone = a[second, i, block] * u[second] * s, second
-            elif not zones.third:
+            elif not split.third:
                 value = a[2, i, block] * u[0] * s + a[3, i, block] * u[1] * np.float32(2 * second - 1)
                 zone = 2
             else:
                 t = np.float32(2 * int(p["third"][i, k]) - 1)
-                v = p["third_column"][:, k] if zones.column_scale else (one, one)
+                v = p["third_column"][:, k] if split.column_scale else (one, one)
                 value = a[2 + second, i, block] * u[second] * s + a[4 + second, i, block] * v[second] * t
                 zone = 2 + second
-            weight[i, j] = value + (p["offset"][zone, i, block] if zones.offset else np.float32(0))
+            weight[i, j] = value + (p["offset"][zone, i, block] if split.offset else np.float32(0))
     return weight
 
 
 @st.composite
-def zones(draw, largest: int = 600) -> SalientSplit:
+def split(draw, largest: int = 600) -> SalientSplit:
     columns, third = draw(st.integers(1, largest)), draw(st.booleans())
     salient = draw(st.integers(1 if third else 0, columns))
     block, flags = draw(st.sampled_from([1, 32, 100, 128])), draw(st.tuples(st.booleans(), st.booleans()))
@@ -78,32 +78,32 @@ def zones(draw, largest: int = 600) -> SalientSplit:
 
 
 @settings(max_examples=60, deadline=None)
-@given(zones(), st.integers(1, 3), st.integers(0, 2**32))
-def test_decode_returns_exactly_what_was_encoded(zones, rows, seed):
-    parts = random_parts(zones, rows, seed)
-    packed = PackedWeight.encode(Format((zones,)), parts)
-    assert packed.shape == (rows, zones.columns)
-    assert np.array_equal(packed.dequantize().numpy(), meaning(zones, parts))
+@given(split(), st.integers(1, 3), st.integers(0, 2**32))
+def test_decode_returns_exactly_what_was_encoded(split, rows, seed):
+    parts = random_parts(split, rows, seed)
+    packed = PackedWeight.encode(Format((split,)), parts)
+    assert packed.shape == (rows, split.columns)
+    assert np.array_equal(packed.dequantize().numpy(), meaning(split, parts))
 
 
 @settings(max_examples=40, deadline=None)
-@given(zones(), st.integers(2, 9), st.data())
-def test_a_slice_of_the_rows_decodes_alone(zones, rows, data):
+@given(split(), st.integers(2, 9), st.data())
+def test_a_slice_of_the_rows_decodes_alone(split, rows, data):
     low = data.draw(st.integers(0, rows - 1))
     high = data.draw(st.integers(low + 1, rows))
-    packed = PackedWeight.encode(Format((zones,)), random_parts(zones, rows))
+    packed = PackedWeight.encode(Format((split,)), random_parts(split, rows))
     part = packed.format.rows(packed.tensors, slice(low, high))
-    sliced = PackedWeight(packed.format, (high - low, zones.columns), part)
+    sliced = PackedWeight(packed.format, (high - low, split.columns), part)
     assert torch.equal(sliced.dequantize(), packed.dequantize()[low:high])
 
 
 def test_beside_other_segments_and_by_tiles(monkeypatch):
-    zones, plane = SalientSplit(300, 20, third=True, column_scale=True), Planes(70, 1)
+    split, plane = SalientSplit(300, 20, third=True, column_scale=True), Planes(70, 1)
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(2, (1, 23, 70), generator=generator).bool()
-    parts = random_parts(zones, 23)
-    packed = PackedWeight.encode(Format((plane, zones)), {"bits": bits, "scale": torch.ones(1, 23, 1)}, parts)
-    expected = torch.cat([bits[0] * 2.0 - 1, torch.from_numpy(meaning(zones, parts))], 1)
+    parts = random_parts(split, 23)
+    packed = PackedWeight.encode(Format((plane, split)), {"bits": bits, "scale": torch.ones(1, 23, 1)}, parts)
+    expected = torch.cat([bits[0] * 2.0 - 1, torch.from_numpy(meaning(split, parts))], 1)
     assert torch.equal(packed.dequantize(), expected)
     monkeypatch.setattr("ultralowbit.format.weight._TILE", 5 * 370)  # 5 rows at a time, 3 in the last
     assert torch.equal(packed.dequantize(), expected)
@@ -132,7 +132,7 @@ GOLDEN = {
 }
 
 
-def golden_parts(zones: SalientSplit) -> dict[str, Tensor]:
+def golden_parts(split: SalientSplit) -> dict[str, Tensor]:
     """Made by a rule that is written here in full: a golden byte depends on no random generator."""
     x = 1
 
@@ -147,26 +147,26 @@ def golden_parts(zones: SalientSplit) -> dict[str, Tensor]:
     salient = torch.zeros(21, dtype=torch.bool)
     salient[[2, 15, 20]] = True
     parts = {"bits": run(2, 2, 21, modulo=2).bool(), "salient": salient}
-    parts["scale"] = (run(6 if zones.third else 4, 2, 2, modulo=11) - 4) / 8
-    if zones.third:
+    parts["scale"] = (run(6 if split.third else 4, 2, 2, modulo=11) - 4) / 8
+    if split.third:
         parts |= {"third": run(2, 3, modulo=2).bool(), "third_column": (run(2, 3, modulo=11) - 4) / 8}
-    if zones.offset:
+    if split.offset:
         parts["offset"] = (run(3, 2, 2, modulo=11) - 4) / 8
-    if zones.column_scale:
+    if split.column_scale:
         parts["column"] = (run(2, 21, modulo=11) - 4) / 8
     return parts
 
 
-@pytest.mark.parametrize("zones", GOLDEN, ids=lambda z: z.summary)
-def test_version_1_writes_and_reads_these_bytes(zones):
-    packed = PackedWeight.encode(Format((zones,), version=1), golden_parts(zones))
-    assert {name: t.numpy().tobytes().hex() for name, t in packed.tensors.items()} == GOLDEN[zones]
+@pytest.mark.parametrize("split", GOLDEN, ids=lambda z: z.summary)
+def test_version_1_writes_and_reads_these_bytes(split):
+    packed = PackedWeight.encode(Format((split,), version=1), golden_parts(split))
+    assert {name: t.numpy().tobytes().hex() for name, t in packed.tensors.items()} == GOLDEN[split]
     tensors = {
-        name: torch.frombuffer(bytearray.fromhex(GOLDEN[zones][name]), dtype=spec.dtype).view(spec.shape)
+        name: torch.frombuffer(bytearray.fromhex(GOLDEN[split][name]), dtype=spec.dtype).view(spec.shape)
         for name, spec in packed.format.tensors(2, 21).items()
     }
     read = PackedWeight(packed.format, (2, 21), tensors).dequantize()
-    assert np.array_equal(read.numpy(), meaning(zones, golden_parts(zones)))
+    assert np.array_equal(read.numpy(), meaning(split, golden_parts(split)))
 
 
 def test_version_1_describes_itself_in_these_words():
@@ -184,8 +184,8 @@ def test_bits_counted_by_hand():
     """4096 columns of which 320 are salient, 8 rows, blocks of 128."""
     rows, shared = 8, 4096 // 8  # a bit a column
 
-    def stored(zones: SalientSplit) -> float:
-        packed = PackedWeight.encode(Format((zones,)), random_parts(zones, rows))
+    def stored(split: SalientSplit) -> float:
+        packed = PackedWeight.encode(Format((split,)), random_parts(split, rows))
         assert packed.format.claimed_bits == 1 + 320 / 4096
         return packed.bits_per_weight
 
@@ -201,8 +201,8 @@ def test_formats_that_store_other_tensors_have_other_summaries():
         for salient in (3, 4):
             for block in (32, 128):
                 for flags in np.ndindex(2, 2, 2):
-                    zones = SalientSplit(n, salient, block, *map(bool, flags))
-                    assert found.setdefault(zones.summary, zones) == zones
+                    split = SalientSplit(n, salient, block, *map(bool, flags))
+                    assert found.setdefault(split.summary, split) == split
     assert len(found) == 64
 
 
