@@ -2,19 +2,22 @@
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: demo test lint check clean
+.PHONY: demo test test-all lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ultralowbit demo
 
 test: $(VENV)/.installed
-	$(BIN)/pytest
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.installed
+	$(PYTEST)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-check: lint test
 clean:
 	rm -rf ultralowbit-demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
