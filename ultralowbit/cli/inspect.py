@@ -87,3 +87,22 @@ def _rerun(folder: Path, model: str | None, trust_remote_code: bool, quiet: bool
     say(f"the run repeated: every file of {folder} has the same bytes again")
     if again.reasons:
         say(f"although {'; '.join(again.reasons)}")
+
+
+def export(
+    folder: FolderArgument,
+    target: Annotated[str, typer.Option("--to", metavar="NAME", help="what to write: dense, a plain checkpoint")],
+    out_path: Annotated[Path, typer.Option("--out", help="new file or folder to write")],
+    quiet: QuietOption = False,
+) -> None:
+    """Turn a packed checkpoint into what another program reads.
+
+    dense: a plain transformers checkpoint of the weights that the packed bytes mean.
+
+    [bold]ultralowbit export model-sign-2 --to dense --out model-sign-2-dense[/]
+    """
+    from ultralowbit.export.base import export as export_checkpoint
+
+    with Watch(quiet) as watch:
+        written = export_checkpoint(folder, target, out_path, watch)
+    say(f"written: {written}")

@@ -1,0 +1,71 @@
+"""Exporters: each turns a packed checkpoint into what another program reads, exactly or not at all."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from ultralowbit.errors import InputError
+from ultralowbit.progress import Progress, Silent
+
+EXPORTERS: dict[str, str] = {"dense": "ultralowbit.export.dense:DenseExporter"}
+"""Name -> where its class is; imported when it is asked for, since a target may need a package of its own."""
+
+
+class Exporter(Protocol):
+    """One target. Its fields are options, which `export` takes by name."""
+
+    def export(self, folder: Path, out: Path, progress: Progress) -> None:
+        """Write the packed checkpoint `folder` to `out`, which does not exist yet: a file or a folder.
+
+        Raises `InputError` before any work for a checkpoint that the target cannot hold exactly.
+        """
+        ...
+
+
+def exporter(name: str, **options: Any) -> Exporter:
+    """The exporter of this name with its options; `InputError` names those that there are."""
+    place = EXPORTERS.get(name)
+    if place is None:
+        raise InputError(f"there is no exporter {name!r}, expected one of {', '.join(sorted(EXPORTERS))}")
+    module, _, attribute = place.partition(":")
+    cls = getattr(importlib.import_module(module), attribute)
+    try:
+        return cls(**options)
+    except TypeError as e:
+        raise InputError(f"the exporter {name} does not take these options ({e}): leave them out") from e
+
+
+def export(folder: Path | str, name: str, out: Path | str, progress: Progress | None = None, **options: Any) -> Path:
+    """Turn a packed checkpoint into what another program reads; returns where it is.
+
+    name: one of `EXPORTERS`. out: a new file or folder. Raises `InputError` where `out` exists or the target cannot
+    hold the checkpoint exactly, and `CheckpointError` for a folder that is no packed checkpoint; nothing half-written
+    is left.
+    """
+    target = Path(out).expanduser().resolve()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"{target} exists: choose another --out, or move it")
+    chosen = exporter(name, **options)
+    with _beside(target) as place:
+        chosen.export(Path(folder).expanduser(), place, progress or Silent())
+        if target.is_dir():
+            target.rmdir()
+        place.replace(target)
+    return target
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A place on the same disk to write to first; what is left there is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield folder / target.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
