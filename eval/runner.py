@@ -1,25 +1,29 @@
-"""Perplexity and fidelity of checkpoints, packed or not, on texts by name."""
+"""Metrics of checkpoints, packed or not, on texts by name: what is opened when, and what is in memory together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ultralowbit.checkpoint.config import QUANT_METHOD, read_config_json
+from ultralowbit.checkpoint.config import QUANT_METHOD, read_config_json, text_config
 from ultralowbit.checkpoint.size import measure_size
-from ultralowbit.data.corpora import read_text, token_sha256
+from ultralowbit.data.corpora import public_name, read_text, token_sha256
 from ultralowbit.errors import CheckpointError, InputError, reason
-from ultralowbit.eval.fidelity import Depth, Fidelity, by_depth, observe, recorded
-from ultralowbit.eval.perplexity import Bos, Perplexity, cut, perplexity, token_stream
+from ultralowbit.eval.base import Bos, Measured, Result, without_original
+from ultralowbit.eval.fidelity import Depth, by_depth, recorded
+from ultralowbit.eval.metric import METRICS, by_metric
+from ultralowbit.eval.windows import cut, measure, token_stream
 from ultralowbit.hub import open_tokenizer
 from ultralowbit.nn.decoder import find_blocks
 from ultralowbit.nn.hf import load
+from ultralowbit.progress import OnProgress, Progress, Silent
 from ultralowbit.system import available_memory, release
 from ultralowbit.units import format_bytes
 
@@ -32,15 +36,18 @@ DEPTH_TOKENS = 512
 
 @dataclass(frozen=True, eq=False)
 class EvalText:
-    """A text as one tokenizer sees it: tokens [n], whole windows of `context`; `sha256` is that of its windows."""
+    """A text as one tokenizer sees it."""
 
     source: str
+    """Its name, without the folders of this machine."""
     tokens: Tensor
+    """int64 [n], whole windows of `context`."""
     context: int
     bos: Bos
 
-    @property
+    @cached_property
     def sha256(self) -> str:
+        """Digest of the windows, see `token_sha256`."""
         return token_sha256(self.tokens.view(-1, self.context))
 
 
@@ -53,18 +60,19 @@ def read_texts(
     bos: Bos = "text",
     trust_remote_code: bool = False,
 ) -> list[EvalText]:
-    """The test splits of the sources in the tokens of the checkpoint `folder`, of each the first `max_tokens`.
+    """Read the test split of each source, or its first `max_tokens`, in the tokens of the checkpoint `folder`.
 
     `context` is 2048, or the model's positions if those are fewer. Raises `InputError` for a source that cannot be
-    read or is shorter than a window: before anything heavy has begun.
+    read, is shorter than a window, or has tokens that the model does not: before anything heavy has begun.
     """
-    config = read_config_json(folder)
-    positions = (config.get("text_config") or config).get("max_position_embeddings") or context or DEFAULT_CONTEXT
+    config = text_config(read_config_json(folder))
+    positions = config.get("max_position_embeddings")
+    positions = positions if isinstance(positions, int) and positions > 0 else context or DEFAULT_CONTEXT
     context = context or min(DEFAULT_CONTEXT, positions)
     if not 2 <= context <= positions:
         raise InputError(f"--context is {context}, the model takes 2 to {positions} tokens")
     tokenizer = open_tokenizer(folder, trust_remote_code)
-    texts = []
+    texts: list[EvalText] = []
     for source in dict.fromkeys(sources):
         tokens = token_stream(tokenizer, read_text(source, "test").text, bos=bos)[:max_tokens]
         if len(tokens) < context:
@@ -72,22 +80,37 @@ def read_texts(
                 f"{source!r} gives {len(tokens)} tokens to measure perplexity on, expected at least one window of "
                 f"{context}: choose a smaller --context or a longer text"
             )
-        texts.append(EvalText(source, tokens[: len(tokens) // context * context], context, bos))
+        if isinstance(vocabulary := config.get("vocab_size"), int) and tokens.max() >= vocabulary:
+            raise InputError(
+                f"the tokenizer in {folder} makes token {int(tokens.max())} of {source!r}, but config.json says that "
+                f"the model has {vocabulary} tokens: give a folder whose two belong together"
+            )
+        name, twins = public_name(source), [text.source for text in texts]
+        number = sum(twin == name or twin.startswith(f"{name} (") for twin in twins)
+        name = f"{name} ({number + 1})" if number else name
+        texts.append(EvalText(name, tokens[: len(tokens) // context * context], context, bos))
     return texts
 
 
 def is_packed(folder: Path) -> bool:
     """Whether the checkpoint folder is one that `compress` wrote."""
-    return (read_config_json(folder).get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
+    quantization = read_config_json(folder).get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
 def pick_dtype(folder: Path, device: torch.device) -> torch.dtype:
-    """What a checkpoint is measured in: fp32 on a CPU, where all else is slow, and as it was stored elsewhere."""
+    """Pick the dtype to measure a checkpoint in: fp32 on a CPU, where all else is slow, elsewhere that of config.json.
+
+    Raises `InputError` for a name there that is no floating-point dtype.
+    """
     if device.type == "cpu":
         return torch.float32
     config = read_config_json(folder)
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return getattr(torch, name)
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"dtype in {folder / 'config.json'} is {name!r}, expected one such as bfloat16: give --dtype")
+    return dtype
 
 
 def open_model(
@@ -98,24 +121,27 @@ def open_model(
     int8: bool = False,
     fuse: bool = False,
 ) -> PreTrainedModel:
-    """A checkpoint on the device, packed or not; raises `CheckpointError` if a weight of it is missing. `int8` lets
-    packed Linears round their inputs to 8 bits, `fuse` multiplies those that share an input at once."""
+    """Load a checkpoint, packed or not, onto the device, in evaluation mode.
+
+    `int8` lets packed Linears round their inputs to 8 bits; `fuse` multiplies those that share an input at once. Raises
+    `InputError` where transformers cannot load it, `CheckpointError` if a weight is missing.
+    """
     if is_packed(folder):
         activations = "int8" if int8 else "exact"
         return load(folder, activations, fuse, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, ImportError) as e:
         raise InputError(f"transformers cannot load {folder} ({reason(e)}): check the folder") from e
-    if found["missing_keys"]:
-        raise CheckpointError(f"{folder} holds no tensor for {sorted(found['missing_keys'])[0]}: download it again")
+    if loading["missing_keys"]:
+        raise CheckpointError(f"{folder} holds no tensor for {sorted(loading['missing_keys'])[0]}: download it again")
     return model.to(device).eval()
 
 
 def too_large(folders: Iterable[tuple[Path, torch.dtype]], device: torch.device) -> str | None:
-    """Why checkpoints should not be loaded together in these dtypes, in words; None if there is room for them."""
+    """Say why the checkpoints should not be loaded together in these dtypes; None if there is room for them."""
     need = round(1.1 * sum(_in_memory(folder, dtype) for folder, dtype in folders))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     return None if need <= free else f"needs {format_bytes(need)} of memory, {format_bytes(free)} are free"
@@ -127,58 +153,64 @@ def _in_memory(folder: Path, dtype: torch.dtype) -> int:
     return size.linear_bytes + size.other_weights * dtype.itemsize
 
 
-def unknown(texts: Sequence[EvalText], dtype: torch.dtype, known: Iterable[Perplexity]) -> list[EvalText]:
-    """The texts that `known` has no perplexity on: of the same tokens and in the same dtype."""
-    there = {_key(p, p.dtype) for p in known}
-    return [text for text in texts if _key(text, str(dtype).removeprefix("torch.")) not in there]
-
-
-def _key(measured: EvalText | Perplexity, dtype: str) -> tuple[str, ...]:
-    return measured.source, measured.sha256, measured.bos, dtype
-
-
-def measure_perplexity(
+def measure_alone(
     folder: Path,
     texts: Sequence[EvalText],
     device: torch.device,
     *,
     dtype: torch.dtype | None = None,
-    known: Sequence[Perplexity] = (),
+    known: Measured | None = None,
     trust_remote_code: bool = False,
-    progress: Callable[[str], Callable[[int, int], object]] | None = None,
-) -> list[Perplexity]:
-    """Perplexity on each text. What `known` holds of the same tokens and dtype is not measured again.
+    progress: Progress | None = None,
+    label: str = "",
+) -> Measured:
+    """Measure one model on each text with every metric that needs no original.
 
-    `progress(what)` gives the callback for one text, called with the windows done and in all.
+    Results in `known` of the same tokens and dtype are taken over, and no model is opened if that is all of them.
+    `label` names the model where stages are shown.
     """
-    dtype = dtype or pick_dtype(folder, device)
-    found = {_key(p, p.dtype): p for p in known}
-    missing = unknown(texts, dtype, known)
+    dtype, progress = dtype or pick_dtype(folder, device), progress or Silent()
+    known, metrics = known or {}, without_original(METRICS)
+    rows = {text.sha256: known_results(known, text, dtype, metrics) for text in texts}
+    missing = [text for text in texts if len(rows[text.sha256]) < len(metrics)]
     if missing:
         model = open_model(folder, device, dtype, trust_remote_code)
         for text in missing:
-            watch = progress(f"perplexity on {text.source}") if progress else None
-            result = perplexity(
-                model, text.tokens, context=text.context, source=text.source, bos=text.bos, progress=watch
+            counter = progress.counter(f"{label or folder.name}: reading {text.source}")
+            (rows[text.sha256],) = measure(
+                [model], text.tokens, metrics, context=text.context, source=text.source, bos=text.bos, progress=counter
             )
-            found[_key(result, result.dtype)] = result
         del model
         release(device)
-    return [found[_key(text, str(dtype).removeprefix("torch."))] for text in texts]
+    return by_metric([rows[text.sha256] for text in texts])
+
+
+def known_results(
+    known: Measured, text: EvalText, dtype: torch.dtype, metrics: Iterable[str] = ()
+) -> dict[str, Result]:
+    """What `known` holds of a text in the same tokens and dtype, by metric; of all metrics unless some are named."""
+    same = (text.sha256, text.bos, str(dtype).removeprefix("torch."))
+    return {
+        name: replace(result, source=text.source)
+        for name in metrics or METRICS
+        for result in known.get(name, ())
+        if (result.sha256, result.bos, result.dtype) == same
+    }
 
 
 @dataclass(frozen=True)
 class Compared:
-    """What one pass over each text showed: of the original, of itself in another precision, and of each model."""
+    """What one pass over each text showed of an original, and of models made from it."""
 
-    base: list[Perplexity]
-    floor: list[Fidelity]
-    """Empty unless asked for."""
-    models: list[tuple[list[Perplexity], list[Fidelity]]]
+    original: Measured
+    """By the metrics that need no original."""
+    floor: Measured
+    """Of the original in another precision, by the metrics that need one: what rounding costs. Empty unless asked."""
+    models: list[Measured]
 
 
-def measure_divergence(
-    base: Path,
+def measure_beside(
+    original: Path,
     models: Sequence[Path],
     texts: Sequence[EvalText],
     device: torch.device,
@@ -186,85 +218,81 @@ def measure_divergence(
     dtype: torch.dtype | None = None,
     floor: bool = False,
     trust_remote_code: bool = False,
-    progress: Callable[[str], Callable[[int, int], object]] | None = None,
+    progress: Progress | None = None,
 ) -> Compared:
-    """Perplexity of an original and of models made from it, and their fidelity to it, each run once over each text.
+    """Measure an original and models made from it with every metric, each run once over each text.
 
-    All run side by side if they fit into memory together; otherwise one after another, the original's predictions
-    being kept in a temporary file. `floor` adds the original in bf16, or in fp32 where that is not what it is measured
-    in. `texts` are in the tokens of all of them, see `check_comparable`.
+    All run side by side if they fit into memory together; otherwise one after another, while the original's predictions
+    are kept in a temporary file. `floor` adds the original in bf16, or in fp32 where it is measured in something else.
+    `texts` are in the tokens of all of them, see `check_comparable`.
     """
-    dtype = dtype or pick_dtype(base, device)
+    dtype, progress = dtype or pick_dtype(original, device), progress or Silent()
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
-    loads = [(base, other)] * floor + [(folder, dtype) for folder in models]
-    together = too_large([(base, dtype), *loads], device) is None
-
-    def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-        return open_model(folder, device, dtype, trust_remote_code)
-
-    def stage(what: str) -> Callable[[int, int], object] | None:
-        return progress(what) if progress else None
-
+    loads = [(original, other)] * floor + [(folder, dtype) for folder in models]
+    together = too_large([(original, dtype), *loads], device) is None
     with ExitStack() as files:
-        original = load(base, dtype)
+        first = open_model(original, device, dtype, trust_remote_code)
         if together:
-            references, groups = [original] * len(texts), [loads]
+            references, groups = [first] * len(texts), [loads]
         else:
             kept = (
-                recorded(original, cut(text.tokens, text.context), progress=stage(f"original on {text.source}"))
-                for text in texts
+                recorded(first, cut(t.tokens, t.context), progress=progress.counter(f"original: reading {t.source}"))
+                for t in texts
             )
             references, groups = [files.enter_context(each) for each in kept], [[each] for each in loads]
-        del original
-        found: list[tuple[list[Perplexity], list[Fidelity]]] = []
+        del first
+        by_model: list[Measured] = []
         for group in groups:
             release(device)
-            opened = [load(*each) for each in group]
+            opened = [open_model(folder, device, load_dtype, trust_remote_code) for folder, load_dtype in group]
             rows = [
-                observe(
-                    reference, opened, text.tokens, context=text.context, source=text.source, bos=text.bos,
-                    progress=stage(f"perplexity and divergence on {text.source}"),
+                measure(
+                    opened, t.tokens, METRICS, context=t.context, original=reference, source=t.source, bos=t.bos,
+                    progress=progress.counter(f"both models: reading {t.source}"),
                 )
-                for reference, text in zip(references, texts, strict=True)
+                for reference, t in zip(references, texts, strict=True)
             ]  # fmt: skip
-            found += [([p[i + 1] for p, _ in rows], [f[i] for _, f in rows]) for i in range(len(group))]
+            by_model += [by_metric([row[i + 1] for row in rows]) for i in range(len(group))]
             del opened
         del references
     release(device)
-    return Compared([p[0] for p, _ in rows], found[0][1] if floor else [], found[floor:])
+    rounded = {name: by_model[0][name] for name in METRICS if floor and METRICS[name].needs_original}
+    return Compared(by_metric([row[0] for row in rows]), rounded, by_model[floor:])
 
 
-def depth(
-    base: Path,
+def measure_depth(
+    original: Path,
     model: Path,
     text: EvalText,
     device: torch.device,
     *,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
-    progress: Callable[[int, int], object] | None = None,
+    progress: OnProgress | None = None,
 ) -> Depth:
-    """How the divergence of a model from the original builds up along the blocks, on the beginning of a text. Both are
-    in memory together."""
-    nets = [open_model(folder, device, dtype, trust_remote_code) for folder in (base, model)]
+    """Measure how the divergence of a model from the original builds up along the blocks, on the beginning of a text.
+
+    Both are in memory together.
+    """
+    nets = [open_model(folder, device, dtype, trust_remote_code) for folder in (original, model)]
     blocks, others = (find_blocks(net, net.config)[1] for net in nets)
     windows = cut(text.tokens[:DEPTH_TOKENS], min(text.context, DEPTH_TOKENS))
-    found = by_depth(nets[0], blocks, others, windows, source=text.source, progress=progress)
+    result = by_depth(nets[0], blocks, others, windows, source=text.source, progress=progress)
     del nets, blocks, others
     release(device)
-    return found
+    return result
 
 
-def check_comparable(base: str, texts: Sequence[EvalText], model: str, others: Sequence[EvalText]) -> None:
-    """Raise `InputError` unless a model and the original it is compared with see the same texts in the same tokens."""
+def check_comparable(original: str, texts: Sequence[EvalText], model: str, others: Sequence[EvalText]) -> None:
+    """Raise `InputError` unless a model and the original that it is compared with read the same tokens of each text."""
     for text, other in zip(texts, others, strict=True):
         if text.context != other.context:
             raise InputError(
-                f"{model} reads windows of {other.context} tokens and {base} of {text.context}: give both the same "
+                f"{model} reads windows of {other.context} tokens and {original} of {text.context}: give both the same "
                 "--context"
             )
         if text.sha256 != other.sha256:
             raise InputError(
-                f"{model} cannot be compared with {base}, because their tokenizers cut {text.source!r} into different "
-                "tokens: give --fidelity the original that it was made from"
+                f"{model} cannot be compared with {original}, because their tokenizers cut {text.source!r} into "
+                "different tokens: give --fidelity the original that it was made from"
             )

@@ -34,7 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ultralowbit.eval.perplexity import perplexity, token_stream
+from ultralowbit.eval.perplexity import perplexity
+from ultralowbit.eval.windows import token_stream
 from ultralowbit.nn.hf import cache_name
 
 FLOOR = 0.01
@@ -139,7 +140,7 @@ def across(families: Mapping[str, Sequence[Mapping[str, Track]]]) -> Track:
     """The architecture track of one method: family of models -> the tracks of its models."""
     means = {}
     for family, models in families.items():
-        ratios = [r for found in models for name in ("language", "tasks") for r in found[name].ratios.values()]
+        ratios = [r for of_model in models for name in ("language", "tasks") for r in of_model[name].ratios.values()]
         if ratios:
             means[family] = fmean(ratios)
     return Track(means)
@@ -172,7 +173,7 @@ def corrupt(text: str, kind: str, seed: int = 0) -> str:
         "casing": (_recase, r"[^\W\d_]+"),
         "whitespace": (_respace, r" +"),
     }[kind]
-    return re.sub(pattern, lambda found: change(found[0], rng) if rng.random() < RATE else found[0], text)
+    return re.sub(pattern, lambda match: change(match[0], rng) if rng.random() < RATE else match[0], text)
 
 
 def _misspell(word: str, rng: random.Random) -> str:
@@ -215,21 +216,21 @@ def robustness(
     ids = token_stream(tokenizer, text)
     if max_tokens is not None and len(ids) > max_tokens:
         text = text[: len(text) * max_tokens // len(ids)]
-    found = {}
+    nats = {}
     stages = ("clean", *CORRUPTIONS)
     for done, kind in enumerate(stages, 1):
         read = text if kind == "clean" else corrupt(text, kind, seed)
         ids = token_stream(tokenizer, read)
         measured = perplexity(model, ids, context=context)
-        found[kind] = measured.nll * len(ids) / len(read.encode())
+        nats[kind] = measured.nll * len(ids) / len(read.encode())
         if kind == "clean":
-            found["long"] = measured.nll
+            nats["long"] = measured.nll
             if context >= 8:
                 # of the same tokens, that the windows drop as few as the long ones do
-                found["short"] = perplexity(model, ids[: len(ids) // context * context], context=context // 4).nll
+                nats["short"] = perplexity(model, ids[: len(ids) // context * context], context=context // 4).nll
         if progress:
             progress(done, len(stages))
-    return found
+    return nats
 
 
 @torch.no_grad()

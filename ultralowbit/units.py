@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 
 def format_seconds(seconds: float) -> str:
@@ -27,3 +28,21 @@ def format_number(value: float | str) -> str:
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}" if value >= 100 else f"{value:.3f}"
+
+
+_QUANTITIES: dict[str, Callable[[float], str]] = {
+    "perplexity": format_number,
+    "bits": "{:.3f}".format,
+    "claimed": "{:.2f}".format,
+    "bytes": format_bytes,
+    "times": "{:.2f} x".format,
+    "seconds": lambda seconds: f"{seconds:.1f} s" if seconds < 20 else format_seconds(seconds),
+    "percent": lambda share: f"{100 * share:.1f} %",
+    "nats": "{:.3g}".format,
+}
+
+
+def format_quantity(value: float, unit: str) -> str:
+    """A measured number in its unit: perplexity, bits, claimed, bytes, times, seconds, percent, nats; any other unit
+    gets four digits."""
+    return _QUANTITIES.get(unit, "{:.4g}".format)(value)

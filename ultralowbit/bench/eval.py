@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ultralowbit.bench.models import Shape, write_model
 from ultralowbit.bench.timing import now
-from ultralowbit.eval.fidelity import observe
-from ultralowbit.eval.perplexity import batch_windows, perplexity
+from ultralowbit.eval.metric import METRICS
+from ultralowbit.eval.perplexity import perplexity
 from ultralowbit.eval.runner import open_model, pick_dtype
+from ultralowbit.eval.windows import batch_windows, measure
 from ultralowbit.system import pick_device
 
 
@@ -84,7 +85,7 @@ def _raced(net: nn.Module, windows: Tensor, where: torch.device, repeat: int) ->
             "forward": partial(bare, there, 1),
             "perplexity": partial(perplexity, net, stream, context=context),
             "two forwards": partial(bare, there, 2),
-            "divergence": partial(observe, net, [net], stream, context=context),
+            "divergence": partial(measure, [net], stream, METRICS, context=context, original=net),
         }
         rounds = [{what: timed(run) for what, run in runs.items()} for _ in range(repeat)]
         for what in seconds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,6 +33,9 @@ from ultralowbit.cli.options import (
 )
 from ultralowbit.cli.render import new_table, shout, show_comparison
 from ultralowbit.errors import InputError
+
+if TYPE_CHECKING:
+    from ultralowbit.report.schema import Comparison
 
 HiddenOption = Annotated[int, typer.Option(min=64, help="width of the block; its MLP is 2.75 times as wide")]
 OriginalsArgument = Annotated[list[str], typer.Argument(metavar="MODEL", help="original models: folders or hub names")]
@@ -195,22 +198,22 @@ def bench_methods(
     _show_sweep(comparison, out_folder)
 
 
-def _show_sweep(comparison: dict[str, Any], folder: Path) -> None:
+def _show_sweep(comparison: Comparison, folder: Path) -> None:
     """The tables of a sweep; leaves with an exit code where a run failed or fell back."""
     show_comparison(comparison)
-    for tracks in (comparison["tracks"] or {"models": []})["models"]:
+    for tracks in (comparison.tracks or {"models": []})["models"]:
         table = new_table(f"{tracks['model']}: what is left", *tracks["rows"][0]["tracks"], left=1)
         for row in tracks["rows"]:
             means = (f"{t['geometric']:.3f}" if t["ratios"] else "-" for t in row["tracks"].values())
             table.add_row(cell(row["label"]), *means)
         out.print(table)
         say("geometric means of ratios to the original, which are in report.json", "dim")
-    for entry in comparison["failed"]:
-        shout("FAILED", f"{entry['model']}, {entry['label']}: {entry['error']}")
+    for failure in comparison.failed:
+        shout("FAILED", f"{failure.model}, {failure.label}: {failure.error}")
     say(f"{folder / 'report.html'}  report.md, report.json, plots, runs")
-    if comparison["failed"]:
+    if comparison.failed:
         raise typer.Exit(FAILED)
-    if any(run["fallbacks"] for s in comparison["sections"] for row in s["rows"] for run in row["runs"]):
+    if any(run.fallbacks for section in comparison.sections for row in section.rows for run in row.runs):
         raise typer.Exit(FELL_BACK)
 
 

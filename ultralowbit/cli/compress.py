@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,6 +33,9 @@ from ultralowbit.cli.options import (
 )
 from ultralowbit.cli.render import show
 from ultralowbit.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    from ultralowbit.report.schema import RunReport
 
 OutOption = Annotated[Path | None, typer.Option("--out", help="folder to write; <model>-<recipe> by default")]
 RatioOption = Annotated[
@@ -86,8 +89,8 @@ def compress(
     from ultralowbit.hub import check_push
     from ultralowbit.pipeline.estimate import estimate
     from ultralowbit.recipe import Recipe
-    from ultralowbit.report.gates import Limits
     from ultralowbit.report.run import Texts, compress_and_measure
+    from ultralowbit.report.schema import Limits
 
     windows = [f"calibration.{key}={value}" for key, value in given(samples=samples, length=length).items()]
     chosen = Recipe.load(recipe, [*settings, *windows], small=small, texts=given(source=calib, seed=seed))
@@ -106,19 +109,19 @@ def compress(
             model, chosen, folder, measured, device=device, restart=restart, trust_remote_code=trust_remote_code,
             watch=watch, command=command_line(ctx.obj), load_from=push_to_hub, limits=Limits(max_ppl_ratio, max_kl),
         )  # fmt: skip
-    show(report)
+    show(report, folder)
     _finish(report, folder, push_to_hub, private)
 
 
-def _finish(report: dict[str, Any], folder: Path, repo: str | None, private: bool) -> None:
+def _finish(report: RunReport, folder: Path, repo: str | None, private: bool) -> None:
     """Upload what passed its gates, and leave with the exit code that says what did not."""
-    if report["exceeded"]:
+    if report.exceeded:
         if repo:
             say(f"not uploaded to {repo}: the quality gate failed", "yellow")
         raise typer.Exit(QUALITY)
     if repo:
         _push(folder, repo, private)
-    if report["fallbacks"]:
+    if report.fallbacks:
         raise typer.Exit(FELL_BACK)
 
 

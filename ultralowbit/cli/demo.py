@@ -29,26 +29,27 @@ def demo(
     import torch
 
     from ultralowbit.demo.run import run_demo
-    from ultralowbit.report.tables import protocol, table
+    from ultralowbit.eval.metric import protocols
+    from ultralowbit.report.tables import terminal_table
 
     # products so small gain little from a second thread, and on a busy machine the two wait for one another for minutes
     torch.set_num_threads(1)
     with Watch(quiet) as watch:
-        result = run_demo(out_folder, watch, device=device, restart=restart, command=command_line(ctx.obj))
-    out.print(table(result["rows"]))
-    for line in protocol(result["rows"][0]["perplexity"]):
+        report = run_demo(out_folder, watch, device=device, restart=restart, command=command_line(ctx.obj))
+    out.print(terminal_table(report.rows))
+    for line in protocols(report.rows[0].metrics):
         say(line, "dim")
     out.print()
-    samples = new_table("", f"what it writes after {result['prompt']!r}", left=2)
-    for row in result["rows"]:
-        samples.add_row(row["label"], cell(" ".join(row["sample"].split())))
+    samples = new_table("", f"what it writes after {report.prompt!r}", left=2)
+    for row in report.rows:
+        samples.add_row(row.label, cell(" ".join(row.sample.split())))
     out.print(samples)
     out.print()
-    for row in result["rows"]:
-        if row["collapsed"]:
-            shout("COLLAPSED", f"{row['label']} predicts worse than a guess among the tokens of the vocabulary.")
+    for row in report.rows:
+        if row.collapsed:
+            shout("COLLAPSED", f"{row.label} predicts worse than a guess among the tokens of the vocabulary.")
     say(f"{out_folder}  report.md, report.json and a folder for each recipe")
     say(f"to see them as plots on one page: {command_line(['compare', str(out_folder)])}", "dim")
-    if any(row["fallbacks"] for row in result["rows"]):
+    if any(row.fallbacks for row in report.rows):
         shout("FELL BACK", "Some Linears were rounded to nearest instead: see the recipes' report.md.")
         raise typer.Exit(FELL_BACK)

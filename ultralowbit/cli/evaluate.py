@@ -110,7 +110,8 @@ def evaluate(
 
     [bold]ultralowbit eval model model-sign-2 --tasks piqa,arc_easy,hellaswag --limit 200[/]
     """
-    from ultralowbit.eval.evaluate import Wanted, evaluate_models, to_json
+    from ultralowbit.eval.evaluate import Wanted, evaluate_models
+    from ultralowbit.eval.schema import to_json
 
     if json_file and not json_file.absolute().parent.is_dir():
         raise InputError(f"--json {str(json_file)!r} lies in no folder: make it first, nothing has been measured")

@@ -26,7 +26,7 @@ def inspect(
     [bold]ultralowbit inspect model-sign-2 --json | jq .linear_bits_per_weight[/]
     """
     from ultralowbit.checkpoint.size import measure_size
-    from ultralowbit.report.schema import strict
+    from ultralowbit.eval.schema import strict
 
     size = measure_size(folder)
     if as_json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.panel import Panel
@@ -11,44 +11,45 @@ from rich.table import Table
 from ultralowbit.cli.console import cell, out, say
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ultralowbit.checkpoint.size import Size
+    from ultralowbit.eval.schema import Evaluation
+    from ultralowbit.report.schema import Comparison, RunReport
 
 
-def show(report: dict[str, Any]) -> None:
-    """The table of a report, and below it what nobody may miss."""
-    from ultralowbit.report.tables import divergence_lines, protocol, sparsity_lines, table
+def show(report: RunReport, folder: Path) -> None:
+    """Print the table of a report, and below it what nobody may miss; `folder` is where it lies."""
+    from ultralowbit.eval.metric import protocols, sentences
+    from ultralowbit.report.tables import sparsity_lines, terminal_table
 
-    original, packed = report["original"], report["packed"]
-    out.print(table([original, packed]))
-    for line in protocol(packed["perplexity"]):
+    original, packed = report.original, report.packed
+    out.print(terminal_table([original, packed]))
+    for line in [*protocols(packed.metrics), *sentences(packed.metrics), *sparsity_lines(packed)]:
         say(line, "dim")
-    for line in [*divergence_lines(packed["fidelity"]), *sparsity_lines(packed)]:
-        say(line, "dim")
-    if original["not_measured"]:
-        say(f"original {original['not_measured']}", "yellow")
-    for source in report["collapsed"]:
+    if original.not_measured:
+        say(f"original {original.not_measured}", "yellow")
+    for source in report.collapsed:
         shout(
             "COLLAPSED",
-            f"On {source} the packed model predicts worse than a guess among the {report['vocabulary']} tokens of its "
-            f"vocabulary: it is not usable. {report['advice']}",
+            f"On {source} the packed model predicts worse than a guess among the {report.vocabulary} tokens of its "
+            f"vocabulary: it is not usable. {report.advice}",
         )
-    written = report["continuation"]
-    if written and written["repeats"]:
+    written = report.continuation
+    if written and written.repeats:
         shout(
             "COLLAPSED",
-            f"After {written['prompt']!r} the packed model writes {written['text']!r}: it is not usable. "
-            f"{report['advice']}",
+            f"After {written.prompt!r} the packed model writes {written.text!r}: it is not usable. {report.advice}",
         )
-    if report["fallbacks"]:
-        lines = [f"{name}: {why}" for name, why in report["fallbacks"].items()]
+    if report.fallbacks:
+        lines = [f"{name}: {why}" for name, why in report.fallbacks.items()]
         more = [f"and {len(lines) - 5} more, see report.md"] if len(lines) > 5 else []
         shout(
-            f"{len(lines)} OF {len(report['layers'])} LINEARS FELL BACK TO ROUND-TO-NEAREST",
-            "\n".join(lines[:5] + more),
+            f"{len(lines)} OF {len(report.layers)} LINEARS FELL BACK TO ROUND-TO-NEAREST", "\n".join(lines[:5] + more)
         )
-    if report["exceeded"]:
-        shout("QUALITY GATE FAILED", "\n".join([*(f"{line}." for line in report["exceeded"]), report["advice"]]))
-    say(f"{report['folder']}  README.md, report.md, report.json")
+    if report.exceeded:
+        shout("QUALITY GATE FAILED", "\n".join([*(f"{line}." for line in report.exceeded), report.advice]))
+    say(f"{folder}  README.md, report.md, report.json")
 
 
 def shout(title: str, text: str) -> None:
@@ -94,41 +95,35 @@ def new_table(*headers: str, left: int = 3) -> Table:
     return table
 
 
-def show_evaluation(report: dict[str, Any]) -> None:
-    """The tables of `ultralowbit eval`."""
-    from ultralowbit.report.tables import average_notes, fidelity_grid, perplexity_grid, task_grid
+def show_evaluation(evaluation: Evaluation) -> None:
+    """Print the tables of `ultralowbit eval`."""
+    from ultralowbit.report.tables import average_notes, evaluation_grids
 
-    rows = report["results"]
-    for row in rows:
-        if row["tasks"]:
-            say(f"{row['model']}, lm-eval {row['tasks'].version}:")
-            say(row["tasks"].table)
-    for grid, left in (
-        (perplexity_grid(rows), 2),
-        (fidelity_grid(rows), 2),
-        (task_grid(rows), 2),
-    ):
-        if len(grid) > 1:
-            table = new_table(*grid[0], left=left)
-            for line in grid[1:]:
-                table.add_row(*map(cell, line))
-            out.print(table)
-    for line in average_notes(rows):
+    for model in evaluation.results:
+        if model.tasks:
+            say(f"{model.model}, lm-eval {model.tasks.version}:")
+            say(model.tasks.table)
+    for headers, *lines in evaluation_grids(evaluation):
+        table = new_table(*headers, left=2)
+        for line in lines:
+            table.add_row(*map(cell, line))
+        out.print(table)
+    for line in average_notes(evaluation):
         say(line, "dim")
 
 
-def show_comparison(comparison: dict[str, Any]) -> None:
-    """The columns of a comparison that a terminal has room for, and why something stands apart."""
+def show_comparison(comparison: Comparison) -> None:
+    """Print the columns of a comparison that a terminal has room for, and why something stands apart."""
     from ultralowbit.report.columns import cell as cell_of
 
-    for section in comparison["sections"]:
-        if len(comparison["sections"]) > 1:
-            say(section["model"]["name"], "bold")
-        columns = [c for c in section["columns"] if c["drawn"] or c["key"] in ("linear_bits", "file_bytes", "seconds")]
-        table = new_table("", *(f"{c['group']}\n{c['title']}" for c in columns), left=1)
-        for row in section["rows"]:
-            label = cell(row["label"], "bold" if row["on_front"] else "")
+    for section in comparison.sections:
+        if len(comparison.sections) > 1:
+            say(section.model.name, "bold")
+        columns = [c for c in section.columns if c.drawn or c.key in ("linear_bits", "file_bytes", "seconds")]
+        table = new_table("", *(f"{c.group}\n{c.title}" for c in columns), left=1)
+        for row in section.rows:
+            label = cell(row.label, "bold" if row.on_front else "")
             table.add_row(label, *(cell_of(row, column) for column in columns))
         out.print(table)
-        for line in [*section["notes"], *(column["protocol"] for column in columns if column["drawn"])]:
+        for line in [*section.notes, *(column.protocol for column in columns if column.drawn)]:
             say(line, "dim")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,17 @@ from typing import Any
 import torch
 
 from ultralowbit.checkpoint.manifest import MANIFEST
-from ultralowbit.checkpoint.storage import sha256_file, write_atomic, write_json
+from ultralowbit.checkpoint.storage import sha256_file, write_atomic
 from ultralowbit.errors import InputError
 from ultralowbit.eval.generation import generate
 from ultralowbit.eval.runner import open_model, pick_dtype
+from ultralowbit.eval.schema import read_file, write_file
 from ultralowbit.hub import open_tokenizer
 from ultralowbit.progress import Progress
 from ultralowbit.recipe import Recipe
+from ultralowbit.report.markdown import public_command
 from ultralowbit.report.run import Texts, compress_and_measure
-from ultralowbit.report.schema import SCHEMA_VERSION, stored_perplexity, strict
+from ultralowbit.report.schema import ORIGINAL, REPORT, DemoReport, DemoRow, RunReport
 from ultralowbit.report.tables import render
 from ultralowbit.system import pick_device
 
@@ -49,7 +50,7 @@ def run_demo(
     command: str | None = None,
     checkpoint: Path = CHECKPOINT,
     recipes: tuple[str, ...] = RECIPES,
-) -> dict[str, Any]:
+) -> DemoReport:
     """Compress the demo checkpoint with each recipe into a folder of `out`; report.json and report.md compare them.
 
     A run that was killed goes on where it stopped, a finished one is only read. Returns the report.
@@ -71,44 +72,35 @@ def run_demo(
     finished = None if restart else _finished(out, key)
     if finished:
         return finished
-    rows: list[dict[str, Any]] = []
+    rows: list[DemoRow] = []
     manifests = {}
     for recipe in chosen:
         watch.say(f"{recipe.name}: {recipe.summary}")
         folder = out / recipe.name
-        known = [stored_perplexity(p) for p in rows[0]["perplexity"]] if rows else ()
-        report = compress_and_measure(
-            str(checkpoint), recipe, folder, TEXTS, device=device, restart=restart, watch=watch, known=known,
-            thorough=False,
+        run = compress_and_measure(
+            str(checkpoint), recipe, folder, TEXTS, device=device, restart=restart, watch=watch,
+            known=rows[0].metrics if rows else None, thorough=False,
         )  # fmt: skip
         if not rows:
-            rows.append(_row(report, "original", _sample(checkpoint, where)))
-        rows.append(_row(report, "packed", _sample(folder, where)))
-        manifests[recipe.name] = report["manifest"]["sha256"]
-    report = {
-        "schema_version": SCHEMA_VERSION,
-        "command": command,
-        "key": key,
-        "manifests": manifests,
-        "prompt": PROMPT,
-        "calibration": report["calibration"],
-        "environment": report["environment"],
-        "rows": rows,
-    }
-    write_json(out / "report.json", strict(report))
-    write_atomic(out / "report.md", render("demo.md.j2", report).encode())
+            rows.append(_row(run, ORIGINAL, _sample(checkpoint, where)))
+        rows.append(_row(run, "packed", _sample(folder, where)))
+        manifests[recipe.name] = run.manifest.sha256
+    report = DemoReport(
+        command=command and public_command(command), key=key, manifests=manifests, prompt=PROMPT,
+        calibration=run.calibration, environment=run.environment, rows=rows,
+    )  # fmt: skip
+    write_file(out / REPORT, report)
+    write_atomic(out / "report.md", render("demo.md.j2", **dict(report)).encode())
     return report
 
 
-def _row(report: dict[str, Any], which: str, sample: str) -> dict[str, Any]:
+def _row(run: RunReport, which: str, sample: str) -> DemoRow:
+    """A row without the peak memory, which is that of one process for all recipes and says nothing of one of them."""
     packed = which == "packed"
-    return {
-        **report[which],
-        "peak_memory_bytes": None,  # of one process that makes them all: it says nothing of one recipe
-        "sample": sample,
-        "collapsed": report["collapsed"] if packed else [],
-        "fallbacks": report["fallbacks"] if packed else {},
-    }
+    return DemoRow(
+        **{**dict(getattr(run, which)), "peak_memory_bytes": None}, sample=sample,
+        collapsed=run.collapsed if packed else [], fallbacks=run.fallbacks if packed else {},
+    )  # fmt: skip
 
 
 def _sample(folder: Path, device: torch.device) -> str:
@@ -116,11 +108,11 @@ def _sample(folder: Path, device: torch.device) -> str:
     return generate(model, open_tokenizer(folder), PROMPT, max_new_tokens=TOKENS)
 
 
-def _finished(out: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+def _finished(out: Path, key: dict[str, Any]) -> DemoReport | None:
     """The report of an earlier run, if it made what this one would."""
     try:
-        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        there = {name: sha256_file(out / name / MANIFEST) for name in report["manifests"]}
-        return report if report["key"] == key and there == report["manifests"] else None
-    except (OSError, ValueError, KeyError, TypeError):
+        report = read_file(out / REPORT, DemoReport, "it is written anew")
+        there = {name: sha256_file(out / name / MANIFEST) for name in report.manifests}
+    except (InputError, OSError):
         return None
+    return report if report.key == key and there == report.manifests else None

@@ -1,20 +1,30 @@
-"""The model card of a packed checkpoint: a README.md with the fields that the hub reads and what its report found."""
+"""The model card of a packed checkpoint: a README.md with the fields that the hub reads and what its report says.
+
+The last line of a card holds a digest of all lines above it. A card whose digest still holds is ours and is written
+anew; one that somebody has edited is left alone, whenever and however often it was written before.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 import re
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ultralowbit.checkpoint.storage import sha256_file
+from ultralowbit.errors import InputError
+from ultralowbit.eval.base import Metric, Result, without_original
+from ultralowbit.eval.metric import METRICS
+from ultralowbit.recipe import read_yaml
+from ultralowbit.report.schema import RunReport
+from ultralowbit.report.tables import render
 
 CARD = "README.md"
-_PASSED_ON = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_MARK = "<!-- written by ultralowbit; sha256 of the lines above: {} -->\n"
+_FRONT_BYTES = 1 << 16  # of a README.md that are looked at
+_PASSED_ON = {"license": str, "license_name": str, "license_link": str, "language": list, "pipeline_tag": str}
 _LICENSES = {  # what the text of a licence file begins with -> the hub's name of it
     "apache-2.0": r"\s*apache license\s+version 2\.0",
     "mit": r"\s*(the )?mit license",
@@ -24,8 +34,10 @@ _LICENSES = {  # what the text of a licence file begins with -> the hub's name o
 
 
 def hub_id(model: str, folder: Path) -> str | None:
-    """The name on the hub of the model whose files are in `folder`, if it is from there: what was asked for, or what
-    the hub's cache is called."""
+    """Name on the hub of the model whose files are in `folder`, or None if it is not from there.
+
+    It is what the user asked for, or what the hub's cache is called.
+    """
     cached = re.search(r"models--(.+?)--(.+?)/snapshots/", f"{folder}/")
     if cached:
         return f"{cached[1]}/{cached[2]}"
@@ -33,107 +45,105 @@ def hub_id(model: str, folder: Path) -> str | None:
 
 
 def passed_on(source: Path) -> dict[str, Any]:
-    """What the source says of itself and what holds for its compressed form too: licence, language, task.
+    """What the source says of itself that holds for its compressed form too: licence, language, task.
 
-    From the front matter of its README.md; without a licence there, from a licence file.
+    It is taken from the front matter of its README.md, where values of another type than the hub's are ignored, as is
+    front matter that is no plain YAML; without a licence there, from a licence file.
     """
-    found: dict[str, Any] = {}
+    fields = _front_matter(source / CARD)
+    kept = {key: value for key in _PASSED_ON if (value := _plain(fields.get(key), _PASSED_ON[key])) is not None}
+    files = sorted(path for path in source.glob("LICENSE*") if path.is_file())
+    if "license" not in kept and files:
+        head = _head(files[0], 400).decode("utf-8", "replace").lower()
+        known = next((name for name, pattern in _LICENSES.items() if re.match(pattern, head)), None)
+        other = {"license": "other", "license_name": "that-of-the-original", "license_link": files[0].name}
+        kept |= {"license": known} if known else other
+    return kept
+
+
+def _front_matter(path: Path) -> dict[str, Any]:
+    """The front matter of a card; empty where there is none that can be read."""
+    if not path.is_file():
+        return {}
     try:
-        text = (source / CARD).read_text(encoding="utf-8")
-        front = re.match(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
-        data = yaml.safe_load(front[1]) if front else None
-        if isinstance(data, dict):
-            found = {key: data[key] for key in _PASSED_ON if data.get(key)}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        pass  # a source without a card
-    if "license" not in found:
-        files = sorted(p for p in source.glob("LICENSE*") if p.is_file())
-        for path in files:
-            head = path.read_text(encoding="utf-8", errors="replace")[:400].lower()
-            known = [name for name, pattern in _LICENSES.items() if re.match(pattern, head)]
-            found |= (
-                {"license": known[0]}
-                if known
-                else {
-                    "license": "other", "license_name": "that-of-the-original", "license_link": path.name,
-                }
-            )  # fmt: skip
-            break
-    return found
+        text = _head(path, _FRONT_BYTES).decode("utf-8", "ignore")
+        match = re.match(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+        fields = read_yaml(match[1], str(path)) if match else None
+    except (OSError, InputError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
-def public(source: str) -> str:
-    """A text's name without the folders of this machine."""
-    path = Path(source).expanduser()
-    return path.name if path.is_file() else source
+def _head(path: Path, size: int) -> bytes:
+    with path.open("rb") as f:
+        return f.read(size)
 
 
-def metadata(report: dict[str, Any], source: Path, name: str) -> ModelCardData:
-    """The front matter."""
-    recipe, base = report["recipe"], hub_id(report["model"], source)
-    methods = [recipe["quantize"]["method"], *(override["quantize"]["method"] for override in recipe["overrides"])]
+def _plain(value: Any, kind: type) -> Any:
+    """A text, or where `kind` is list also a list of texts; None for anything else."""
+    if isinstance(value, str) and 0 < len(value) <= 200:
+        return value
+    texts = kind is list and isinstance(value, list) and 0 < len(value) <= 300
+    return value if texts and all(_plain(each, str) is not None for each in value) else None
+
+
+def metadata(report: RunReport, base: str | None, source: Path, name: str) -> ModelCardData:
+    """The front matter; `base` is the original's name on the hub, `source` its folder."""
+    recipe = report.recipe
+    methods = [recipe.quantize.method, *(override.quantize.method for override in recipe.overrides)]
     results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=public(p["source"]),
-            dataset_name=public(p["source"]),
-            metric_type="perplexity",
-            metric_name=f"perplexity, {p['windows']} windows of {p['context']} tokens, {p['dtype']}",
-            metric_value=round(p["perplexity"], 4),
-        )
-        for p in report["packed"]["perplexity"]
-        if math.isfinite(p["perplexity"])
+        _eval_result(metric, result)
+        for key, metric in METRICS.items()
+        for result in report.packed.metrics.get(key, ())
+        if math.isfinite(getattr(result, metric.quantities[0].field))
     ]
     return ModelCardData(
         **{"pipeline_tag": "text-generation", **passed_on(source)},
         base_model=base,
         base_model_relation="quantized" if base else None,
         library_name="transformers",
-        tags=[*dict.fromkeys(["ultralowbit", "quantized", recipe["name"], *methods])],
-        recipe=recipe["name"],
+        tags=[*dict.fromkeys(["ultralowbit", "quantized", recipe.name, *methods])],
+        recipe=recipe.name,
         model_name=name,
         eval_results=results or None,
     )
 
 
-def values(report: dict[str, Any], source: Path, name: str, load_from: str) -> dict[str, Any]:
-    """What the template is filled with: the report, and the front matter."""
-    before, after, near = (
-        [{**p, "source": public(p["source"])} for p in report[row][key]]
-        for row, key in (("original", "perplexity"), ("packed", "perplexity"), ("packed", "fidelity"))
+def _eval_result(metric: Metric, result: Result) -> EvalResult:
+    quantity = metric.quantities[0]
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=result.source,
+        dataset_name=result.source,
+        metric_type=metric.name,
+        metric_name=f"{quantity.said}, {result.windows} windows of {result.context} tokens, {result.precision}",
+        metric_value=round(getattr(result, quantity.field), 4),
     )
-    known = {p["sha256"]: p for p in before}
-    calibration = report["calibration"]
-    return {
-        **report,
-        "original": {**report["original"], "perplexity": before},
-        "packed": {**report["packed"], "perplexity": after, "fidelity": near},
-        "calibration": calibration and {**calibration, "source": public(calibration["source"])},
-        "collapsed": [public(source) for source in report["collapsed"]],
-        "name": name,
-        "load_from": load_from,
-        "base": hub_id(report["model"], source),
-        "original_name": source.resolve().name,
-        "front_matter": metadata(report, source, name).to_yaml(),
-        "pairs": [(known[p["sha256"]], p) for p in after if p["sha256"] in known],
-        "loss": loss,
-    }
 
 
-def loss(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """How much worse the second perplexity is, in words."""
-    a, b = float(before["nll"]), float(after["nll"])
-    if not math.isfinite(b):
-        return "the model is broken"
-    percent = 100 * math.expm1(b - a)
-    return f"{percent:+.3g} %, {b - a:+.3f} nats a token"
+def card_text(report: RunReport, model: str, source: Path, load_from: str) -> str:
+    """The card; `model` is what the user called the original, `source` its folder, `load_from` where users find the
+    packed one: a name on the hub or of a folder."""
+    base, name = hub_id(model, source), load_from.rpartition("/")[2]
+    pairs = [
+        metric.change(before, after)
+        for key, metric in without_original(METRICS).items()
+        for before in report.original.metrics.get(key, ())
+        for after in report.packed.metrics.get(key, ())
+        if before.sha256 == after.sha256
+    ]
+    body = render("card.md.j2", **dict(report), name=name, load_from=load_from, base=base, changes=pairs)
+    template = "---\n{{ card_data }}\n---\n\n{{ body }}"
+    card = ModelCard.from_template(metadata(report, base, source, name), template_str=template, body=body.rstrip())
+    text = str(card).rstrip("\n") + "\n\n"
+    return text + _MARK.format(sha256(text.encode()).hexdigest())
 
 
-def edited(out: Path) -> bool:
-    """Whether the card in a packed folder is another than the one whose hash its report.json holds."""
+def is_edited(path: Path) -> bool:
+    """Whether the file is there and is not a card as it was written."""
     try:
-        ours = json.loads((out / "report.json").read_text(encoding="utf-8"))["card"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = None
-    path = out / CARD
-    return path.exists() and sha256_file(path) != ours
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    above, _, last = text.rstrip(b"\n").rpartition(b"\n")
+    return last + b"\n" != _MARK.format(sha256(above + b"\n").hexdigest()).encode()

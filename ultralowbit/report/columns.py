@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
 
-from ultralowbit.units import format_bytes, format_number, format_seconds
-
-
-@dataclass(frozen=True)
-class Column:
-    """One measured quantity: all its numbers compare. `key` names it in report.json."""
-
-    key: str
-    group: str
-    title: str
-    unit: str
-    better: str | None = None
-    """lower, higher, or None for what is neither"""
-    protocol: str | None = None
-    """How it was measured; None for what is counted."""
-    drawn: str = ""
-    """Its name on the axis of a plot against size; nothing for what is not drawn."""
-
-
-Readings = dict[str, tuple[Column, float]]
-"""What was measured of one model, by the columns' keys."""
-
+from ultralowbit.eval.base import Column
+from ultralowbit.report.markdown import escape, table
+from ultralowbit.report.schema import ComparedRow, Section
+from ultralowbit.units import format_quantity
 
 FIXED = (
     Column("linear_bits", "bits a weight", "linear", "bits", "lower"),
@@ -40,66 +20,52 @@ FIXED = (
     Column("seconds", "cost", "time", "seconds", "lower"),
     Column("peak_memory", "cost", "peak memory", "bytes", "lower"),
 )
+"""What is counted, and stands beside what is measured."""
 
 
-_FORMATS: dict[str, Callable[[float], str]] = {
-    "perplexity": format_number,
-    "bits": "{:.3f}".format,
-    "claimed": "{:.2f}".format,
-    "bytes": format_bytes,
-    "times": "{:.2f} x".format,
-    "seconds": lambda seconds: f"{seconds:.1f} s" if seconds < 20 else format_seconds(seconds),
-    "percent": lambda share: f"{100 * share:.1f} %",
-    "nats": "{:.3g}".format,
-}
-
-
-def cell_text(value: float, unit: str) -> str:
-    return _FORMATS[unit](value)
-
-
-def cell(row: dict[str, Any], column: dict[str, Any]) -> str:
+def cell(row: ComparedRow, column: Column) -> str:
     """A number of a table, with its spread over seeds where it was measured for several."""
-    value = row["metrics"].get(column["key"])
+    value = row.metrics.get(column.key)
     if value is None:
         return "-"
-    text = cell_text(float(value["mean"]), column["unit"])
-    if value["std"] and column["unit"] in ("perplexity", "percent", "nats"):
-        std = cell_text(value["std"], column["unit"])
-        if column["unit"] == "perplexity":
-            std = f"{value['std']:.{len(text.partition('.')[2])}f}"
-        elif column["unit"] == "nats":
-            std = f"{value['std']:.2g}"
+    text = format_quantity(value.mean, column.unit)
+    if value.std and column.metric is not None:
+        if column.unit == "percent":
+            std = format_quantity(value.std, "percent")
+        elif column.unit == "perplexity":
+            std = f"{value.std:.{len(text.partition('.')[2])}f}"
+        else:
+            std = f"{value.std:.2g}"
         text = f"{text.removesuffix(' %')} ± {std}"
     return text
 
 
-def sort_key(row: dict[str, Any], column: dict[str, Any]) -> str:
+def sort_key(row: ComparedRow, column: Column) -> str:
     """What a browser sorts a cell by: a number, or nothing."""
-    value = row["metrics"].get(column["key"])
-    return "" if value is None else repr(float(value["mean"]))
+    return repr(row.mean(column.key)) if column.key in row.metrics else ""
 
 
-def header(columns: Sequence[dict[str, Any]]) -> list[tuple[str, int]]:
+def header(columns: Sequence[Column]) -> list[tuple[str, int]]:
     """The upper line of a table's head: each group of neighbouring columns, and how many they are."""
-    return [(group, len(list(found))) for group, found in groupby(columns, lambda column: column["group"])]
+    return [(group, len(list(members))) for group, members in groupby(columns, lambda column: column.group)]
 
 
-def markdown_table(section: dict[str, Any]) -> str:
-    columns = section["columns"]
-    titles = [f"{column['group']}, {column['title']}" for column in columns]
-    lines = [["", *titles], ["---", *["---:"] * len(columns)]]
-    for row in section["rows"]:
-        label = row["label"].replace("|", "\\|")
-        lines.append([f"**{label}**" if row["on_front"] else label, *(cell(row, column) for column in columns)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def section_table(section: Section) -> str:
+    """The rows and columns of a section as a Markdown table."""
+    titles = [escape(f"{column.group}, {column.title}") for column in section.columns]
+    lines = []
+    for row in section.rows:
+        label = escape(row.label)
+        lines.append([f"**{label}**" if row.on_front else label, *(cell(row, column) for column in section.columns)])
+    return table(["", *titles], lines)
 
 
 def slug(name: str) -> str:
+    """A name in small letters, digits and hyphens, for files and anchors."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "model"
 
 
 def place(name: str) -> tuple[int, str]:
     """Block and name within it: model.layers.3.mlp.up_proj -> 3, mlp.up_proj."""
-    found = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
-    return (int(found[1]), found[2]) if found else (0, name)
+    match = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+    return (int(match[1]), match[2]) if match else (0, name)

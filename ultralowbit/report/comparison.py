@@ -8,20 +8,36 @@ import os
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from ultralowbit.checkpoint.manifest import MANIFEST
-from ultralowbit.checkpoint.storage import write_atomic, write_json
+from ultralowbit.checkpoint.storage import write_atomic
 from ultralowbit.errors import InputError
-from ultralowbit.report import plots
-from ultralowbit.report.columns import FIXED, Column, Readings, cell, header, markdown_table, place, slug, sort_key
+from ultralowbit.eval.base import Column, Readings
+from ultralowbit.eval.fidelity import Depth
+from ultralowbit.eval.metric import METRICS
+from ultralowbit.eval.schema import write_file
+from ultralowbit.report import style
+from ultralowbit.report.columns import FIXED, cell, header, place, section_table, slug, sort_key
 from ultralowbit.report.figures import pictures
-from ultralowbit.report.runs import ORIGINAL, Reference, Run, find_runs
-from ultralowbit.report.schema import SCHEMA_VERSION, strict
+from ultralowbit.report.runs import Reference, Run, find_runs
+from ultralowbit.report.schema import (
+    ORIGINAL,
+    REPORT,
+    ComparedLayer,
+    ComparedModel,
+    ComparedRow,
+    Comparison,
+    Failure,
+    Provenance,
+    Section,
+    SizeRecord,
+    Value,
+)
 from ultralowbit.report.tables import render
 
 
@@ -31,39 +47,34 @@ def write_comparison(
     references: Sequence[Path | str] = (),
     *,
     command: str | None = None,
-    failed: Sequence[dict[str, str]] = (),
+    failed: Sequence[Failure] = (),
     title: str | None = None,
     tracks: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> Comparison:
     """Write report.html, report.md, report.json and the plots of the runs in `folders` into `out`.
 
-    `failed` are runs that gave no result: {"label", "model", "error"}; `tracks` are those of `bench methods`. Returns
-    what report.json holds, see `collect`.
+    `failed` are runs that gave no result; `tracks` are those of `bench methods`. Returns what report.json holds, see
+    `collect`. Raises `InputError` for runs that cannot be read, or where `out` holds something else.
     """
     out = Path(out).expanduser()
     may_write(out)
-    plots.require()
+    style.require()
     sections = collect(folders, out, references)
-    comparison = {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "comparison",
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "title": title or " and ".join(section["model"]["name"] for section in sections),
-        "sections": sections,
-        "failed": list(failed),
-        "tracks": tracks,
-    }
+    comparison = Comparison(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=command,
+        title=title or " and ".join(section.model.name for section in sections), sections=sections,
+        failed=list(failed), tracks=tracks,
+    )  # fmt: skip
     write(out, comparison)
     return comparison
 
 
-def collect(folders: Sequence[Path | str], out: Path, references: Sequence[Path | str] = ()) -> list[dict[str, Any]]:
+def collect(folders: Sequence[Path | str], out: Path, references: Sequence[Path | str] = ()) -> list[Section]:
     """A section for each original, with a column for each quantity and a row for each run.
 
-    Runs that differ only in the seed are one row; a perplexity compares with others on the very same windows, in the
-    same dtype, and has a column with them alone. A reference, which may be of another original, stands in each section
-    that was measured alike, and is refused if none was. Links are from the folder `out`.
+    Runs that differ only in the seed are one row. A measured number compares with others on the very same windows, in
+    the same dtype, and has a column with them alone. A reference, which may be of another original, stands in each
+    section that was measured alike, and is refused if none was. Links start at the folder `out`.
     """
     runs, plain = find_runs(folders)
     more, more_plain = find_runs(references)
@@ -75,20 +86,22 @@ def collect(folders: Sequence[Path | str], out: Path, references: Sequence[Path 
     for run in runs:
         by_base[run.base].append(run)
     sections = [_section(base, group, others, out) for base, group in by_base.items()]
-    names = Counter(section["model"]["name"] for section in sections)
+    names = Counter(section.model.name for section in sections)
     for section in sections:
-        name, digest = section["model"]["name"], section["model"]["sha256"]
-        section["slug"] = slug(name if names[name] == 1 else f"{name}-{digest[:6]}")
+        name, digest = section.model.name, section.model.sha256
+        section.slug = slug(name if names[name] == 1 else f"{name}-{digest[:6]}")
     return sections
 
 
 def may_write(out: Path) -> None:
-    """Raise `InputError` if `out` holds something that the report would replace."""
+    """Raise `InputError` if `out` holds something that the comparison would replace."""
     try:
-        there = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        there = json.loads((out / REPORT).read_bytes())
+    except FileNotFoundError:
+        there = {"kind": "comparison"}
+    except (OSError, ValueError, RecursionError):
         there = None
-    if (out / MANIFEST).exists() or (isinstance(there, dict) and there.get("kind") != "comparison"):
+    if (out / MANIFEST).exists() or not isinstance(there, dict) or there.get("kind") != "comparison":
         raise InputError(f"{out} holds a report of something else: choose another --out")
 
 
@@ -105,16 +118,49 @@ def _check_references(others: Sequence[Reference], runs: Sequence[Run]) -> None:
 
 
 def _as_reference(run: Run) -> Reference:
-    return Reference(run.folder, f"{_model_name(run)}, {run.recipe}", run.report["packed"]["size"], run.readings, run)
+    return Reference(run.folder, f"{_model_name(run)}, {run.recipe}", run.report.packed.size, run.readings, run)
 
 
 def _model_name(run: Run) -> str:
-    name = Path(run.report["model"].partition("@")[0]).name
+    name = Path(run.report.model.partition("@")[0]).name
     return name if name not in ("", "..") else f"model {run.base[:8]}"
 
 
-def _section(base: str, runs: list[Run], others: Sequence[Reference], out: Path) -> dict[str, Any]:
+def _section(base: str, runs: list[Run], others: Sequence[Reference], out: Path) -> Section:
     """All that compares with one original."""
+    groups, notes = _groups(runs)
+    before: Readings = {}
+    for run in runs:
+        before = {**run.original, **before}
+    measured = {key: column for run in runs for key, (column, _) in run.readings.items()}
+    first = runs[0].report
+    size = first.original.size
+    rows = [_row(ORIGINAL, ORIGINAL, [_metrics(before, size)], size)]
+    labelled = zip(_labels(groups), groups, strict=True)
+    run_rows = [_run_row(label, group, out) for label, group in labelled]
+    rows += sorted(run_rows, key=lambda row: -row.mean("file_bytes"))
+    for other in others:
+        readings = {key: reading for key, reading in other.readings.items() if key in measured}
+        if readings:
+            runs_of = [_provenance(other.run, out)] if other.run else []
+            rows.append(_row(other.label, "reference", [_metrics(readings, other.size)], other.size, runs=runs_of))
+    present = {key for row in rows for key in row.metrics}
+    order = [*METRICS, "tasks"]
+    in_order = sorted(measured.values(), key=lambda column: order.index(column.metric))
+    columns = _told_apart([column for column in [*in_order, *FIXED] if column.key in present])
+    _mark_front(rows, columns)
+    notes += _split(columns, rows)
+    if not before:
+        notes.append(f"The original was {first.original.not_measured or 'not measured'}.")
+    model = ComparedModel(
+        name=_model_name(runs[0]), sha256=base, weights=size.total_weights, fp16_bytes=size.fp16_bytes,
+        vocabulary=first.vocabulary,
+    )  # fmt: skip
+    return Section(model=model, columns=columns, rows=rows, notes=notes)
+
+
+def _groups(runs: Sequence[Run]) -> tuple[list[list[Run]], list[str]]:
+    """Runs that differ only in the seed, and a note for each that is there twice."""
     groups: dict[str, list[Run]] = defaultdict(list)
     notes = []
     for run in runs:
@@ -124,55 +170,28 @@ def _section(base: str, runs: list[Run], others: Sequence[Reference], out: Path)
             group.append(run)
         else:
             notes.append(f"{run.folder} is the same run as {twin.folder} and is left out.")
-    labels = _labels(list(groups.values()))
-    before: Readings = {}
-    for run in runs:
-        before = {**run.original, **before}
-    measured = {key: column for run in runs for key, (column, _) in run.readings.items()}
-    others = [other for other in others if measured.keys() & other.readings.keys()]
-    original = runs[0].report[ORIGINAL]
-    rows = [_row(ORIGINAL, ORIGINAL, [_metrics(before, original["size"])], original["size"])]
-    run_rows = [_run_row(label, group, out) for label, group in zip(labels, groups.values(), strict=True)]
-    rows += sorted(run_rows, key=lambda row: -row["metrics"]["file_bytes"]["mean"])
-    for other in others:
-        readings = {key: reading for key, reading in other.readings.items() if key in measured}
-        runs_of = [_provenance(other.run, out)] if other.run else []
-        rows.append(_row(other.label, "reference", [_metrics(readings, other.size)], other.size, runs=runs_of))
-    present = {key for row in rows for key in row["metrics"]}
-    in_order = sorted(measured.values(), key=lambda c: ("perplexity", "fidelity", "accuracy").index(c.group.split()[0]))
-    columns = _told_apart([column for column in [*in_order, *FIXED] if column.key in present])
-    _mark_front(rows, columns)
-    notes += _split(columns, rows)
-    if not before:
-        notes.append(f"The original was {original['not_measured'] or 'not measured'}.")
-    model = {"name": _model_name(runs[0]), "sha256": base, "weights": original["size"]["total_weights"]}
-    return {
-        "model": {**model, "fp16_bytes": original["size"]["fp16_bytes"], "vocabulary": runs[0].report["vocabulary"]},
-        "columns": [asdict(column) for column in columns],
-        "rows": rows,
-        "notes": notes,
-    }
+    return list(groups.values()), notes
 
 
 def _told_apart(columns: list[Column]) -> list[Column]:
     """Columns of one title get numbers."""
     titles = [(column.group, column.title) for column in columns]
     counts = Counter(titles)
-    found = []
+    numbered = []
     for i, (column, title) in enumerate(zip(columns, titles, strict=True)):
         if counts[title] > 1:
             number = f" ({titles[: i + 1].count(title)})"
             column = replace(column, title=column.title + number, drawn=column.drawn and column.drawn + number)
-        found.append(column)
-    return found
+        numbered.append(column)
+    return numbered
 
 
-def _split(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> list[str]:
+def _split(columns: Sequence[Column], rows: Sequence[ComparedRow]) -> list[str]:
     """Why one text has several columns."""
     notes = []
     for column in columns:
         if column.drawn and re.search(r" \(\d+\)$", column.title):
-            owners = [row["label"] for row in rows if row["kind"] == "run" and column.key in row["metrics"]]
+            owners = [row.label for row in rows if row.kind == "run" and column.key in row.metrics]
             who = ", ".join(owners) if len(owners) < 5 else f"{len(owners)} runs"
             notes.append(f"{column.drawn.capitalize()} is of {who}: {column.protocol}.")
     if notes:
@@ -195,109 +214,92 @@ def _labels(groups: list[list[Run]]) -> list[str]:
     return labels
 
 
-def _value(values: Sequence[float]) -> dict[str, Any]:
+def _value(values: Sequence[float]) -> Value:
     finite = all(math.isfinite(v) for v in values)
-    return {
-        "mean": statistics.fmean(values) if finite else next(v for v in values if not math.isfinite(v)),
-        "std": statistics.stdev(values) if finite and len(values) > 1 else None,
-        "values": list(values),
-    }
+    return Value(
+        mean=statistics.fmean(values) if finite else next(v for v in values if not math.isfinite(v)),
+        std=statistics.stdev(values) if finite and len(values) > 1 else None, values=list(values),
+    )  # fmt: skip
 
 
-def _metrics(readings: Readings, size: dict[str, Any]) -> dict[str, float | None]:
-    linear = size["linear_bits_per_weight"]
+def _metrics(readings: Readings, size: SizeRecord) -> dict[str, float | None]:
+    """Numbers of one model by the keys of the columns."""
     return {
         **{key: value for key, (_, value) in readings.items()},
-        # an unpacked checkpoint stores all its weights alike
-        "linear_bits": size["model_bits_per_weight"] if linear is None else linear,
-        "claimed_bits": size["claimed_bits"],
-        "model_bits": size["model_bits_per_weight"],
-        "file_bytes": size["file_bytes"],
-        "compression": size["compression"],
+        "linear_bits": size.bits,
+        "claimed_bits": size.claimed_bits,
+        "model_bits": size.model_bits_per_weight,
+        "file_bytes": size.file_bytes,
+        "compression": size.compression,
     }
 
 
 def _row(
-    label: str, kind: str, measured: Sequence[dict[str, float | None]], size: dict[str, Any], **more: Any
-) -> dict[str, Any]:
-    """`measured` are the metrics of each seed, not all of which need have them all."""
+    label: str, kind: str, measured: Sequence[Mapping[str, float | None]], size: SizeRecord, **more: Any
+) -> ComparedRow:
+    """`measured` are the numbers of each seed, not all of which need have them all."""
     keys = dict.fromkeys(key for m in measured for key, value in m.items() if value is not None)
-    return {
-        "label": label,
-        "kind": kind,
-        "on_front": [],
-        "metrics": {key: _value([m[key] for m in measured if m.get(key) is not None]) for key in keys},
-        "budget": size["budget"],
-        "linear_weights": size["linear_weights"],
-        "layers": [],
-        "by_depth": None,
-        "runs": [],
-        **more,
-    }
+    return ComparedRow(
+        label=label, kind=kind, budget=size.budget, linear_weights=size.linear_weights,
+        metrics={key: _value([m[key] for m in measured if m.get(key) is not None]) for key in keys}, **more,
+    )  # fmt: skip
 
 
-def _run_row(label: str, group: Sequence[Run], out: Path) -> dict[str, Any]:
+def _run_row(label: str, group: Sequence[Run], out: Path) -> ComparedRow:
     measured = []
     for run in group:
-        packed = run.report["packed"]
-        cost = {"seconds": packed["seconds"], "peak_memory": packed["peak_memory_bytes"]}
-        measured.append({**_metrics(run.readings, packed["size"]), **cost})
-    size = group[0].report["packed"]["size"]
+        packed = run.report.packed
+        cost = {"seconds": packed.seconds, "peak_memory": packed.peak_memory_bytes}
+        measured.append({**_metrics(run.readings, packed.size), **cost})
     return _row(
-        label, "run", measured, size, layers=_layers(group), by_depth=_by_depth(group),
+        label, "run", measured, group[0].report.packed.size, layers=_layers(group), by_depth=_by_depth(group),
         runs=[_provenance(run, out) for run in group],
     )  # fmt: skip
 
 
-def _by_depth(group: Sequence[Run]) -> dict[str, Any] | None:
+def _by_depth(group: Sequence[Run]) -> Depth | None:
     """The divergence by depth, the mean over the seeds that were measured on the windows of the first."""
-    found = [depth for run in group if (depth := run.report["packed"].get("divergence_by_depth"))]
-    alike = [d for d in found if (d["sha256"], d["dtype"]) == (found[0]["sha256"], found[0]["dtype"])]
-    kl = [statistics.fmean(map(float, block)) for block in zip(*(d["kl"] for d in alike), strict=True)]
-    return {**found[0], "kl": kl} if found else None
+    measured = [depth for run in group if (depth := run.report.packed.divergence_by_depth)]
+    if not measured:
+        return None
+    first = measured[0]
+    alike = [d for d in measured if (d.sha256, d.dtype, len(d.kl)) == (first.sha256, first.dtype, len(first.kl))]
+    return replace(first, kl=tuple(statistics.fmean(block) for block in zip(*(d.kl for d in alike), strict=True)))
 
 
-def _layers(group: Sequence[Run]) -> list[dict[str, Any]]:
+def _layers(group: Sequence[Run]) -> list[ComparedLayer]:
     """Each Linear with its error, the mean over seeds, in the order of the model."""
-    reports = [{layer["name"]: layer for layer in run.report["layers"]} for run in group]
-    found = []
+    reports = [{layer.name: layer for layer in run.report.layers} for run in group]
+    layers = []
     for name in group[0].manifest["layers"]:
-        errors = [layers[name]["error"] for layers in reports if name in layers]
-        keys = ("name", "shape", "format", "bits_per_weight", "fallback")
-        layer = {key: reports[0][name][key] for key in keys}
-        found.append({**layer, "error": None if None in errors else statistics.fmean(errors)})
-    return sorted(found, key=lambda layer: place(layer["name"])[0])
+        errors = [report[name].error for report in reports if name in report]
+        if name in reports[0]:
+            first = reports[0][name].model_dump(include={"name", "shape", "format", "bits_per_weight", "fallback"})
+            layers.append(ComparedLayer(**first, error=None if None in errors else statistics.fmean(errors)))
+    return sorted(layers, key=lambda layer: place(layer.name)[0])
 
 
-def _provenance(run: Run, out: Path) -> dict[str, Any]:
+def _provenance(run: Run, out: Path) -> Provenance:
     """What every number of a run can be traced to."""
     report = run.report
-    return {
-        "folder": os.path.relpath(run.folder.resolve(), out.resolve()),
-        "manifest": MANIFEST,
-        "sha256": run.sha256,
-        "model": report["model"],
-        "recipe": run.recipe,
-        "seed": run.seed,
-        "command": report["command"],
-        "calibration": report["calibration"],
-        "environment": report["environment"],
-        "collapsed": report["collapsed"],
-        "fallbacks": report["fallbacks"],
-    }
+    return Provenance(
+        folder=os.path.relpath(run.folder.resolve(), out.resolve()), manifest=MANIFEST, sha256=run.sha256,
+        model=report.model, recipe=run.recipe, seed=run.seed, command=report.command, calibration=report.calibration,
+        environment=report.environment, collapsed=report.collapsed, fallbacks=report.fallbacks,
+    )  # fmt: skip
 
 
-def _mark_front(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> None:
+def _mark_front(rows: Sequence[ComparedRow], columns: Sequence[Column]) -> None:
     """Note in each row on which fronts it stands: the pairs of a quality and a size that no other beats in both."""
     for quality in (column for column in columns if column.drawn):
         for size in ("file_bytes", "linear_bits"):
             points = {
-                i: (row["metrics"][size]["mean"], row["metrics"][quality.key]["mean"])
+                i: (row.mean(size), row.mean(quality.key))
                 for i, row in enumerate(rows)
-                if quality.key in row["metrics"] and math.isfinite(row["metrics"][quality.key]["mean"])
+                if math.isfinite(row.mean(quality.key))
             }
             for i in front(points, higher=quality.better == "higher"):
-                rows[i]["on_front"].append([quality.key, size])
+                rows[i].on_front.append((quality.key, size))
 
 
 def front(points: dict[int, tuple[float, float]], higher: bool = False) -> list[int]:
@@ -310,22 +312,25 @@ def front(points: dict[int, tuple[float, float]], higher: bool = False) -> list[
     ]
 
 
-def write(out: Path, comparison: dict[str, Any]) -> None:
-    """The page, the markdown, the JSON, and a folder of plots; report.html is whole in itself."""
+def write(out: Path, comparison: Comparison) -> None:
+    """Write the page, the Markdown, the JSON, and a folder of plots; report.html is whole in itself."""
     folder = out / "plots"
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for section in comparison["sections"]:
-        prefix = f"{section['slug']}-" if len(comparison["sections"]) > 1 else ""
+    for section in comparison.sections:
+        prefix = f"{section.slug}-" if len(comparison.sections) > 1 else ""
         figures = []
         for plot in pictures(section):
             plot = replace(plot, name=prefix + plot.name)
-            said = {"name": plot.name, "title": plot.title, "caption": plot.caption}
-            figures.append({**said, **plots.save(plot, folder)})
+            figures.append(
+                {"name": plot.name, "title": plot.title, "caption": plot.caption, **style.save(plot, folder)}
+            )
         drawn.append(figures)
-        section["plots"] = [f"plots/{figure['name']}.{suffix}" for figure in figures for suffix in ("png", "svg")]
-    functions = {"cell": cell, "sort_key": sort_key, "header": header, "markdown_table": markdown_table}
-    shown = {**comparison, **functions, "drawn": drawn, "colours": plots.COLOURS}
-    write_json(out / "report.json", strict(comparison))
-    write_atomic(out / "report.md", render("compare.md.j2", shown).encode())
-    write_atomic(out / "report.html", render("compare.html.j2", shown).encode())
+        section.plots = [f"plots/{figure['name']}.{suffix}" for figure in figures for suffix in ("png", "svg")]
+    shown = {
+        **dict(comparison), "drawn": drawn, "colours": style.COLOURS, "cell": cell, "sort_key": sort_key,
+        "header": header, "section_table": section_table,
+    }  # fmt: skip
+    write_file(out / REPORT, comparison)
+    write_atomic(out / "report.md", render("compare.md.j2", **shown).encode())
+    write_atomic(out / "report.html", render("compare.html.j2", **shown).encode())

@@ -6,14 +6,16 @@ import math
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
+from ultralowbit.eval.base import Column
 from ultralowbit.report import plots
-from ultralowbit.report.columns import Column, cell_text, place, slug
-from ultralowbit.report.plots import Plot, Point
-from ultralowbit.report.runs import ORIGINAL
+from ultralowbit.report.columns import place, slug
+from ultralowbit.report.labels import Point
+from ultralowbit.report.schema import ORIGINAL, ComparedRow, Section
+from ultralowbit.report.style import Plot
+from ultralowbit.units import format_quantity
 
 BUDGET = (
     "sign planes", "integer codes", "salient values", "scales and offsets", "masks and indices", "head", "embeddings",
@@ -21,95 +23,97 @@ BUDGET = (
 )  # fmt: skip
 
 
-def pictures(section: dict[str, Any]) -> list[Plot]:
+def pictures(section: Section) -> list[Plot]:
     """The plots of a section, those that there is something to draw for."""
-    columns = [Column(**column) for column in section["columns"]]
-    found = [plot for column in columns if column.drawn for plot in _quality(section, column)]
-    found += [*_divergence(section), *_errors(section), *_spent(section), *_cost(section)]
-    names = [plot.name for plot in found]
+    pictures = [plot for column in section.columns if column.drawn for plot in _quality(section, column)]
+    pictures += [*_divergence(section), *_errors(section), *_spent(section), *_cost(section)]
+    names = [plot.name for plot in pictures]
     return [
         replace(plot, name=f"{name}-{i}") if name in names[:i] else plot
-        for i, (plot, name) in enumerate(zip(found, names, strict=True))
+        for i, (plot, name) in enumerate(zip(pictures, names, strict=True))
     ]
 
 
-def _mean(row: dict[str, Any], key: str) -> float:
-    return row["metrics"].get(key, {"mean": math.nan})["mean"]
-
-
-def _quality(section: dict[str, Any], column: Column) -> list[Plot]:
+def _quality(section: Section, column: Column) -> list[Plot]:
     """One quantity against both sizes; runs that collapsed stand at the edge, where they squeeze nothing."""
-    rows = [row for row in section["rows"] if row["kind"] != ORIGINAL and column.key in row["metrics"]]
-    limit = (section["model"]["vocabulary"] or math.inf) if column.unit == "perplexity" else sys.float_info.max
-    gone = {r["label"]: _mean(r, column.key) for r in rows if not _mean(r, column.key) <= limit}
+    rows = [row for row in section.rows if row.kind != ORIGINAL and column.key in row.metrics]
+    limit = (section.model.vocabulary or math.inf) if column.unit == "perplexity" else sys.float_info.max
+    gone = {row.label: row.mean(column.key) for row in rows if not row.mean(column.key) <= limit}
     if len(gone) == len(rows):
         return []
-    original = _mean(section["rows"][0], column.key)
-    level = (f"{ORIGINAL} {cell_text(original, column.unit)}", original)
-    if not math.isfinite(original) or column.unit == "nats":  # of which the original has none but that of rounding
-        level = None
-    unit, name = _unit(max(_mean(row, "file_bytes") for row in rows))
+    original = section.rows[0].mean(column.key)
+    level = None
+    if math.isfinite(original) and not column.relative:
+        level = (f"{ORIGINAL} {format_quantity(original, column.unit)}", original)
+    unit, name = _unit(max(row.mean("file_bytes") for row in rows))
     panels = []
     for size, label, scale in (("file_bytes", f"file, {name}", unit), ("linear_bits", "true bits a linear weight", 1)):
         points = []
         for row in rows:
-            values = row["metrics"][column.key]["values"]
-            mean, beyond = _mean(row, column.key), row["label"] in gone
-            on_front = not beyond and [column.key, size] in row["on_front"]
-            kind = "beyond" if beyond else "reference" if row["kind"] == "reference" else "run"
-            points.append(Point(row["label"], _mean(row, size) / scale, mean, min(values), max(values), on_front, kind))
+            values, beyond = row.metrics[column.key].values, row.label in gone
+            on_front = not beyond and (column.key, size) in row.on_front
+            kind = "beyond" if beyond else "reference" if row.kind == "reference" else "run"
+            points.append(
+                Point(row.label, row.mean(size) / scale, row.mean(column.key), min(values), max(values), on_front, kind)
+            )
         panels.append((label, points))
-    caption = "Filled marks on the line are the Pareto front: nothing here is both smaller and better."
-    if any(len(row["runs"]) > 1 for row in rows):
-        caption += " A line through a mark spans its seeds."
-    if any(row["kind"] == "reference" for row in rows):
-        caption += " Diamonds are references."
-    if column.unit == "nats" and math.isfinite(original):
-        caption += f" Rounding the original's own weights costs {cell_text(original, column.unit)}."
-    if gone:
-        off = ", ".join(f"{label} ({cell_text(value, column.unit)})" for label, value in gone.items())
-        caption += f" Triangles at the edge are off the scale: {off}."
     axis = column.drawn
     draw = plots.scatter(panels, axis, level, percent=column.unit == "percent")
-    return [Plot(slug(axis), f"{axis[0].upper()}{axis[1:]}, against size", caption, draw)]
+    return [
+        Plot(slug(axis), f"{axis[0].upper()}{axis[1:]}, against size", _caption(column, rows, original, gone), draw)
+    ]
 
 
-def _divergence(section: dict[str, Any]) -> list[Plot]:
+def _caption(column: Column, rows: Sequence[ComparedRow], original: float, gone: Mapping[str, float]) -> str:
+    """What the marks of a plot of quality mean; `gone` are runs that are off its scale."""
+    caption = "Filled marks on the line are the Pareto front: nothing here is both smaller and better."
+    if any(len(row.runs) > 1 for row in rows):
+        caption += " A line through a mark spans its seeds."
+    if any(row.kind == "reference" for row in rows):
+        caption += " Diamonds are references."
+    if column.relative and math.isfinite(original):
+        caption += f" Rounding the original's own weights costs {format_quantity(original, column.unit)}."
+    if gone:
+        off = ", ".join(f"{label} ({format_quantity(value, column.unit)})" for label, value in gone.items())
+        caption += f" Triangles at the edge are off the scale: {off}."
+    return caption
+
+
+def _divergence(section: Section) -> list[Plot]:
     """How it builds up along the blocks: a plot for each set of windows that runs were measured on."""
-    by_windows: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    for row in section["rows"]:
-        if row["by_depth"]:
-            by_windows[tuple(row["by_depth"][key] for key in ("sha256", "dtype"))].append(row)
-    found = []
+    by_windows: dict[tuple[str, str], list[ComparedRow]] = defaultdict(list)
+    for row in section.rows:
+        if row.by_depth:
+            by_windows[row.by_depth.sha256, row.by_depth.dtype].append(row)
+    drawn = []
     for rows in by_windows.values():
-        first = rows[0]["by_depth"]
-        series = [(row["label"], [kl or math.nan for kl in row["by_depth"]["kl"]]) for row in rows]
-        if any(math.isfinite(kl) for _, line in series for kl in line):
-            name = Path(first["source"]).name
+        first = rows[0].by_depth
+        series = [(row.label, [kl or math.nan for kl in row.by_depth.kl]) for row in rows]
+        series = [line for line in series if any(map(math.isfinite, line[1]))]
+        if series:
             caption = (
-                f"KL divergence, on the first {first['tokens']} predictions of {name}, of the original with its first "
-                "blocks replaced by the packed ones: up to block 0, up to block 1, and so on."
+                f"KL divergence, on the first {first.tokens} predictions of {first.source}, of the original with its "
+                "first blocks replaced by the packed ones: up to block 0, up to block 1, and so on."
             )
-            axis = "KL divergence, nats"
-            plot = plots.lines([line for line in series if any(map(math.isfinite, line[1]))], "last packed block", axis)
-            found.append(Plot("divergence-by-depth", "Where the predictions come apart", caption, plot))
-    return found
+            plot = plots.lines(series, "last packed block", "KL divergence, nats")
+            drawn.append(Plot("divergence-by-depth", "Where the predictions come apart", caption, plot))
+    return drawn
 
 
-def _errors(section: dict[str, Any]) -> list[Plot]:
-    """Of the Linears' outputs, by depth and by kind."""
+def _errors(section: Section) -> list[Plot]:
+    """Errors of the outputs of the Linears, by depth and by kind."""
     depth: list[tuple[str, list[float]]] = []
     kinds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in section["rows"]:
+    for row in section.rows:
         blocks: dict[int, list[float]] = defaultdict(list)
-        for layer in row["layers"]:
-            if layer["error"]:  # 0 has no place on a logarithmic axis
-                block, kind = place(layer["name"])
-                blocks[block].append(layer["error"])
-                kinds[kind][row["label"]].append(layer["error"])
+        for layer in row.layers:
+            if layer.error:  # 0 has no place on a logarithmic axis
+                block, kind = place(layer.name)
+                blocks[block].append(layer.error)
+                kinds[kind][row.label].append(layer.error)
         if blocks:
             last = max(blocks)
-            depth.append((row["label"], [statistics.fmean(blocks.get(i) or [math.nan]) for i in range(last + 1)]))
+            depth.append((row.label, [statistics.fmean(blocks.get(i) or [math.nan]) for i in range(last + 1)]))
     if not depth:
         return []
     labels = [label for label, _ in depth]
@@ -131,45 +135,43 @@ def _errors(section: dict[str, Any]) -> list[Plot]:
     ]  # fmt: skip
 
 
-def budget(row: dict[str, Any]) -> dict[str, int]:
+def budget(row: ComparedRow) -> dict[str, int]:
     """The bytes of a row in the few kinds that are drawn."""
-    found = dict.fromkeys(BUDGET, 0)
-    for kind, count in row["budget"].items():
-        found[kind if kind in found else "other"] += count
-    return found
+    drawn = dict.fromkeys(BUDGET, 0)
+    for kind, count in row.budget.items():
+        drawn[kind if kind in drawn else "other"] += count
+    return drawn
 
 
-def _spent(section: dict[str, Any]) -> list[Plot]:
-    rows = [row for row in section["rows"] if row["linear_weights"]]
-    unit, name = _unit(max(_mean(row, "file_bytes") for row in rows))
+def _spent(section: Section) -> list[Plot]:
+    rows = [row for row in section.rows if row.linear_weights]
+    unit, name = _unit(max(row.mean("file_bytes") for row in rows))
     stored = ("sign planes", "integer codes", "salient values", "scales and offsets", "masks and indices")
     linear = [
         (
-            row["label"],
-            {k: 8 * row["budget"][k] / row["linear_weights"] for k in stored}
-            | {"other": 8 * sum(row["budget"][k] for k in ("input transform", "other parts")) / row["linear_weights"]},
+            row.label,
+            {k: 8 * row.budget[k] / row.linear_weights for k in stored}
+            | {"other": 8 * sum(row.budget[k] for k in ("input transform", "other parts")) / row.linear_weights},
         )
         for row in rows
     ]  # fmt: skip
-    whole = [(row["label"], {kind: count / unit for kind, count in budget(row).items()}) for row in rows]
+    whole = [(row.label, {kind: count / unit for kind, count in budget(row).items()}) for row in rows]
     panels = [("bits a linear weight", linear), (f"file, {name}", whole)]
     caption = "What a weight of the packed Linears costs, and the whole file, embeddings and head included."
     return [Plot("bit-budget", "What the bits are spent on", caption, plots.stacked(panels, BUDGET, "{:.2f}"))]
 
 
-def _cost(section: dict[str, Any]) -> list[Plot]:
+def _cost(section: Section) -> list[Plot]:
     panels = []
     for key, label in (("seconds", "seconds on the blocks"), ("peak_memory", "peak memory, GB")):
-        rows = [row for row in section["rows"] if key in row["metrics"]]
+        rows = [row for row in section.rows if key in row.metrics]
         scale = 1e9 if key == "peak_memory" else 1
         if rows:
             unit = "seconds" if key == "seconds" else "bytes"
-            panels.append((label, [(r["label"], _mean(r, key) / scale, cell_text(_mean(r, key), unit)) for r in rows]))
+            panels.append((label, [(r.label, r.mean(key) / scale, format_quantity(r.mean(key), unit)) for r in rows]))
     if not panels:
         return []
-    caption = (
-        "Of the machine that each run was made on, see the runs below; times of different machines do not compare."
-    )
+    caption = "Each run is on the machine that it was made on, see below; times of different machines do not compare."
     return [Plot("cost", "What compressing costs", caption, plots.bars(panels))]
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from ultralowbit.eval.base import Measured
+from ultralowbit.progress import OnProgress
 from ultralowbit.recipe import Recipe
+from ultralowbit.report.schema import Limits
 
 REPEATS = 0.5
-"""Share of a continuation that one token takes, from which on it says nothing."""
+"""Where one token takes this share of a continuation, it says nothing."""
 
 LADDER = ("sign-2", "gptq-3bit", "gptq-4bit")
 """Recipes that measured best at about 2, 3 and 4 bits: see "Measured" in the README."""
@@ -22,46 +26,42 @@ LADDER = ("sign-2", "gptq-3bit", "gptq-4bit")
 _COLUMNS = 4096
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a compression may cost at most, on each text."""
-
-    ppl_ratio: float | None = None
-    """Perplexity of the packed model in those of the original."""
-    kl: float | None = None
-    """Mean KL divergence from the original, nats a token."""
-
-    def __bool__(self) -> bool:
-        return self.ppl_ratio is not None or self.kl is not None
-
-
-def exceeded(limits: Limits, original: dict[str, Any], packed: dict[str, Any]) -> list[str]:
-    """A sentence for each limit that a report's rows exceed; one that cannot be checked is exceeded."""
-    found = []
-    if limits.ppl_ratio is not None:
-        before = {p["source"]: float(p["perplexity"]) for p in original["perplexity"]}
-        for p in packed["perplexity"]:
-            if p["source"] not in before:
-                found.append(f"--max-ppl-ratio cannot be checked on {p['source']}: the original was not measured")
-                continue
-            ratio = float(p["perplexity"]) / before[p["source"]]
-            if not ratio <= limits.ppl_ratio:  # nan too
-                found.append(
-                    f"perplexity on {p['source']} is {ratio:.2f} times the original's, --max-ppl-ratio allows "
+def exceeded(limits: Limits, original: Measured, packed: Measured) -> list[str]:
+    """A sentence for each limit that does not hold on a text; one that cannot be checked counts as exceeded."""
+    sentences = []
+    before = {result.source: result for result in original.get("perplexity", ())}
+    near = {result.source: result for result in packed.get("fidelity", ())}
+    for after in packed.get("perplexity", ()):
+        name = after.source
+        if limits.ppl_ratio is not None:
+            ratio = after.perplexity / before[name].perplexity if name in before else None
+            if ratio is None:
+                sentences.append(f"--max-ppl-ratio cannot be checked on {name}: the original was not measured")
+            elif not ratio <= limits.ppl_ratio:  # nan too
+                sentences.append(
+                    f"perplexity on {name} is {ratio:.2f} times that of the original, --max-ppl-ratio allows "
                     f"{limits.ppl_ratio:g}"
                 )
-    if limits.kl is not None:
-        divergence = {f["source"]: float(f["kl_mean"]) for f in packed["fidelity"]}
-        for p in packed["perplexity"]:
-            kl = divergence.get(p["source"])
+        if limits.kl is not None:
+            kl = near[name].kl_mean if name in near else None
             if kl is None:
-                found.append(f"--max-kl cannot be checked on {p['source']}: the two did not run side by side")
+                sentences.append(f"--max-kl cannot be checked on {name}: the two models did not run side by side")
             elif not kl <= limits.kl:
-                found.append(
-                    f"the divergence from the original on {p['source']} is {kl:.3g} nats a token, --max-kl allows "
+                sentences.append(
+                    f"the divergence from the original on {name} is {kl:.3g} nats a token, --max-kl allows "
                     f"{limits.kl:g}"
                 )
-    return found
+    return sentences
+
+
+def collapsed(measured: Measured, vocabulary: int | None) -> list[str]:
+    """The texts on which a model predicts worse than one that guesses among its tokens."""
+    worst = math.inf if vocabulary is None else vocabulary
+    return [
+        result.source
+        for result in measured.get("perplexity", ())
+        if not math.isfinite(result.perplexity) or result.perplexity > worst
+    ]
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,12 @@ class Continuation:
     prompt: str
     text: str
     share: float
-    """Of its tokens that are the most frequent one."""
+    """Share of the tokens of `text` that are the most frequent one."""
 
     @property
     def repeats(self) -> bool:
+        """Whether one token takes so much of it that it says nothing."""
         return self.share >= REPEATS
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "repeats": self.repeats}
 
 
 @torch.no_grad()
@@ -89,9 +87,9 @@ def continuation(
     *,
     prompt: int = 16,
     length: int = 24,
-    progress: Callable[[int, int], object] | None = None,
+    progress: OnProgress | None = None,
 ) -> Continuation:
-    """Continue the first `prompt` of the tokens [n] by `length` more, past an end token too."""
+    """Continue the first `prompt` of the tokens [n] by `length` more, also beyond an end token."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(tokens) + length
     start = tokens[: min(prompt, max(1, positions - length))]
     ids = start.to(next(model.parameters()).device)[None]  # [1, length so far]
@@ -105,7 +103,7 @@ def continuation(
 
 
 def advice(recipe: Recipe) -> str:
-    """What to try where a model came out too bad, in one sentence that names what to type."""
+    """Say in one sentence what to try where a model came out too bad, and what to type for it."""
     quantize = recipe.quantize
     smaller = lambda size: [s for s in (128, 64, 32) if size is None or s < size]  # noqa: E731
     steps: Sequence[tuple[str, str, Callable[[Any], Iterable[Any]]]] = (
@@ -115,16 +113,16 @@ def advice(recipe: Recipe) -> str:
         ("group", "smaller groups", smaller),
         ("block", "smaller blocks", smaller),
     )
-    found = []
+    hints = []
     for key, words, values in steps:
         if hasattr(quantize, key):
             value = next((v for v in values(getattr(quantize, key)) if _takes(quantize, key, v)), None)
-            found += [] if value is None else [f"{words} (--set quantize.{key}={value})"]
+            hints += [] if value is None else [f"{words} (--set quantize.{key}={value})"]
     if recipe.reads_text:
-        found.append(f"more calibration text (--samples {2 * recipe.calibration.samples})")
+        hints.append(f"more calibration text (--samples {2 * recipe.calibration.samples})")
     if larger := _next_recipe(recipe):
-        found.append(f"another recipe (--recipe {larger})")
-    return f"Try {', '.join(found[:-1])} or {found[-1]}." if found[1:] else f"Try {found[0]}." if found else ""
+        hints.append(f"another recipe (--recipe {larger})")
+    return f"Try {', '.join(hints[:-1])} or {hints[-1]}." if hints[1:] else f"Try {hints[0]}." if hints else ""
 
 
 def _takes(quantize: Any, key: str, value: Any) -> bool:

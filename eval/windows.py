@@ -1,0 +1,173 @@
+"""One forward pass over the windows of a text, from which every metric takes what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ultralowbit.data.corpora import token_sha256
+from ultralowbit.errors import InputError
+from ultralowbit.eval.base import Bos, Metric, Result, without_original
+
+_BATCH_TOKENS = 2048
+_CHUNK = 1 << 20  # logits upcast at a time: larger fp32 buffers come as fresh pages, which cost more than the work
+_CHUNK_ELSEWHERE = 1 << 24  # on a device where each chunk costs a launch and a wait
+
+
+def token_stream(tokenizer: Any, text: str, *, bos: Bos = "text") -> Tensor:
+    """Tokenize a text once: int64 [n].
+
+    "text" keeps the tokenizer's own start token, once, as the published script does, but not an end token; "none" has
+    no special tokens. Raises `InputError` for another `bos`.
+    """
+    if bos not in ("none", "text"):
+        raise InputError(f"bos is {bos!r}, expected 'none' or 'text'")
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=bos == "text", verbose=False)["input_ids"]
+
+    ids = encode(text)
+    # asked of another text: this one may itself end in what reads as the end token
+    if bos == "text" and encode("a")[-1:] == [tokenizer.eos_token_id]:
+        ids = ids[:-1]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def cut(tokens: Tensor, context: int, max_tokens: int | None = None) -> Tensor:
+    """Cut the stream [n], or its first `max_tokens`, into windows that do not overlap: int64 [windows, context].
+
+    Raises `InputError` for what is no stream or too short for one window.
+    """
+    if tokens.ndim != 1:
+        raise InputError(f"tokens have the shape {tuple(tokens.shape)}, expected one stream [n]: flatten them first")
+    if context < 2:
+        raise InputError(f"context is {context}, expected at least 2: a window predicts all but its first token")
+    if max_tokens is not None and max_tokens < 1:
+        raise InputError(f"max_tokens is {max_tokens}, expected at least 1, or None for the default")
+    stream = tokens[:max_tokens].long()
+    windows = stream[: len(stream) // context * context].view(-1, context)
+    if not len(windows):
+        raise InputError(
+            f"the text has {len(stream)} tokens, expected at least {context} for one window: "
+            "choose a smaller context or a longer text"
+        )
+    return windows
+
+
+@torch.no_grad()
+def forward(model: nn.Module, windows: Tensor, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of the windows [windows, context], each with the model's logits [batch, context, vocab], on its
+    device.
+
+    `batch_size` is in windows (default: some 2048 tokens). The model is in evaluation mode while it is asked. Raises
+    `InputError` for windows longer than its positions.
+    """
+    context = windows.shape[1]
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if positions is not None and context > positions:
+        raise InputError(f"context is {context}, but the model has {positions} positions: choose a context up to those")
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}, expected at least 1, or None for the default")
+    device = next(chain(model.parameters(), model.buffers()), windows).device
+    training = model.training
+    model.eval()
+    try:
+        for batch in windows.split(batch_size or batch_windows(context)):
+            batch = batch.to(device)
+            yield batch, model(batch, use_cache=False).logits
+    finally:
+        model.train(training)
+
+
+def measure(
+    models: Sequence[nn.Module],
+    tokens: Tensor,
+    metrics: Mapping[str, Metric],
+    *,
+    context: int,
+    original: nn.Module | None = None,
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+    source: str = "",
+    bos: Bos = "text",
+    progress: Callable[[int, int], object] | None = None,
+) -> list[dict[str, Result]]:
+    """Measure causal LMs on the stream tokens [n], of which the first `max_tokens` count, in one forward pass each.
+
+    The stream is cut into windows of `context` tokens and the rest is dropped; each window predicts `context - 1`
+    tokens from an empty past. `batch_size` is in windows (default: some 2048 tokens) and does not change how numbers
+    are summed; `source` and `bos` (see `token_stream`) are recorded; `progress` gets the windows done and in all.
+
+    Returns for each model a result by the name of its metric. With an `original` the list begins with its results, of
+    the metrics that need none; without one only those are measured. Raises `InputError` for a stream shorter than a
+    window, windows longer than a model's positions, and vocabularies that differ.
+    """
+    windows = cut(tokens, context, max_tokens)
+    alone = without_original(metrics)
+    asked = [model for model in (original, *models) if model is not None]
+    wanted = [alone, *[metrics] * len(models)] if original is not None else [alone] * len(models)
+    observers = [_Observer(model, chosen) for model, chosen in zip(asked, wanted, strict=True)]
+    passes = [forward(model, windows, batch_size) for model in asked]
+    done = 0
+    for batch, logits in passes[0]:
+        observers[0].add(batch, logits, None)
+        for observer, others in zip(observers[1:], passes[1:], strict=True):  # two models' logits at a time in memory
+            theirs, predicted = next(others)
+            observer.add(theirs, predicted, None if original is None else logits)
+        done += len(batch)
+        if progress:
+            progress(done, len(windows))
+    for each in passes:
+        each.close()
+    how = {
+        "source": source, "windows": windows.shape[0], "context": context, "tokens": windows.shape[0] * (context - 1),
+        "bos": bos, "sha256": token_sha256(windows),
+    }  # fmt: skip
+    return [observer.results(how, None if original is None else observers[0].dtype) for observer in observers]
+
+
+class _Observer:
+    """What the batches so far have shown of one model."""
+
+    def __init__(self, model: nn.Module, metrics: Mapping[str, Metric]) -> None:
+        self.model, self.metrics = model, metrics
+        self.dtype: str | None = None
+        self.accumulators = {name: metric.start() for name, metric in metrics.items()}
+
+    def add(self, batch: Tensor, logits: Tensor, original: Tensor | None) -> None:
+        self.dtype = self.dtype or dtype_of(self.model, logits)
+        if original is not None and original.shape[-1] != logits.shape[-1]:
+            raise InputError(
+                f"the models' vocabularies differ ({original.shape[-1]} and {logits.shape[-1]} tokens), so their "
+                "predictions cannot be compared: give the original that the model was made from"
+            )
+        for name, accumulator in self.accumulators.items():
+            accumulator.add(batch, logits, original if self.metrics[name].needs_original else None)
+
+    def results(self, how: Mapping[str, Any], original_dtype: str | None) -> dict[str, Result]:
+        return {
+            name: accumulator.result(
+                Result(**how, dtype=self.dtype, original_dtype=original_dtype if metric.needs_original else None)
+            )
+            for (name, metric), accumulator in zip(self.metrics.items(), self.accumulators.values(), strict=True)
+        }
+
+
+def batch_windows(context: int) -> int:
+    """Windows in a batch unless it is said."""
+    return max(1, _BATCH_TOKENS // context)
+
+
+def dtype_of(model: nn.Module, logits: Tensor) -> str:
+    """Name of the dtype of the model's parameters, or of its logits where it has none."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), logits.dtype)
+    return str(dtype).removeprefix("torch.")
+
+
+def chunk_rows(logits: Tensor) -> int:
+    """How many rows of logits [..., vocab] to work on at a time."""
+    return max(1, (_CHUNK if logits.device.type == "cpu" else _CHUNK_ELSEWHERE) // logits.shape[-1])

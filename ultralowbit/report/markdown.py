@@ -1,0 +1,45 @@
+"""Other people's text in Markdown and in shell commands: escaped once, here."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from ultralowbit.data.corpora import public_name
+
+
+def escape(text: object) -> str:
+    """The text on one line, so that Markdown shows it as it is: no emphasis, links, HTML, headings or table cells."""
+    line = re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"(?<=[A-Za-z0-9])\\_(?=[A-Za-z0-9])", "_", line)  # within a word it is no emphasis
+
+
+def code(text: object) -> str:
+    """The text as a code span: fenced with more backticks than it holds in a row."""
+    line = " ".join(str(text).split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    room = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{room}{line}{room}{fence}".replace("|", "\\|")
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of cells that are escaped already; the first column is text, the others are numbers."""
+    rule = ["---", *["---:"] * (len(headers) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [headers, rule, *rows])
+
+
+def public_command(command: str) -> str:
+    """A command line without the folders of this machine: of each path the last part."""
+    return shlex.join(_public(word) for word in shlex.split(command))
+
+
+def _public(word: str) -> str:
+    option, equals, value = word.rpartition("=")
+    path = Path(value)
+    if path.is_absolute() or value.startswith(("~", ".")):
+        value = path.name or value
+    elif "/" in value:
+        value = public_name(value)  # a path if there is such a file, else a name on the hub
+    return f"{option}{equals}{value}"

@@ -1,0 +1,141 @@
+"""The original and the packed model of one run: measured side by side where there is room, else one by one."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ultralowbit.checkpoint.files import Source
+from ultralowbit.eval.base import Measured, without_original
+from ultralowbit.eval.metric import METRICS, by_metric
+from ultralowbit.eval.runner import (
+    EvalText,
+    known_results,
+    measure_alone,
+    measure_beside,
+    measure_depth,
+    open_model,
+    too_large,
+)
+from ultralowbit.format.weight import Format, PackedWeight
+from ultralowbit.hub import open_tokenizer
+from ultralowbit.progress import Progress
+from ultralowbit.report.gates import Continuation, continuation
+from ultralowbit.report.schema import RunReport, Written
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Models:
+    """An original, what was made from it, and how both are run."""
+
+    folder: Path
+    """Of the original."""
+    packed: Path
+    device: torch.device
+    dtype: torch.dtype
+    trust_remote_code: bool
+    watch: Progress
+    model: str
+    """What the user called the original."""
+    recipe: str
+
+    def measure(self, report: RunReport, texts: list[EvalText], known: Measured, thorough: bool) -> None:
+        """Fill in all that is measured on the texts; what the report or `known` holds of them already stands."""
+        before, after = _joined(known, report.original.metrics), report.packed.metrics
+        missing = [text for text in texts if len(self._known(after, text)) < len(METRICS)]
+        if thorough and missing and self._fit_together(missing):
+            both = measure_beside(
+                self.folder, [self.packed], missing, self.device, dtype=self.dtype,
+                trust_remote_code=self.trust_remote_code, progress=self.watch,
+            )  # fmt: skip
+            before, after = _joined(before, both.original), _joined(after, both.models[0])
+        relative = by_metric([self._known(after, text, relative=True) for text in texts])
+        report.packed.metrics = {**self._alone(self.packed, texts, after, self.recipe), **relative}
+        report.original.not_measured = self._no_room(texts, before)
+        room = report.original.not_measured is None
+        report.original.metrics = self._alone(self.folder, texts, before, "original") if room else {}
+        if thorough and texts:
+            self._measure_depth(report, texts[0])
+            report.continuation = report.continuation or self._continue(texts[0], room)
+
+    def _known(self, known: Measured, text: EvalText, relative: bool = False) -> dict[str, Any]:
+        names = [name for name, metric in METRICS.items() if metric.needs_original or not relative]
+        return known_results(known, text, self.dtype, names)
+
+    def _alone(self, folder: Path, texts: list[EvalText], known: Measured, label: str) -> Measured:
+        return measure_alone(
+            folder, texts, self.device, dtype=self.dtype, known=known, trust_remote_code=self.trust_remote_code,
+            progress=self.watch, label=label,
+        )  # fmt: skip
+
+    def _too_large(self, *folders: Path) -> str | None:
+        return too_large([(folder, self.dtype) for folder in folders], self.device)
+
+    def _fit_together(self, texts: list[EvalText]) -> bool:
+        """Whether both models fit into memory; if not, says what to do instead."""
+        why = self._too_large(self.folder, self.packed)
+        if why:
+            self.watch.say(
+                f"the divergence from the original is not measured, since running both {why}: "
+                f"`ultralowbit eval {self.packed} --fidelity {self.model} --ppl TEXT` runs one after the other"
+            )
+        return why is None
+
+    def _no_room(self, texts: list[EvalText], known: Measured) -> str | None:
+        """Why the original cannot be measured, in words; None where it can be or has been."""
+        alone = without_original(METRICS)
+        if all(len(known_results(known, text, self.dtype, alone)) == len(alone) for text in texts):
+            return None
+        why = self._too_large(self.folder)
+        if why:
+            log.warning("the original is not measured: it %s", why)
+        return why and f"not measured: it {why}"
+
+    def _measure_depth(self, report: RunReport, text: EvalText) -> None:
+        near = report.packed.metrics.get("fidelity")
+        if near and not report.packed.divergence_by_depth and not self._too_large(self.folder, self.packed):
+            report.packed.divergence_by_depth = measure_depth(
+                self.folder, self.packed, text, self.device, dtype=self.dtype,
+                trust_remote_code=self.trust_remote_code, progress=self.watch.counter("divergence by depth"),
+            )  # fmt: skip
+
+    def _continue(self, text: EvalText, room: bool) -> Written:
+        """What the packed model writes; that it repeats a token is no collapse if the original does so too."""
+
+        def write(folder: Path, label: str) -> Continuation:
+            model = open_model(folder, self.device, self.dtype, self.trust_remote_code)
+            tokenizer = open_tokenizer(folder, self.trust_remote_code)
+            return continuation(
+                model, tokenizer, text.tokens, progress=self.watch.counter(f"{label}: continuing a text")
+            )
+
+        packed = write(self.packed, self.recipe)
+        usual = packed.repeats and room and write(self.folder, "original").repeats
+        return Written(prompt=packed.prompt, text=packed.text, share=packed.share, repeats=packed.repeats and not usual)
+
+
+def _joined(first: Measured, second: Measured) -> Measured:
+    return {name: [*first.get(name, ()), *second.get(name, ())] for name in METRICS}
+
+
+def plane_sparsity(out: Path, manifest: dict[str, Any]) -> list[float]:
+    """The share of zeros in each 0/1 plane of all packed Linears together, from the stored bits."""
+    source, zeros, weights = Source(out), Counter(), Counter()
+    for name, layer in manifest["layers"].items():
+        format, (rows, columns) = Format.from_dict(layer["layout"]), layer["shape"]
+        if not any(getattr(segment, "alphabet", None) == "01" for segment in format.segments):
+            continue
+        parts = {part: f"{name}.{part}" for part in format.tensors(rows, columns)}
+        stored = source.read([*parts.values()])
+        packed = PackedWeight(format, (rows, columns), {part: stored[key] for part, key in parts.items()})
+        for plane, share in enumerate(packed.sparsity):
+            zeros[plane] += share * rows * columns
+            weights[plane] += rows * columns
+    return [zeros[plane] / weights[plane] for plane in sorted(weights)]
