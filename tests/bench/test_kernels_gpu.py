@@ -41,7 +41,7 @@ def test_products_of_every_format(tmp_path, two_copies):
         assert row.us > 0 and row.us_alone > 0 and row.x_cublas > 0 and row.of_copy > 0 and math.isnan(row.x_gemlite)
         assert row.error < 2**-7
         format = FORMATS[row.format](512)
-        assert row.bits == random_packed(format, 48, CPU).bits_per_weight > format.claimed_bits
+        assert row.bits == random_packed(format, 48).bits_per_weight > format.claimed_bits
     with file.open() as stream:
         found = list(csv.DictReader(stream))
     assert len(found) == 2 * len(rows) and found[0]["torch"] == torch.__version__
@@ -74,7 +74,7 @@ def test_entries_take_turns():
 
 
 def test_the_error_is_that_of_all_rows():
-    packed = random_packed(FORMATS["pb-llm"](512), 40, CPU)
+    packed = random_packed(FORMATS["pb-llm"](512), 40)
     x = torch.randn(2, 512, generator=torch.Generator().manual_seed(0))
     exact = x.double() @ packed.dequantize().double().T
     assert error_of(exact, x, packed) < 1e-12

@@ -22,7 +22,7 @@ from ultralowbit.nn.linear import PackedLinear
 
 
 def chosen(outliers: IndexedOutliers | MaskedOutliers, rows: int, generator: torch.Generator) -> Tensor:
-    """A mask that the outliers can hold."""
+    """A mask that these outliers can hold."""
     score = torch.rand(rows, outliers.columns, generator=generator)
     mask = torch.zeros_like(score, dtype=torch.bool)
     if isinstance(outliers, MaskedOutliers):
@@ -128,7 +128,7 @@ def test_decoding_by_tiles_changes_nothing(monkeypatch):
 
 
 def test_it_lies_over_all_segments():
-    """Blocks of the outliers do not care where segments end."""
+    """Blocks of outliers do not care where segments end."""
     outliers, segments = IndexedOutliers(30, 2, 8), (Ints(11, 4), Planes(19, 2))
     generator = torch.Generator().manual_seed(0)
     ints = {
@@ -144,7 +144,7 @@ def test_it_lies_over_all_segments():
     assert torch.equal(found, torch.where(parts["mask"], values, plain))
 
 
-# --- the bytes of version 1 ------------------------------------------------------------------------------------------
+# --- the bytes of version 2 ------------------------------------------------------------------------------------------
 
 MASK = "1000000100 0000000011 0100100000"  # of the first row; the second has its columns in reverse
 GOLDEN = {
@@ -177,7 +177,7 @@ def golden(outliers: IndexedOutliers | MaskedOutliers) -> PackedWeight:
 
 
 @pytest.mark.parametrize("outliers", GOLDEN, ids=lambda o: o.summary)
-def test_version_1_writes_these_bytes(outliers):
+def test_version_2_writes_these_bytes(outliers):
     found = {
         name.removeprefix("weight_outliers_"): t.numpy().tobytes().hex()
         for name, t in golden(outliers).tensors.items()
@@ -187,7 +187,7 @@ def test_version_1_writes_these_bytes(outliers):
 
 
 @pytest.mark.parametrize("outliers", GOLDEN, ids=lambda o: o.summary)
-def test_version_1_reads_these_bytes(outliers):
+def test_version_2_reads_these_bytes(outliers):
     packed = golden(outliers)
     tensors = {
         name: torch.frombuffer(
@@ -202,17 +202,17 @@ def test_version_1_reads_these_bytes(outliers):
     assert torch.equal(PackedWeight(packed.format, (2, 30), tensors).dequantize(), packed.dequantize())
 
 
-def test_version_1_describes_itself_in_these_words():
+def test_version_2_describes_itself_in_these_words():
     plane = {"kind": "planes", "columns": 5, "planes": 1, "group": None, "alphabet": "pm1", "offset": False}
     described = {
-        None: {"version": 1, "segments": [plane]},
+        None: {"version": 2, "segments": [plane]},
         IndexedOutliers(5, 2, 4): {
-            "version": 1,
+            "version": 2,
             "segments": [plane],
             "outliers": {"kind": "indexed_outliers", "columns": 5, "count": 2, "block": 4},
         },
         MaskedOutliers(5, 2, 0.1): {
-            "version": 1,
+            "version": 2,
             "segments": [plane],
             "outliers": {"kind": "masked_outliers", "columns": 5, "capacity": 2, "ratio": 0.1},
         },
@@ -262,17 +262,17 @@ def test_formats_that_store_other_tensors_have_other_summaries():
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: IndexedOutliers(8, 0), "outliers.count is 0, expected 1 to 256"),
-        (lambda: IndexedOutliers(8, 5, 4), "outliers.count is 5, expected 1 to 4"),
-        (lambda: IndexedOutliers(8, 1, 257), "outliers.block is 257, expected 1 to 256"),
+        (lambda: IndexedOutliers(8, 0), "indexed_outliers.count is 0, expected 1 to 256"),
+        (lambda: IndexedOutliers(8, 5, 4), "indexed_outliers.count is 5, expected 1 to 4"),
+        (lambda: IndexedOutliers(8, 1, 257), "indexed_outliers.block is 257, expected 1 to 256"),
         (lambda: IndexedOutliers(0, 1), "columns=0"),
-        (lambda: MaskedOutliers(8, 0, 0.1), "masked.capacity is 0, expected 1 to 8"),
-        (lambda: MaskedOutliers(8, 9, 0.1), "masked.capacity is 9, expected 1 to 8"),
-        (lambda: MaskedOutliers(8, 1, 1.5), "masked.ratio is 1.5"),
-        (lambda: Format((Planes(8, 1),), IndexedOutliers(9, 1)), "the outliers has 9 columns, the segments have 8"),
+        (lambda: MaskedOutliers(8, 0, 0.1), "masked_outliers.capacity is 0, expected 1 to 8"),
+        (lambda: MaskedOutliers(8, 9, 0.1), "masked_outliers.capacity is 9, expected 1 to 8"),
+        (lambda: MaskedOutliers(8, 1, 1.5), "masked_outliers.ratio is 1.5"),
+        (lambda: Format((Planes(8, 1),), IndexedOutliers(9, 1)), "outliers.columns is 9, the segments have 8"),
     ],
 )
-def test_an_outliers_without_a_layout_is_refused(make, named):
+def test_outliers_without_a_layout_are_refused(make, named):
     with pytest.raises(FormatError) as error:
         make()
     assert named in str(error.value)
@@ -282,7 +282,7 @@ def test_an_outliers_without_a_layout_is_refused(make, named):
     "entry",
     [{"kind": "patch", "columns": 5}, {"columns": 5}, {"kind": "indexed_outliers", "columns": 5, "count": 1, "x": 0}],
 )
-def test_an_outliers_of_a_newer_release_is_refused(entry):
+def test_outliers_of_a_newer_release_are_refused(entry):
     with pytest.raises(FormatError, match="unknown outliers in the packed format"):
         Format.from_dict({**Format((Planes(5, 1),)).to_dict(), "outliers": entry})
 
@@ -301,7 +301,7 @@ def test_a_mask_that_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize("outliers", [IndexedOutliers(48, 5, 20), MaskedOutliers(48, 9, 0.1)], ids=lambda o: o.summary)
-def test_a_packed_linear_multiplies_with_it(outliers):
+def test_a_packed_linear_multiplies_with_them(outliers):
     packed, meaning = packed_with(outliers, 6)
     linear = PackedLinear(6, 48, packed.format, None)
     linear.fill(packed)

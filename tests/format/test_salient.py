@@ -110,7 +110,7 @@ def test_beside_other_segments_and_by_tiles(monkeypatch):
     assert torch.equal(packed.dequantize(torch.bfloat16), expected.bfloat16())
 
 
-# --- the bytes of version 1 ------------------------------------------------------------------------------------------
+# --- the bytes of version 2 ------------------------------------------------------------------------------------------
 
 GOLDEN = {
     SalientSplit(21, 3, 16, offset=True): {
@@ -158,8 +158,8 @@ def golden_parts(split: SalientSplit) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("split", GOLDEN, ids=lambda z: z.summary)
-def test_version_1_writes_and_reads_these_bytes(split):
-    packed = PackedWeight.encode(Format((split,), version=1), golden_parts(split))
+def test_version_2_writes_and_reads_these_bytes(split):
+    packed = PackedWeight.encode(Format((split,), version=2), golden_parts(split))
     assert {name: t.numpy().tobytes().hex() for name, t in packed.tensors.items()} == GOLDEN[split]
     tensors = {
         name: torch.frombuffer(bytearray.fromhex(GOLDEN[split][name]), dtype=spec.dtype).view(spec.shape)
@@ -169,11 +169,11 @@ def test_version_1_writes_and_reads_these_bytes(split):
     assert np.array_equal(read.numpy(), meaning(split, golden_parts(split)))
 
 
-def test_version_1_describes_itself_in_these_words():
+def test_version_2_describes_itself_in_these_words():
     format = Format((SalientSplit(9, 2, 4, third=True, column_scale=True),))
     data = {"kind": "salient_split", "columns": 9, "salient": 2, "block": 4}
     data |= {"third": True, "column_scale": True, "offset": False}
-    assert json.loads(json.dumps(format.to_dict())) == {"version": 1, "segments": [data]}
+    assert json.loads(json.dumps(format.to_dict())) == {"version": 2, "segments": [data]}
     assert Format.from_dict(format.to_dict()) == format
 
 
@@ -217,7 +217,7 @@ def test_formats_that_store_other_tensors_have_other_summaries():
         ({"third": 2}, "salient_split.third is 2"),
     ],
 )
-def test_zones_without_a_layout_are_refused(change, named):
+def test_a_salient_split_without_a_layout_is_refused(change, named):
     with pytest.raises(FormatError) as error:
         SalientSplit(**{"columns": 9, "salient": 2} | change)
     assert named in str(error.value)

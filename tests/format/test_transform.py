@@ -132,7 +132,7 @@ def test_inputs_are_rounded_once_to_their_own_dtype(dtype, device):
     assert torch.equal(packed.format.transformed(tensors, x), exact.to(dtype))
 
 
-def test_partition_and_scale_alone_are_exact():
+def test_channel_order_and_scale_alone_are_exact():
     transform = InputTransform(300, channel_order=True, column_scale=True)
     packed, parts = packed_with(transform, 7)
     stored = packed.format.untransformed.decode(packed.tensors) * parts["scale"]
@@ -194,7 +194,7 @@ def test_the_outliers_has_the_columns_of_the_segments(outliers):
     assert torch.equal(packed.dequantize()[:, order], stored)
 
 
-# --- the bytes of version 1 ------------------------------------------------------------------------------------------
+# --- the bytes of version 2 ------------------------------------------------------------------------------------------
 
 GOLDEN = {
     "weight_input_channel_order": "12048200",  # columns 2, 8, 20 in word 0, columns 3 and 15 in word 1
@@ -203,7 +203,7 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("hadamard", [None, 8])
-def test_version_1_writes_and_reads_these_bytes(hadamard):
+def test_version_2_writes_and_reads_these_bytes(hadamard):
     marked = [2, 3, 8, 15, 20]
     transform = InputTransform(21, True, True, hadamard)
     parts = {"channel_order": torch.tensor([j in marked for j in range(21)]), "scale": (torch.arange(21) - 8) / 8}
@@ -224,11 +224,11 @@ def test_version_1_writes_and_reads_these_bytes(hadamard):
         assert found[5].item() == pytest.approx(28 / 8**0.5 * -3 / 8, rel=4 * EPS)
 
 
-def test_version_1_describes_itself_in_these_words():
+def test_version_2_describes_itself_in_these_words():
     plane = {"kind": "planes", "columns": 5, "planes": 1, "group": None, "alphabet": "pm1", "offset": False}
     format = Format((Planes(5, 1),), IndexedOutliers(5, 2, 4), InputTransform(5, column_scale=True, hadamard=4))
     data = {
-        "version": 1,
+        "version": 2,
         "segments": [plane],
         "outliers": {"kind": "indexed_outliers", "columns": 5, "count": 2, "block": 4},
         "transform": {"kind": "input", "columns": 5, "channel_order": False, "column_scale": True, "hadamard": 4},
@@ -276,15 +276,15 @@ def test_formats_that_store_or_mean_something_else_have_other_summaries():
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: InputTransform(8), "is none: leave it out"),
+        (lambda: InputTransform(8), "leave it out"),
         (lambda: InputTransform(0, True), "columns=0"),
-        (lambda: InputTransform(8, 2), "input.partition is 2"),
+        (lambda: InputTransform(8, 2), "input.channel_order is 2"),
         (lambda: InputTransform(8, column_scale="yes"), "input.column_scale is 'yes'"),
         (lambda: InputTransform(8, hadamard=1), "input.hadamard is 1, expected a power of two"),
         (lambda: InputTransform(8, hadamard=12), "input.hadamard is 12"),
         (
             lambda: Format((Planes(8, 1),), None, InputTransform(9, True)),
-            "the transform has 9 columns, the segments have 8",
+            "transform.columns is 9, the segments have 8",
         ),
     ],
 )
@@ -294,7 +294,7 @@ def test_a_transform_without_a_layout_is_refused(make, named):
     assert named in str(error.value)
 
 
-def test_a_partition_of_another_size_than_the_first_segment_is_refused():
+def test_a_channel_order_of_another_size_than_the_first_segment_is_refused():
     format = random_format(InputTransform(8, channel_order=True), 3)
     ints = {"codes": torch.zeros(2, 3, dtype=torch.uint8), "scale": torch.ones(2, 1), "zero": torch.zeros(2, 1)}
     planes = {"bits": torch.ones(1, 2, 5).bool(), "scale": torch.ones(1, 2, 1), "offset": torch.zeros(2, 1)}

@@ -190,7 +190,7 @@ def test_a_nan_that_linears_share_does_not_keep_the_fusing_busy(folder):
     model = ultralowbit.load(folder)
     for name in QKV:
         linear = model.get_submodule(f"model.layers.0.{name}")
-        packed = random_packed(format, linear.out_features, torch.device("cpu"))
+        packed = random_packed(format, linear.out_features)
         packed.tensors["weight_input_scale"].fill_(torch.nan)
         module = PackedLinear.replacing(linear, format)
         module.fill(packed)

@@ -535,10 +535,10 @@ def test_weights_that_do_not_say_their_config_are_refused(llama, tmp_path):
 def test_a_newer_format_is_refused_by_its_version(llama, tmp_path):
     def change(config):
         for format in config["formats"].values():
-            format["version"] = 2
+            format["version"] = 3
 
-    message = refused(with_config(llama, tmp_path / "x", change), "version 2", "version 1", "install")
-    assert message.count("version 2") == 1
+    message = refused(with_config(llama, tmp_path / "x", change), "version 3", "version 2", "install")
+    assert message.count("version 3") == 1
 
 
 def each_segment(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
@@ -555,7 +555,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "formats cut off": (lambda c: c.pop("formats"), "malformed"),
     "formats as number": (lambda c: c.update(formats=7), "malformed"),
     "a format as number": (lambda c: c.update(formats=dict.fromkeys(c["formats"], 7)), "malformed"),
-    "a format without segments": (lambda c: c.update(formats={k: {"version": 1} for k in c["formats"]}), "malformed"),
+    "a format without segments": (lambda c: c.update(formats={k: {"version": 2} for k in c["formats"]}), "malformed"),
     "no segments": (lambda c: [f["segments"].clear() for f in c["formats"].values()], "input columns"),
     "a format of another name": (lambda c: c["modules"].update({Q: "no-such-format"}), "no-such-format"),
     "columns cut off": (each_segment(lambda s: s.pop("columns")), "malformed"),
@@ -611,7 +611,7 @@ def test_a_state_dict_in_place_of_files_is_refused(llama):
 
 
 def test_a_model_cannot_be_quantized_on_the_way_in(llama):
-    config = UltraLowBitConfig({Q: "a"}, {"a": {"version": 1, "segments": []}})
+    config = UltraLowBitConfig({Q: "a"}, {"a": {"version": 2, "segments": []}})
     with pytest.raises(ValueError, match=r"ultralowbit|calibrat|quantiz"):
         AutoModelForCausalLM.from_pretrained(llama.parent / "source", quantization_config=config)
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ultralowbit.format.ints import Ints
 from ultralowbit.format.planes import Planes
-from ultralowbit.format.weight import Format, PackedWeight
+from ultralowbit.format.testing import random_packed
+from ultralowbit.format.weight import Format
 from ultralowbit.kernels import cpu
 from ultralowbit.kernels.packed_matmul import kernel_for
 
@@ -72,19 +73,6 @@ class Case(NamedTuple):
     nbytes: int
     error: float
     calls: Sequence[Callable[[], Tensor]]  # of one product each, with weights in different places
-
-
-def random_weight(format: Format, out: int, seed: int = 0) -> PackedWeight:
-    """Random words and scales, without a weight that they would come from."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, spec in format.tensors(out, format.in_features).items():
-        if spec.dtype.is_floating_point:
-            tensors[name] = (torch.rand(spec.shape, generator=generator) * 0.02 + 0.01).to(spec.dtype)
-        else:
-            info = torch.iinfo(spec.dtype)
-            tensors[name] = torch.randint(info.min, info.max + 1, spec.shape, generator=generator, dtype=spec.dtype)
-    return PackedWeight(format, (out, format.in_features), tensors)
 
 
 def cache_bytes() -> int:
@@ -146,7 +134,7 @@ def _int4(out: int, columns: int, x: Tensor, enough: int) -> Case:
 
 
 def _packed(format: Format, out: int, x: Tensor, int8: bool, enough: int) -> Case:
-    packed = random_weight(format, out)
+    packed = random_packed(format, out)
     kernel = kernel_for(format, x.device, x.dtype, len(x), int8)
     names = list(packed.tensors)
     calls = [

@@ -271,7 +271,7 @@ def product_bench(
         say(HEAD)
         dense = Dense.random(out, columns, device)
         for name in formats:
-            made, first = random_packed(FORMATS[name](columns), out, device), len(rows)
+            made, first = random_packed(FORMATS[name](columns), out, device=device), len(rows)
             places = [made]
             for _ in range(1, copies(made.nbytes, device)):
                 moved = {key: tensor.clone() for key, tensor in made.tensors.items()}
@@ -303,7 +303,7 @@ def autotune_bench(
     cases = []
     for out, columns in shapes:
         for name in ("1 plane", "1 plane g128", "2 tied planes g128"):
-            made = random_packed(FORMATS[name](columns), out, device)
+            made = random_packed(FORMATS[name](columns), out, device=device)
             count = copies(made.nbytes, device)
             cases.append((made.format, [{k: t.clone() for k, t in made.tensors.items()} for _ in range(count)]))
 

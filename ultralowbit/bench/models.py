@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from ultralowbit.bench.kernels_cpu import random_weight
 from ultralowbit.errors import InputError
 from ultralowbit.format.planes import Planes, TiedPlanes
 from ultralowbit.format.segment import Segment
@@ -94,7 +93,7 @@ def write_model(
     def linear(rows: int, columns: int) -> dict[str, Tensor]:
         if segment is None:
             return {"weight": random(rows, columns)}
-        return random_weight(Format((segment(columns),)), rows, seed).tensors
+        return random_packed(Format((segment(columns),)), rows, seed).tensors
 
     def norm() -> Tensor:
         return torch.ones(shape.hidden, dtype=torch.bfloat16)
@@ -155,7 +154,7 @@ def random_llama(
                 p.normal_(0, config.hidden_size**-0.5, generator=generator)
     shared: dict[Format, dict[str, Tensor]] = {}  # what is done to an input is the same for all Linears that have it
     for i, module in enumerate(m for m in model.modules() if isinstance(m, PackedLinear)):
-        packed = random_packed(module.format, module.out_features, device, seed=i)
+        packed = random_packed(module.format, module.out_features, i, device)
         common = {name: packed.tensors[name] for name in packed.format.shared}
         tensors = packed.tensors | shared.setdefault(packed.format, common)
         module.fill(PackedWeight(packed.format, packed.shape, tensors))

@@ -24,7 +24,6 @@ from ultralowbit.bench.models import Shape, write_model, write_text
 from ultralowbit.bench.timing import best_of, sum_over
 from ultralowbit.format.ints import Ints
 from ultralowbit.format.planes import Planes
-from ultralowbit.format.segment import Segment
 from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.format.words import group_count
 from ultralowbit.methods.statistics import invert_upper
@@ -177,7 +176,7 @@ def packing_bench(out: int = 2048, columns: int = 2048) -> list[dict[str, Any]]:
         segments = [Planes(columns, planes, group) for planes in (1, 2) for group in (None, 128)]
         for segment in (*segments, *(Ints(columns, bits, 128) for bits in (2, 3, 4, 8))):
             format = Format((segment,))
-            parts = random_parts(segment, out)
+            parts = _random_codes(segment, out)
             packed = PackedWeight.encode(format, parts)
             pack = best_of(lambda format=format, parts=parts: PackedWeight.encode(format, parts))
             unpack = best_of(packed.dequantize)
@@ -187,8 +186,8 @@ def packing_bench(out: int = 2048, columns: int = 2048) -> list[dict[str, Any]]:
         torch.set_num_threads(threads)
 
 
-def random_parts(segment: Segment, out: int) -> dict[str, Tensor]:
-    """What `encode` takes."""
+def _random_codes(segment: Planes | Ints, out: int) -> dict[str, Tensor]:
+    """What the segment's `encode` takes."""
     generator = torch.Generator().manual_seed(0)
     groups = group_count(segment.columns, segment.group)
     if isinstance(segment, Planes):

@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultralowbit.bench.models import Shape, write_model
-from ultralowbit.bench.pipeline import random_parts
 from ultralowbit.bench.timing import now
 from ultralowbit.format.ints import Ints
 from ultralowbit.format.planes import Planes
-from ultralowbit.format.weight import Format, PackedWeight
-from ultralowbit.format.words import group_count
+from ultralowbit.format.testing import random_packed
+from ultralowbit.format.weight import Format
 from ultralowbit.nn.decoder import run_block
 from ultralowbit.nn.linear import swap
 from ultralowbit.pipeline.source import open_decoder
@@ -103,20 +102,18 @@ def training_bench(
 
 
 def _student(block: nn.Module, tuned: Trained) -> nn.Module:
-    """A copy of the block with trainable views of its Linears, packed without care: nothing of it is timed."""
+    """A copy of the block with fake-quantized Linears, packed without care: nothing of it is timed."""
     student = deepcopy(block).requires_grad_(False)
     for name, module in [(name, m) for name, m in student.named_modules() if isinstance(m, nn.Linear)]:
         weight = module.weight.float()
         segment = tuned.segment(module.in_features)
-        scale = weight.abs().mean(1, keepdim=True).expand(-1, group_count(segment.columns, segment.group))
-        parts = {n: t.to(weight.device) for n, t in random_parts(segment, module.out_features).items()}
-        if isinstance(segment, Ints):
-            parts["scale"] = scale
-        else:
-            factors = (2, -1) if segment.alphabet == "01" else (1, 0.5)
-            parts["scale"] = torch.stack([f * scale for f in factors[: segment.planes]])
-        if isinstance(segment, Planes) and segment.offset:
-            parts["offset"] = torch.zeros_like(scale)
-        packed = PackedWeight.encode(Format((segment,)), parts)
+        packed = random_packed(Format((segment,)), module.out_features, device=weight.device)
+        stored = packed.tensors["weight_scale"]  # [groups, out], or [planes, groups, out]
+        sizes = (1,) if isinstance(segment, Ints) else (2, -1) if segment.alphabet == "01" else (1, 0.5)
+        factor = torch.tensor(sizes[: len(stored)], device=weight.device).view(-1, *[1] * (stored.ndim - 1))
+        scale = weight.abs().mean(1) * factor
+        packed.tensors["weight_scale"] = scale.half().expand_as(stored).contiguous()
+        if "weight_offset" in packed.tensors:
+            packed.tensors["weight_offset"].zero_()
         swap(student, name, FakeQuantLinear(packed, tuned.train, latent=weight, scales=tuned.scales))
     return student

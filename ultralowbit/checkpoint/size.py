@@ -9,26 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ultralowbit.checkpoint.check import by_module, weight_mismatches
 from ultralowbit.checkpoint.config import packed_formats, read_config_json, text_config
 from ultralowbit.checkpoint.files import read_headers, weight_files
 from ultralowbit.errors import CheckpointError
+from ultralowbit.format.segment import PART_KINDS, BudgetKind
 from ultralowbit.format.weight import Format
 from ultralowbit.format.words import TensorSpec
 
 KINDS = ("embeddings", "head", "norms and other", "unquantized linears")
 """What is stored beside the packed weights; biases count as other."""
-
-
-PART_KINDS = {
-    "sign planes": ("planes", "third"),
-    "integer codes": ("codes",),
-    "salient values": ("value",),
-    "scales and offsets": ("scale", "offset", "zero", "column"),
-    "masks and indices": ("salient", "mask", "index"),
-    "input transform": ("input",),
-    "other parts": (),
-}
-"""What a packed weight stores, and the words in its parts' names that say so."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +31,9 @@ class LayerSize:
     format: str
     """`Format.summary`"""
     parts: dict[str, int]
-    """planes, codes, scale, zero, offset, outliers_index, ... -> bytes"""
+    """codes, scale, zero, offset, outliers_index, ... -> bytes"""
+    budget: dict[BudgetKind, int]
+    """What the same bytes are spent on."""
     claimed_bits: float
     """Bits per weight as papers count them: the codes alone."""
 
@@ -115,11 +107,8 @@ class Size:
     def budget(self) -> dict[str, int]:
         """What the bytes of the file are spent on: each of PART_KINDS, of KINDS, and the headers; they sum to
         `file_bytes`."""
-        found = dict.fromkeys(PART_KINDS, 0)
-        for layer in self.layers:
-            for part, count in layer.parts.items():
-                found[_part_kind(part)] += count
-        return {**found, **self.other, "file headers": self.header_bytes}
+        packed = {kind: sum(layer.budget.get(kind, 0) for layer in self.layers) for kind in PART_KINDS}
+        return {**packed, **self.other, "file headers": self.header_bytes}
 
     @property
     def fp16_bytes(self) -> int:
@@ -156,8 +145,10 @@ class Size:
 
         Raises `CheckpointError` where a packed weight lacks a tensor, or has one of another shape or dtype.
         """
-        rest = dict(tensors)
-        layers = tuple(_layer(name, formats[name], rest) for name in sorted(formats, key=_natural))
+        modules = by_module(tensors)
+        layers = tuple(_layer(name, formats[name], modules.get(name, {})) for name in sorted(formats, key=_natural))
+        packed = {f"{name}.{tensor}" for name, format in formats.items() for tensor in format.row_axes}
+        rest = {name: spec for name, spec in tensors.items() if name not in packed}
         other = dict.fromkeys(KINDS, 0)
         for name, spec in rest.items():
             other[_kind(name, spec.shape, vocabulary)] += _nbytes(spec)
@@ -196,39 +187,26 @@ def _natural(name: str) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _layer(name: str, format: Format, rest: dict[str, TensorSpec]) -> LayerSize:
-    """Take the tensors of one packed Linear out of `rest`."""
-    main = rest.get(f"{name}.weight")
+def _layer(name: str, format: Format, own: Mapping[str, TensorSpec]) -> LayerSize:
+    """One packed Linear, from its own tensors."""
+    main = own.get("weight")
     if main is None or len(main.shape) < 2:
         raise CheckpointError(
             f"{name}.weight is missing or not packed, config.json expects {format.summary}: copy again"
         )
     out = main.shape[-2]
+    for mismatch in weight_mismatches(name, format, out, own):
+        raise CheckpointError(f"{mismatch}: copy the checkpoint again, or compress again")
     parts: dict[str, int] = {}
-    for suffix, spec in format.tensors(out, format.in_features).items():
-        found = rest.pop(f"{name}.{suffix}", None)
-        if found != spec:
-            is_ = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
-            raise CheckpointError(
-                f"{name}.{suffix} is {is_}, expected {spec.dtype} {list(spec.shape)} of {format.summary}: "
-                "copy the checkpoint again, or compress again"
-            )
-        part = suffix.removeprefix("weight").strip("_0123456789") or _codes(format, suffix)
-        parts[part] = parts.get(part, 0) + _nbytes(spec)
-    return LayerSize(name, (out, format.in_features), format.summary, parts, format.claimed_bits)
-
-
-def _codes(format: Format, suffix: str) -> str:
-    """What the main tensor of a segment holds: `weight` of the first, `weight_2` of the third."""
-    number = suffix.removeprefix("weight").strip("_")
-    return "planes" if format.segments[int(number or 0)].kind in ("planes", "salient_split") else "codes"
-
-
-def _part_kind(part: str) -> str:
-    """Which of PART_KINDS a part belongs to: the first word speaks for all of an input transform, else the last."""
-    words = part.split("_")
-    word = words[0] if words[0] == "input" else words[-1]
-    return next((kind for kind, known in PART_KINDS.items() if word in known), "other parts")
+    budget: dict[BudgetKind, int] = {}
+    for place in format.parts:
+        for suffix in place.part.tensors(out):
+            stored = place.prefix + suffix
+            count, part = _nbytes(own[stored]), stored.removeprefix("weight").strip("_0123456789") or "codes"
+            kind = place.part.budget.get(suffix, "other parts")
+            parts[part] = parts.get(part, 0) + count
+            budget[kind] = budget.get(kind, 0) + count
+    return LayerSize(name, (out, format.in_features), format.summary, parts, budget, format.claimed_bits)
 
 
 def _kind(name: str, shape: tuple[int, ...], vocabulary: int | None) -> str:

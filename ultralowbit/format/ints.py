@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ultralowbit.format.segment import check_fields
+from ultralowbit.format.segment import BudgetKind, Segment, check_fields
 from ultralowbit.format.words import TensorSpec, group_count, group_views, pack_fields, unpack_fields, word_count
 
 
 @dataclass(frozen=True)
-class Ints:
+class Ints(Segment):
     """`columns` inputs as unsigned integer codes: w = (code - zero) * scale.
 
     Stored: words int16 [out, words] (3 bits: all the low 2-bit fields, then the high bits); scale fp16 [groups, out];
@@ -24,6 +24,9 @@ class Ints:
 
     kind: ClassVar[str] = "ints"
     row_axis: ClassVar[Mapping[str, int | None]] = {"": -2}
+    budget: ClassVar[Mapping[str, BudgetKind]] = {
+        "": "integer codes", "_scale": "scales and offsets", "_zero": "scales and offsets",
+    }  # fmt: skip
     columns: int
     bits: int
     group: int | None = None
@@ -43,10 +46,12 @@ class Ints:
 
     @property
     def widths(self) -> tuple[int, ...]:
+        """Of the fields that a code is stored in, its low bits first."""
         return (2, 1) if self.bits == 3 else (self.bits,)
 
     @property
     def zero_width(self) -> int:
+        """Bits of a stored zero point."""
         return 4 if self.bits == 3 else self.bits
 
     def tensors(self, out_features: int) -> dict[str, TensorSpec]:
@@ -80,7 +85,8 @@ class Ints:
             packed[: len(part)] |= part << (width * f)
         return packed
 
-    def _unpack_zero(self, packed: Tensor) -> Tensor:  # [bytes, rows] -> [groups, rows]
+    def unpack_zero(self, packed: Tensor) -> Tensor:
+        """The stored zero points, uint8 [bytes, rows] -> uint8 [groups, rows]."""
         width = self.zero_width
         shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
         zero = (packed[:, None] >> shifts[:, None]) & ((1 << width) - 1)  # [bytes, per byte, rows]
@@ -98,7 +104,7 @@ class Ints:
         if self.symmetric:
             out -= 2 ** (self.bits - 1)
         else:
-            for view, zero in group_views(out, self._unpack_zero(parts["_zero"]), self.group):
+            for view, zero in group_views(out, self.unpack_zero(parts["_zero"]), self.group):
                 view.sub_(zero)
         for view, scale in group_views(out, parts["_scale"], self.group):
             view.mul_(scale)

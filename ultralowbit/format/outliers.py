@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ultralowbit.errors import FormatError
-from ultralowbit.format.segment import check_fields
+from ultralowbit.format.segment import BudgetKind, Outliers, check_fields, random_marks
 from ultralowbit.format.words import TensorSpec, pack_fields, unpack_fields, word_count
 
 
 @dataclass(frozen=True)
-class IndexedOutliers:
+class IndexedOutliers(Outliers):
     """Single weights at 8 bits in the place of what the segments say: w = (value - zero) * scale.
 
     Each row has `count` of them in every `block` columns, and ceil(count * rest / block) in a shorter last block.
@@ -24,7 +24,10 @@ class IndexedOutliers:
     """
 
     kind: ClassVar[str] = "indexed_outliers"
-    row_axis: ClassVar[Mapping[str, int | None]] = {}
+    budget: ClassVar[Mapping[str, BudgetKind]] = {
+        "_index": "masks and indices", "_value": "salient values", "_scale": "scales and offsets",
+        "_zero": "scales and offsets",
+    }  # fmt: skip
     columns: int
     count: int
     block: int = 256
@@ -46,7 +49,6 @@ class IndexedOutliers:
 
     @property
     def share(self) -> float:
-        """The share of a row's weights that it replaces."""
         return sum(entries for _, _, entries in self.blocks) / self.columns
 
     def tensors(self, out_features: int) -> dict[str, TensorSpec]:
@@ -76,10 +78,25 @@ class IndexedOutliers:
         first = [torch.full((entries, 1), start, device=out.device) for start, _, entries in self.blocks]
         out.scatter_(1, (parts["_index"] + torch.cat(first)).T, _grid_values(parts))
 
+    def faults(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+        yield from super().faults(parts)
+        of_block = parts["_index"].int().split([entries for _, _, entries in self.blocks])
+        for (start, size, _), index in zip(self.blocks, of_block, strict=True):
+            if (index >= size).any() or (index.diff(dim=0) <= 0).any():
+                yield "_index", f"does not rise below {size} in the columns from {start} on"
+                return
+
+    def random(self, out_features: int, generator: torch.Generator) -> dict[str, Tensor]:
+        index = []
+        for _, size, entries in self.blocks:
+            order = torch.rand(size, out_features, generator=generator, device=generator.device, dtype=torch.float32)
+            index.append(order.argsort(0)[:entries].sort(0).values.to(torch.uint8))
+        return {**super().random(out_features, generator), "_index": torch.cat(index)}
+
 
 @dataclass(frozen=True)
-class MaskedOutliers:
-    """Like `Outliers`, for any number of weights in a row: a bit for each weight says whether it is replaced.
+class MaskedOutliers(Outliers):
+    """Like `IndexedOutliers`, for any number of weights in a row: a bit for each weight says whether it is replaced.
 
     Stored: mask words int16 [out, words]; value uint8 [capacity, out], of the row's set bits by rising column, zeros
     after the last; scale fp16 [1, out]; zero uint8 [1, out]. `ratio` is the share of the whole weight that is meant to
@@ -88,6 +105,10 @@ class MaskedOutliers:
 
     kind: ClassVar[str] = "masked_outliers"
     row_axis: ClassVar[Mapping[str, int | None]] = {"_mask": -2}
+    budget: ClassVar[Mapping[str, BudgetKind]] = {
+        "_mask": "masks and indices", "_value": "salient values", "_scale": "scales and offsets",
+        "_zero": "scales and offsets",
+    }  # fmt: skip
     columns: int
     capacity: int
     ratio: float
@@ -103,7 +124,6 @@ class MaskedOutliers:
 
     @property
     def share(self) -> float:
-        """The share of the weights that it replaces."""
         return self.ratio
 
     def tensors(self, out_features: int) -> dict[str, TensorSpec]:
@@ -115,7 +135,7 @@ class MaskedOutliers:
         }
 
     def encode(self, mask: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
-        """As `Outliers.encode`."""
+        """As `IndexedOutliers.encode`."""
         if (fullest := int(mask.sum(1).max())) > self.capacity:
             raise FormatError(f"{self.summary} holds {self.capacity} weights a row, a row of the mask has {fullest}")
         value = codes.new_zeros(len(mask), self.capacity)
@@ -128,6 +148,17 @@ class MaskedOutliers:
         mask = unpack_fields(parts["_mask"], 1, self.columns).bool()
         out[mask] = _grid_values(parts)[self._used(mask)]
 
+    def faults(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+        yield from super().faults(parts)
+        fullest = int(unpack_fields(parts["_mask"], 1, self.columns).sum(1).max())
+        if fullest > self.capacity:
+            yield "_mask", f"marks {fullest} weights of a row, expected at most {self.capacity}"
+
+    def random(self, out_features: int, generator: torch.Generator) -> dict[str, Tensor]:
+        counts = torch.randint(self.capacity + 1, (out_features, 1), generator=generator, device=generator.device)
+        mask = random_marks(out_features, self.columns, counts, generator)
+        return {**super().random(out_features, generator), "_mask": mask}
+
     def _used(self, mask: Tensor) -> Tensor:  # [rows, columns] -> [rows, capacity] bool
         return torch.arange(self.capacity, device=mask.device) < mask.sum(1, keepdim=True)
 
@@ -137,10 +168,5 @@ def _row_grid(scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
 
 
 def _grid_values(parts: Mapping[str, Tensor]) -> Tensor:
-    """The values [rows, entries] fp32 that outliers stores."""
+    """The values [rows, entries] fp32 that are stored."""
     return ((parts["_value"].float() - parts["_zero"].float()) * parts["_scale"].float()).T
-
-
-OUTLIERS: dict[str, type[IndexedOutliers] | type[MaskedOutliers]] = {
-    o.kind: o for o in (IndexedOutliers, MaskedOutliers)
-}

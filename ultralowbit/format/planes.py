@@ -9,12 +9,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ultralowbit.format.segment import check_fields
+from ultralowbit.format.segment import BudgetKind, Segment, check_fields
 from ultralowbit.format.words import TensorSpec, group_count, group_views, pack_fields, unpack_fields, word_count
 
 
 @dataclass(frozen=True)
-class Planes:
+class Planes(Segment):
     """`columns` inputs as sign planes: w = sum_p scale[p] * b[p] (+ offset), b in {-1, +1} or {0, 1}.
 
     Stored: words [planes, out, words] int16 (bit 1 is +1); scale [planes, groups, out] fp16; with `offset`, one more
@@ -23,6 +23,9 @@ class Planes:
 
     kind: ClassVar[str] = "planes"
     row_axis: ClassVar[Mapping[str, int | None]] = {"": -2}
+    budget: ClassVar[Mapping[str, BudgetKind]] = {
+        "": "sign planes", "_scale": "scales and offsets", "_offset": "scales and offsets",
+    }  # fmt: skip
     columns: int
     planes: int
     group: int | None = None
@@ -74,9 +77,15 @@ class Planes:
             for view, offset in group_views(out, parts["_offset"], self.group):
                 view.add_(offset)
 
+    def sparsity(self, parts: Mapping[str, Tensor]) -> list[float]:
+        if self.alphabet == "pm1":
+            return []
+        bits = unpack_fields(parts[""], 1, self.columns)  # [planes, out, columns]
+        return (bits == 0).float().mean((1, 2)).tolist()
+
 
 @dataclass(frozen=True)
-class TiedPlanes:
+class TiedPlanes(Segment):
     """`columns` inputs as sign planes whose scales halve from one to the next, so that one is stored:
     w = scale * (2^(planes - 1) b_1 + ... + 2 b_(planes - 1) + b_planes), b in {-1, +1}; an odd number times the scale.
 
@@ -85,6 +94,7 @@ class TiedPlanes:
 
     kind: ClassVar[str] = "tied"
     row_axis: ClassVar[Mapping[str, int | None]] = {"": -2}
+    budget: ClassVar[Mapping[str, BudgetKind]] = {"": "sign planes", "_scale": "scales and offsets"}
     columns: int
     planes: int
     group: int | None = None

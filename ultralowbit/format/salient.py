@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ultralowbit.format.segment import check_fields
+from ultralowbit.format.segment import BudgetKind, Segment, check_fields, random_marks
 from ultralowbit.format.words import TensorSpec, group_count, pack_fields, unpack_fields, word_count
 
 
 @dataclass(frozen=True)
-class SalientSplit:
+class SalientSplit(Segment):
     """`columns` inputs as signs s, t = -1 or +1 whose scales depend on the zone of a weight: is its column one of the
     `salient` ones, which all rows share, and is it in group g = 0 or 1 by a bit of its own?
 
@@ -33,6 +33,10 @@ class SalientSplit:
     kind: ClassVar[str] = "salient_split"
     row_axis: ClassVar[Mapping[str, int | None]] = {
         "": -2, "_third": -2, "_salient": None, "_column": None, "_third_column": None,
+    }  # fmt: skip
+    budget: ClassVar[Mapping[str, BudgetKind]] = {
+        "": "sign planes", "_third": "sign planes", "_salient": "masks and indices", "_scale": "scales and offsets",
+        "_offset": "scales and offsets", "_column": "scales and offsets", "_third_column": "scales and offsets",
     }  # fmt: skip
     columns: int
     salient: int
@@ -126,6 +130,16 @@ class SalientSplit:
         if self.offset:
             out[:, others] += _of_group(of_block(parts["_offset"][:2], others), second[:, others])
             out[:, salient] += _of_group(of_block(parts["_offset"][2:], salient), g)
+
+    def faults(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+        yield from super().faults(parts)
+        marked = int(unpack_fields(parts["_salient"], 1, self.columns).sum())
+        if marked != self.salient:
+            yield "_salient", f"marks {marked} columns, expected {self.salient}"
+
+    def random(self, out_features: int, generator: torch.Generator) -> dict[str, Tensor]:
+        marks = random_marks(1, self.columns, self.salient, generator)[0]
+        return {**super().random(out_features, generator), "_salient": marks}
 
 
 def _of_group(values: Tensor, g: Tensor) -> Tensor:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from ultralowbit.errors import FormatError
-from ultralowbit.format.segment import check_fields
+from ultralowbit.format.segment import BudgetKind, Part, check_fields
 from ultralowbit.format.words import TensorSpec, pack_fields, unpack_fields, word_count
 
 
 @dataclass(frozen=True)
-class InputTransform:
+class InputTransform(Part):
     """What is done to the inputs of a weight before its segments and outliers multiply them: y = stored @ T(x),
 
-        T(x) = scale * partition(hadamard(x))
+        T(x) = scale * channel_order(hadamard(x))
 
     each part optional. `hadamard` is a block size, a power of two: blocks of so many channels are multiplied by the
     orthonormal Hadamard matrix (-1)^popcount(i & j) / sqrt(size); the channels after the last whole block are cut into
@@ -30,6 +30,7 @@ class InputTransform:
 
     kind: ClassVar[str] = "input"
     row_axis: ClassVar[Mapping[str, int | None]] = {"_channel_order": None, "_scale": None}
+    budget: ClassVar[Mapping[str, BudgetKind]] = {"_channel_order": "input transform", "_scale": "input transform"}
     columns: int
     channel_order: bool = False
     column_scale: bool = False
@@ -40,9 +41,7 @@ class InputTransform:
         if self.hadamard not in (None, *(2**k for k in range(1, 17))):
             raise FormatError(f"input.hadamard is {self.hadamard!r}, expected a power of two from 2 to 65536")
         if not (self.channel_order or self.column_scale or self.hadamard):
-            raise FormatError(
-                "an input transform without channel_order, column_scale and hadamard is none: leave it out"
-            )
+            raise FormatError("an input transform needs a channel_order, a column_scale or a hadamard: leave it out")
 
     @property
     def summary(self) -> str:
@@ -62,8 +61,8 @@ class InputTransform:
         return specs
 
     def encode(self, channel_order: Tensor | None = None, scale: Tensor | None = None) -> dict[str, Tensor]:
-        """channel_order [columns] bool, set for the channels of the first segment; scale [columns] fp16-exact, in the order
-        of the segments."""
+        """channel_order [columns] bool, set for the channels of the first segment; scale [columns] fp16-exact, in the
+        order that the segments have."""
         parts = {}
         if self.channel_order:
             parts["_channel_order"] = pack_fields(channel_order.to(torch.uint8), 1)
@@ -72,19 +71,19 @@ class InputTransform:
         return parts
 
     def order(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """The channel [columns] int64 that is at each place after the channel_order."""
+        """The channel [columns] int64 that comes to each place."""
         return unpack_fields(parts["_channel_order"], 1, self.columns).argsort(descending=True, stable=True)
 
     def apply(self, parts: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """T(x) for x [..., columns]: computed in fp32, rounded once to x's dtype."""
-        found = x.float()
+        y = x.float()
         if self.hadamard:
-            found = block_hadamard(found, self.hadamard)
+            y = block_hadamard(y, self.hadamard)
         if self.channel_order:
-            found = found[..., self.order(parts)]
+            y = y[..., self.order(parts)]
         if self.column_scale:
-            found = found * parts["_scale"].float()
-        return found.to(x.dtype)
+            y = y * parts["_scale"].float()
+        return y.to(x.dtype)
 
     def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """Turn out [rows, columns] fp32, which multiplies T(x), into the weight that multiplies x."""
@@ -100,12 +99,12 @@ def block_hadamard(x: Tensor, block: int) -> Tensor:
     """x [..., columns] times the orthonormal, symmetric block matrix that `InputTransform` describes."""
     columns = x.shape[-1]
     start = columns // block * block
-    found = [_walsh(x[..., :start], block)] if start else []
+    blocks = [_walsh(x[..., :start], block)] if start else []
     while start < columns:
         size = 1 << (columns - start).bit_length() - 1
-        found.append(_walsh(x[..., start : start + size], size))
+        blocks.append(_walsh(x[..., start : start + size], size))
         start += size
-    return torch.cat(found, dim=-1)
+    return torch.cat(blocks, dim=-1)
 
 
 def _walsh(x: Tensor, size: int) -> Tensor:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ultralowbit.errors import FormatError
 from ultralowbit.format.ints import Ints
-from ultralowbit.format.outliers import OUTLIERS, IndexedOutliers, MaskedOutliers
+from ultralowbit.format.outliers import IndexedOutliers, MaskedOutliers
 from ultralowbit.format.planes import Planes, TiedPlanes
 from ultralowbit.format.salient import SalientSplit
-from ultralowbit.format.segment import Part, Segment, unknown_fields
+from ultralowbit.format.segment import Outliers, Part, Segment, unknown_fields
 from ultralowbit.format.transform import InputTransform
 from ultralowbit.format.words import VERSION, TensorSpec, unpack_fields
 
@@ -24,68 +24,117 @@ _TILE = 1 << 17  # weights unpacked at a time: their int16 and fp32 forms stay i
 SEGMENTS: dict[str, type[Segment]] = {s.kind: s for s in (Planes, Ints, TiedPlanes, SalientSplit)}
 """What config.json calls a segment -> its class."""
 
+OUTLIERS: dict[str, type[Outliers]] = {o.kind: o for o in (IndexedOutliers, MaskedOutliers)}
+"""The same of outliers."""
+
+
+class Place(NamedTuple):
+    """A part of a format, the name of its main tensor and its first column."""
+
+    prefix: str
+    column: int
+    part: Part
+
+    def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The part's own among the stored tensors of a weight, by suffix."""
+        return {suffix: tensors[self.prefix + suffix] for suffix in self.part.tensors(1)}
+
 
 @dataclass(frozen=True)
 class Format:
-    """How one weight [out, in] is stored: the segments of its columns, left to right, what replaces single weights of
-    them, what its inputs go through first, and the version of the layout. Segments and outliers have the columns in the
-    order and basis that the transform leaves; `decode` returns them as the inputs come."""
+    """How one weight [out, in] is stored: the segments of its columns from left to right, the outliers that replace
+    single weights of them, the transform that its inputs go through first, and the version of the layout.
+
+    Segments and outliers have the columns in the order and basis that the transform leaves; `decode` returns them as
+    the inputs come. Raises `FormatError` where the parts have other columns than the segments together.
+    """
 
     segments: tuple[Segment, ...]
-    outliers: IndexedOutliers | MaskedOutliers | None = None
+    outliers: Outliers | None = None
     transform: InputTransform | None = None
     version: int = VERSION
 
     def __post_init__(self) -> None:
+        if not self.segments:
+            raise FormatError("a packed weight without segments has no columns: the config.json was edited, copy again")
         for name in ("outliers", "transform"):
             part = getattr(self, name)
             if part is not None and part.columns != self.in_features:
-                raise FormatError(f"the {name} has {part.columns} columns, the segments have {self.in_features}")
+                raise FormatError(f"{name}.columns is {part.columns}, the segments have {self.in_features} columns")
 
     @property
     def in_features(self) -> int:
+        """Input columns of the weight."""
         return sum(s.columns for s in self.segments)
 
     @property
     def summary(self) -> str:
         """One line that names every field: `4096xint2/g128`."""
-        return " + ".join(part.summary for _, _, part in self._parts())
+        return " + ".join(part.summary for _, _, part in self.parts)
 
     @property
     def kinds(self) -> str:
-        """What a kernel is chosen by: `planes+indexed_outliers`."""
-        return "+".join(part.kind for _, _, part in self._parts())
+        """The kinds of its parts: `planes+indexed_outliers`."""
+        return "+".join(part.kind for _, _, part in self.parts)
 
     @property
     def claimed_bits(self) -> float:
-        """Bits per weight as papers count them: the codes alone, no scales, no padding, and of outliers the 8 bits of
-        the weights in it but not where they are."""
+        """Bits per weight as papers count them: the codes alone, without scales and padding, and 8 bits for each
+        outlier without its place."""
         bits = sum(s.columns * s.code_bits for s in self.segments) / self.in_features
         return bits if self.outliers is None else 8 * self.outliers.share + (1 - self.outliers.share) * bits
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
-        """Names, dtypes and shapes of everything stored. The first is `weight`: a loader that does not know the
-        format then stops at its shape instead of initialising a random weight."""
+        """Name -> dtype and shape of everything that is stored. The first is `weight`: a loader that does not know the
+        format then stops at its shape instead of initialising a random weight. Raises `FormatError` for other columns
+        than its own."""
         if in_features != self.in_features:
             raise FormatError(
                 f"format {self.summary} holds {self.in_features} input columns, the layer has {in_features}"
             )
         return {
             prefix + suffix: spec
-            for prefix, _, part in self._parts()
+            for prefix, _, part in self.parts
             for suffix, spec in part.tensors(out_features).items()
         }
 
+    def mismatches(self, stored: Mapping[str, TensorSpec], out_features: int) -> Iterator[str]:
+        """How stored tensors, by name, differ from what this format stores for so many rows: a clause for each, that
+        begins with the name."""
+        expected = self.tensors(out_features, self.in_features)
+        for name, spec in expected.items():
+            if name not in stored:
+                yield f"{name} is missing, expected {spec} of {self.summary}"
+            elif stored[name] != spec:
+                yield f"{name} is {stored[name]}, expected {spec} of {self.summary}"
+        for name in sorted(stored.keys() - expected.keys()):
+            yield f"{name} is no part of {self.summary}"
+
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise `FormatError` where stored tensors of the right shapes hold what nothing can have written: scales that
+        are not finite, places of outliers or salient columns that cannot be."""
+        faults = [
+            f"{place.prefix}{suffix} {fault}"
+            for place in self.parts
+            for suffix, fault in place.part.faults(place.of(tensors))
+        ]
+        if self.transform is not None and self.transform.channel_order:
+            marked = int(unpack_fields(tensors["weight_input_channel_order"], 1, self.in_features).sum())
+            if marked != (columns := self.segments[0].columns):
+                faults.append(f"weight_input_channel_order marks {marked} channels, expected {columns}")
+        if faults:
+            raise FormatError(f"{faults[0]}: the checkpoint is damaged, copy it again")
+
     def encode(self, *parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The `encode` arguments of each segment, then of the outliers and of the transform if there are -> the stored
-        tensors."""
+        """The arguments of each segment's `encode`, then those of the outliers and of the transform if there are such
+        -> the stored tensors by name. Raises `FormatError` for marks that do not fit the segments."""
         if self.transform is not None and self.transform.channel_order:
             marked, columns = int(parts[-1]["channel_order"].sum()), self.segments[0].columns
             if marked != columns:
                 raise FormatError(f"the channel_order marks {marked} channels, the first segment has {columns} columns")
         return {
             prefix + suffix: tensor
-            for (prefix, _, part), values in zip(self._parts(), parts, strict=True)
+            for (prefix, _, part), values in zip(self.parts, parts, strict=True)
             for suffix, tensor in part.encode(**values).items()
         }
 
@@ -99,9 +148,9 @@ class Format:
             rows = slice(row, min(row + step, out_features))
             tile = weight[rows] if dtype == torch.float32 else torch.empty_like(weight[rows], dtype=torch.float32)
             stored = self.rows(tensors, rows)
-            for prefix, column, part in self._parts():
-                values = {suffix: stored[prefix + suffix] for suffix in part.tensors(out_features)}
-                part.decode(values, tile[:, column : column + part.columns])
+            for place in self.parts:
+                columns = slice(place.column, place.column + place.part.columns)
+                place.part.decode(place.of(stored), tile[:, columns])
             if dtype != torch.float32:
                 weight[rows] = tile
         return weight
@@ -110,9 +159,7 @@ class Format:
         """T(x) [..., in] for x [..., in], in x's dtype: what the weight that `untransformed` decodes multiplies."""
         if self.transform is None:
             return x
-        return self.transform.apply(
-            {suffix: tensors[f"weight_input{suffix}"] for suffix in self.transform.tensors(1)}, x
-        )
+        return self.transform.apply(self.parts[-1].of(tensors), x)
 
     @property
     def untransformed(self) -> Format:
@@ -143,7 +190,7 @@ class Format:
         """Stored tensor -> the axis that its rows lie on, None for what all rows share."""
         return {
             prefix + suffix: part.row_axis.get(suffix, -1)
-            for prefix, _, part in self._parts()
+            for prefix, _, part in self.parts
             for suffix in part.tensors(1)
         }
 
@@ -152,14 +199,15 @@ class Format:
         """The stored tensors that all rows share."""
         return [name for name, axis in self.row_axes.items() if axis is None]
 
-    def _parts(self) -> list[tuple[str, int, Part]]:
-        """Name of the main tensor and first column of each part, in the order of decoding."""
-        found, column = [], 0
+    @property
+    def parts(self) -> list[Place]:
+        """Its parts in the order of decoding: segments, outliers, transform."""
+        places, column = [], 0
         for i, segment in enumerate(self.segments):
-            found.append(("weight" if i == 0 else f"weight_{i}", column, segment))
+            places.append(Place("weight" if i == 0 else f"weight_{i}", column, segment))
             column += segment.columns
-        whole = (("weight_outliers", 0, self.outliers), ("weight_input", 0, self.transform))
-        return found + [entry for entry in whole if entry[2] is not None]
+        whole = (Place("weight_outliers", 0, self.outliers), Place("weight_input", 0, self.transform))
+        return places + [place for place in whole if place.part is not None]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json; `from_dict` is the inverse."""
@@ -169,7 +217,7 @@ class Format:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Format:
-        """Raises `FormatError` for a newer version, an unknown segment or an unknown field."""
+        """The inverse of `to_dict`; raises `FormatError` for another version, an unknown part or an unknown field."""
         version = data.get("version")
         if version != VERSION:
             raise FormatError(
@@ -192,10 +240,11 @@ def _description(part: Part) -> dict[str, Any]:
 
 def _described(entry: Any, kinds: Mapping[str, type], what: str) -> Any:
     values = dict(entry) if isinstance(entry, Mapping) else {}
-    found = kinds.get(values.pop("kind", None))
-    if found is None or unknown_fields(found, values):
+    kind = values.pop("kind", None)
+    part = kinds.get(kind) if isinstance(kind, str) else None
+    if part is None or unknown_fields(part, values):
         raise FormatError(f"unknown {what} in the packed format: {entry}; a newer ultralowbit wrote it, upgrade")
-    return found(**values)
+    return part(**values)
 
 
 @dataclass(frozen=True)
@@ -203,7 +252,7 @@ class PackedWeight:
     """One weight as it is stored.
 
     format: how; shape: (out_features, in_features); tensors: name -> tensor as `Format.tensors` lists them, checked on
-    construction (`FormatError` names the first that differs).
+    construction: `FormatError` names the first that differs.
     """
 
     format: Format
@@ -211,13 +260,11 @@ class PackedWeight:
     tensors: dict[str, Tensor]
 
     def __post_init__(self) -> None:
-        expected = self.format.tensors(*self.shape)
-        if self.tensors.keys() != expected.keys():
-            raise FormatError(f"{self.format.summary} stores {sorted(expected)}, found {sorted(self.tensors)}")
-        for name, spec in expected.items():
-            found = TensorSpec(self.tensors[name].dtype, tuple(self.tensors[name].shape))
-            if found != spec:
-                raise FormatError(f"{name} of {self.format.summary} is {found}, expected {spec}")
+        out_features, in_features = self.shape
+        self.format.tensors(out_features, in_features)  # refuses other columns
+        stored = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in self.tensors.items()}
+        for mismatch in self.format.mismatches(stored, out_features):
+            raise FormatError(f"{mismatch}: the tensors belong to another format")
 
     @classmethod
     def encode(cls, format: Format, *parts: Mapping[str, Tensor]) -> PackedWeight:
@@ -232,12 +279,11 @@ class PackedWeight:
     @property
     def sparsity(self) -> list[float]:
         """The share of zeros in each 0/1 plane, such as DB-LLM's two; empty where there are no such planes."""
-        found: list[float] = []
-        for prefix, _, segment in self.format._parts():
-            if isinstance(segment, Planes) and segment.alphabet == "01":
-                bits = unpack_fields(self.tensors[prefix], 1, segment.columns)  # [planes, out, columns]
-                found += (bits == 0).float().mean((1, 2)).tolist()
-        return found
+        return [
+            share
+            for place, segment in zip(self.format.parts, self.format.segments, strict=False)
+            for share in segment.sparsity(place.of(self.tensors))
+        ]
 
     @property
     def nbytes(self) -> int:
@@ -246,4 +292,5 @@ class PackedWeight:
 
     @property
     def bits_per_weight(self) -> float:
+        """Bits stored for each weight, all counted."""
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])

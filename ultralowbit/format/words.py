@@ -10,14 +10,13 @@ from torch import Tensor
 
 from ultralowbit.errors import FormatError
 
-VERSION = 1
-"""Raised when the meaning of a stored byte changes."""
-
+VERSION = 2
+"""Of the packed format: raised when a stored byte, or its name, changes its meaning."""
 
 WORD_BITS = 16
 
-
 LANES = 32
+"""Words of a full block: field f of word l holds column 32 f + l of the block."""
 
 
 class TensorSpec(NamedTuple):
@@ -25,6 +24,9 @@ class TensorSpec(NamedTuple):
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
 
 
 def word_count(columns: int, width: int) -> int:

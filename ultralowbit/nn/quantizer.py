@@ -20,8 +20,18 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ultralowbit.checkpoint.config import CONFIG, DIGEST, QUANT_METHOD, config_digest, malformed, module_formats
-from ultralowbit.checkpoint.files import read_headers, read_metadata
+from ultralowbit.checkpoint.check import by_module, weight_mismatches
+from ultralowbit.checkpoint.config import (
+    CONFIG,
+    DIGEST,
+    QUANT_METHOD,
+    TENSORS_DIGEST,
+    config_digest,
+    malformed,
+    module_formats,
+    tensors_digest,
+)
+from ultralowbit.checkpoint.files import read_headers, read_metadata, read_raw_header
 from ultralowbit.checkpoint.storage import read_json
 from ultralowbit.errors import CheckpointError
 from ultralowbit.format.weight import Format
@@ -79,7 +89,7 @@ class UltraLowBitQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         if checkpoint_files is None:
             raise CheckpointError("a packed model is loaded from its safetensors files, not from a state_dict")
-        check_config(checkpoint_files)
+        check_config([Path(file) for file in checkpoint_files])
         modules = dict(model.named_modules())
         for name, format in self.quantization_config.module_formats().items():
             # AutoModel builds the same decoder without the head's prefix
@@ -105,7 +115,8 @@ class UltraLowBitQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Ties the weights that `save_pretrained` writes to the config.json beside them."""
-        return None, {DIGEST: config_digest(json.loads(model.config.to_json_string()))}
+        config = json.loads(model.config.to_json_string()) | {"dtype": str(model.dtype).removeprefix("torch.")}
+        return None, {DIGEST: config_digest(config)}
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
         return True
@@ -136,45 +147,41 @@ def match_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     return key_of
 
 
-def check_config(files: Sequence[str | Path]) -> None:
-    """Raise `CheckpointError` unless the config.json beside the files is the one that they were written with."""
-    config = read_json(Path(files[0]).parent / CONFIG)
+def check_config(files: Sequence[Path]) -> None:
+    """Raise `CheckpointError` unless config.json and the headers of the files are as they were written together."""
+    config = read_json(files[0].parent / CONFIG)
     for file in files:
-        written_with = read_metadata(file).get(DIGEST)
+        metadata = read_metadata(file)
+        written_with = metadata.get(DIGEST)
         if written_with != config_digest(config):
             what = "does not say which" if written_with is None else "was written with another"
             raise CheckpointError(f"{file} {what} {CONFIG} it belongs to: copy both again, or compress again")
+        header = metadata.get(TENSORS_DIGEST)  # what `save_pretrained` wrote has none
+        if header is not None and header != tensors_digest(read_raw_header(file)[0]):
+            raise CheckpointError(f"the header of {file} has changed since it was written: copy it again")
 
 
 def check_files(model: PreTrainedModel, files: Sequence[str | Path]) -> None:
     """Raise `CheckpointError` unless every tensor of the model is in the files, as the model expects it."""
     stored = read_headers(files)
     key_of = match_keys(model, stored)
-    packed = {
-        f"{name}.{suffix}": spec
-        for name, module in model.named_modules()
-        if isinstance(module, PackedLinear)
-        for suffix, spec in module.format.tensors(module.out_features, module.in_features).items()
-    }
-    problems = []
+    modules, problems, packed = by_module(stored), [], set()
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            packed |= {f"{name}.{tensor}" for tensor in module.format.row_axes}
+            own = modules.get(key_of.get(f"{name}.weight", name).rpartition(".")[0], {})
+            problems += weight_mismatches(name, module.format, module.out_features, own)
     for name, tensor in model.state_dict().items():
         spec = stored.get(key_of.get(name))
+        if name in packed:
+            continue
         if spec is None:
             if name not in model.all_tied_weights_keys:
                 problems.append(f"{name} is missing")
         elif spec.shape != tuple(tensor.shape):
             problems.append(f"{name} has shape {list(spec.shape)}, expected {list(tensor.shape)}")
-        elif name in packed and spec.dtype != packed[name].dtype:
-            problems.append(f"{name} has dtype {spec.dtype}, expected {packed[name].dtype}")
         elif spec.dtype is None or spec.dtype.is_floating_point != tensor.dtype.is_floating_point:
             problems.append(f"{name} has dtype {spec.dtype}, expected {tensor.dtype}")
-    # a part that the format leaves out would change what the others mean
-    modules = {key.rpartition(".")[0] for name, key in key_of.items() if name in packed}
-    problems += [
-        f"{key} is no part of the format of its module"
-        for key in sorted(stored.keys() - set(key_of.values()))
-        if key.rpartition(".")[0] in modules
-    ]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise CheckpointError(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ultralowbit.checkpoint.check import by_module, weight_mismatches
 from ultralowbit.checkpoint.config import packed_formats, read_config_json
 from ultralowbit.checkpoint.files import read_headers
 from ultralowbit.checkpoint.job import LOCAL
@@ -146,7 +147,7 @@ def _digest(path: Path, progress: Progress) -> str | None:
     return sha256_file(path, progress.step) if path.is_file() else None
 
 
-def _broken_promises(folder: Path, manifest: dict[str, Any], stored_specs: dict[str, TensorSpec]) -> list[str]:
+def _broken_promises(folder: Path, manifest: dict[str, Any], stored: dict[str, TensorSpec]) -> list[str]:
     """How the stored tensors differ from the formats in config.json and the shapes in the manifest."""
     try:
         formats = packed_formats(read_config_json(folder))
@@ -154,7 +155,7 @@ def _broken_promises(folder: Path, manifest: dict[str, Any], stored_specs: dict[
         return [str(e)]
     if not formats:
         return ["config.json does not say how the weights are packed: copy it again"]
-    layers = manifest["layers"]
+    layers, modules = manifest["layers"], by_module(stored)
     problems = [
         f"{name} is packed according to {one} but not to {other}: copy both again"
         for one, other, names in (
@@ -171,13 +172,8 @@ def _broken_promises(folder: Path, manifest: dict[str, Any], stored_specs: dict[
                 f"{format.summary}: copy both again"
             )
             continue
-        for suffix, spec in format.tensors(*layer["shape"]).items():
-            stored = stored_specs.get(f"{name}.{suffix}")
-            if stored is None:
-                problems.append(f"{name}.{suffix} is in no file, {format.summary} has one: copy the shards again")
-            elif stored != spec:
-                problems.append(
-                    f"{name}.{suffix} is {stored.dtype} {list(stored.shape)}, {format.summary} has {spec.dtype} "
-                    f"{list(spec.shape)}: copy the shards again"
-                )
+        problems += [
+            f"{mismatch}: copy the shards again"
+            for mismatch in weight_mismatches(name, format, layer["shape"][0], modules.get(name, {}))
+        ]
     return problems

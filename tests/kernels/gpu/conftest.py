@@ -22,7 +22,7 @@ class Gpu:
 
     def packed(self, format: Format, out: int, seed: int = 0) -> PackedWeight:
         """Random in every stored byte, the padding of the words too."""
-        return random_packed(format, out, self.device, seed)
+        return random_packed(format, out, seed, self.device)
 
     def x(self, tokens: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
         """Signed, and of another size in every token."""

@@ -32,7 +32,7 @@ class FakeQuantInts(nn.Module):
         self.segment = segment
         register(self, "scale", parts["_scale"].float().T, "scale" in train)
         middle = torch.full_like(self.scale.detach(), 2 ** (segment.bits - 1))
-        self.register_buffer("zero", middle if segment.symmetric else segment._unpack_zero(parts["_zero"]).T.float())
+        self.register_buffer("zero", middle if segment.symmetric else segment.unpack_zero(parts["_zero"]).T.float())
         unscaled = {**parts, "_scale": torch.ones_like(parts["_scale"])}
         centred = grouped(decoded(segment, unscaled), segment.group)  # code - zero [out, groups, group]
         self.register_buffer("centred", centred.to(torch.int16) if latent is None else None)

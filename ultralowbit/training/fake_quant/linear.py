@@ -84,7 +84,7 @@ class FakeQuantLinear(nn.Module):
         follows = "latent" in train or any(is_dual(segment) for segment in format.segments)
         latent = self.input.stored(latent.detach().float()) if latent is not None and follows else None
         self.parts = nn.ModuleList()
-        for (prefix, first, segment), _ in zip(format._parts(), format.segments, strict=False):
+        for (prefix, first, segment), _ in zip(format.parts, format.segments, strict=False):
             parts = {suffix: packed.tensors[prefix + suffix] for suffix in segment.tensors(self.out_features)}
             columns = slice(first, first + segment.columns)
             own = None if latent is None else latent[:, columns]
@@ -136,7 +136,7 @@ class FakeQuantLinear(nn.Module):
         """The packed weight of the current parameters; raises `FormatError` where one left the range of fp16."""
         tensors, stored = self._tensors(), dict(self.packed.tensors)
         tiles = [take_rows(tensors, rows) for rows in row_tiles(self.packed.shape, self.device)]
-        for i, ((prefix, _, segment), own) in enumerate(zip(self.packed.format._parts(), self.parts, strict=False)):
+        for i, ((prefix, _, segment), own) in enumerate(zip(self.packed.format.parts, self.parts, strict=False)):
             # by the tiles of `dense`: a mean over a row can depend on how many rows are taken at a time
             parts = [own.parts(under(t, f"parts.{i}."), t.get("row"), self.progress) for t in tiles]
             if parts[0]:
