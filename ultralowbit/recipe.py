@@ -12,11 +12,13 @@ from types import MappingProxyType
 from typing import Any, ClassVar, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ultralowbit.errors import InputError
 from ultralowbit.methods import METHODS
 from ultralowbit.methods.base import Method
+from ultralowbit.methods.error_correction import ErrorCorrection
+from ultralowbit.methods.rotation import Rotate
 from ultralowbit.training.specs import Blockwise, CalibrationSpec, Finetune, Preprocess, StrictModel, one_of
 
 Quantize = one_of(METHODS, "method")
@@ -36,6 +38,8 @@ class Recipe(StrictModel):
     name: str
     summary: str = ""
     preprocess: Preprocess | None = None
+    rotate: Rotate | None = None
+    error_correction: ErrorCorrection | None = None
     quantize: Quantize
     blockwise: Blockwise | None = None
     finetune: Finetune | None = None
@@ -43,10 +47,20 @@ class Recipe(StrictModel):
     ignore: tuple[str, ...] = Field((), description="shell patterns of Linears to leave as they are")
     overrides: tuple[Override, ...] = ()
 
+    @model_validator(mode="after")
+    def _can_correct(self) -> Recipe:
+        if self.error_correction is not None and self.calibration.clip_tokens is not None:
+            raise ValueError("error_correction counts all tokens alike: leave calibration.clip_tokens out")
+        return self
+
     def method_for(self, name: str) -> Method:
         """The method of the Linear with this full name: the last matching override, or `quantize`."""
         matching = [override.quantize for override in self.overrides if fnmatch(name, override.match)]
         return (matching or [self.quantize])[-1]
+
+    def hadamard(self, in_features: int) -> int | None:
+        """The block of the Hadamard matrix that multiplies so many inputs of a Linear, None where there is none."""
+        return None if self.rotate is None else self.rotate.block(in_features)
 
     @property
     def reads_text(self) -> bool:

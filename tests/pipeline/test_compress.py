@@ -848,7 +848,7 @@ def test_only_what_the_methods_of_a_group_need_is_gathered(source, recipe, tmp_p
             super().__post_init__()
             gathered.append(self)
 
-    monkeypatch.setattr("ultralowbit.pipeline.collect.InputStats", Spy)
+    monkeypatch.setattr("ultralowbit.pipeline.stream.InputStats", Spy)
     overrides = [
         {"match": "*.q_proj", "quantize": {"method": "gptq"}},
         {"match": "*.down_proj", "quantize": {"method": "rtn"}},
@@ -932,7 +932,7 @@ def test_a_linear_that_is_called_twice_is_measured_twice():
     with torch.no_grad():
         (group,) = input_groups(block, {"linear": block.linear}, call, inputs[0])
         assert group == (["linear"], 2)
-        stats = collect(block, block.linear, group.calls, call, inputs)
+        stats = collect(block, "linear", group.calls, call, inputs, InputStats(8))
         x = torch.cat([inputs, block.linear(inputs)]).view(-1, 8)
     assert stats.count == 60
     torch.testing.assert_close(stats.hessian, x.T @ x, rtol=1e-4, atol=1e-4)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ultralowbit.format.transform import block_hadamard
+
 
 class SingularHessian(ArithmeticError):
     """No damping made the Hessian positive definite."""
@@ -26,6 +28,8 @@ class Need(Flag):
     MAGNITUDES = auto()
     """The largest and the mean |x| of each channel."""
     HESSIAN = auto()
+    ORIGINAL = auto()
+    """How the inputs differ from the original model's; with `HESSIAN`."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,15 @@ class InputStats:
     needs: what is gathered; asking for anything else is an error. hessian: [in, in] fp32, the sum of x x^T. outliers:
     how many of the largest tokens (by norm) are scaled down to the next largest before they count for it, 0 for none;
     with a share of the tokens that are to come, that is clipping at a percentile of the token norms, exact however the
-    text is cut into batches.
+    text is cut into batches. hadamard: the block of a Hadamard matrix that inputs are multiplied by first, None for
+    none; everything is then of the rotated inputs.
     """
 
     features: int
     outliers: int = 0
     device: torch.device | str = "cpu"
     needs: Need = Need.HESSIAN
+    hadamard: int | None = None
     count: int = 0
     notes: list[str] = field(default_factory=list)
     _factors: dict[Any, Factor] = field(default_factory=dict, repr=False)
@@ -65,12 +71,24 @@ class InputStats:
             self._abssum = torch.zeros(self.features, device=self.device)
         if Need.HESSIAN in self.needs:
             self._sum = torch.zeros(self.features, self.features, device=self.device)
+        if Need.ORIGINAL in self.needs:
+            self._cross = torch.zeros(self.features, self.features, device=self.device)
+        self._residual: Tensor | None = None
         self._largest = torch.zeros(0, self.features, device=self.device)
 
-    def add(self, x: Tensor) -> None:
-        """Count the tokens of x [..., in]."""
-        x = x.reshape(-1, self.features).float()
+    def add(self, x: Tensor, original: Tensor | None = None, residual: Tensor | None = None) -> None:
+        """Count the tokens of x [..., in].
+
+        With `Need.ORIGINAL`, original [..., in] is what the same tokens are in the original model, and residual [...,
+        out] how the stream that the outputs are added to differs there from here, the original's minus this one.
+        """
+        x = self._rotated(x)
         self.count += len(x)
+        if Need.ORIGINAL in self.needs:
+            self._cross.addmm_((self._rotated(original) - x).T, x)
+            if residual is not None:
+                moved = residual.reshape(len(x), -1).float().T @ x
+                self._residual = moved if self._residual is None else self._residual.add_(moved)
         if Need.MAGNITUDES in self.needs and len(x):
             size = x.abs()
             self._absmax = torch.maximum(self._absmax, size.amax(0))
@@ -82,7 +100,8 @@ class InputStats:
             self.forget_factors()
 
     def __add__(self, other: InputStats) -> InputStats:
-        merged = InputStats(self.features, self.outliers, self.device, self.needs, self.count + other.count)
+        merged = InputStats(self.features, self.outliers, self.device, self.needs, self.hadamard)
+        merged.count = self.count + other.count
         if Need.MAGNITUDES in self.needs:
             merged._absmax = torch.maximum(self._absmax, other._absmax)
             merged._abssum = self._abssum + other._abssum
@@ -91,7 +110,16 @@ class InputStats:
             if self.outliers:
                 rest = merged._hold_back(torch.cat([self._largest, other._largest]))
                 merged._sum.addmm_(rest.T, rest)
+        if Need.ORIGINAL in self.needs:
+            merged._cross = self._cross + other._cross
+            parts = [stats._residual for stats in (self, other) if stats._residual is not None]
+            merged._residual = torch.stack(parts).sum(0) if parts else None
         return merged
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        """x [..., in] as tokens [tokens, in] fp32, in the basis that the statistics are of."""
+        x = x.reshape(-1, self.features).float()
+        return x if self.hadamard is None else block_hadamard(x, self.hadamard)
 
     def _hold_back(self, x: Tensor) -> Tensor:
         """Keep the `outliers` largest tokens seen so far, and the one that sets their bound; return the others."""
@@ -112,6 +140,16 @@ class InputStats:
     def absmean(self) -> Tensor:
         """mean |x| [in] fp32 over all tokens, 0 before any; as they are, never scaled down."""
         return self._abssum / max(1, self.count)
+
+    @property
+    def cross(self) -> Tensor:
+        """C [in, in] fp32, the sum of (x_o - x) x^T, x_o the original model's inputs."""
+        return self._cross
+
+    @property
+    def residual(self) -> Tensor | None:
+        """S [out, in] fp32, the sum of (r_o - r) x^T for the residual stream r; None where none was given."""
+        return self._residual
 
     @property
     def hessian(self) -> Tensor:

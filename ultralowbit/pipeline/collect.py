@@ -2,52 +2,112 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import Any
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ultralowbit.methods.statistics import InputStats, Need
 from ultralowbit.nn.decoder import BlockCall, run_block
-from ultralowbit.nn.linear import linear_shape
+
+
+class Original(NamedTuple):
+    """The original model beside the packed one, of which a Linear is to make up for the errors so far.
+
+    block: the same block as it was; inputs [batches, batch, length, d]: what enters it there; writers: the Linears that
+    write to its residual stream and are to make up for the errors in that too, in the order of their use.
+    """
+
+    block: nn.Module
+    inputs: Tensor
+    writers: Sequence[str]
 
 
 class _Enough(Exception):
     """The Linear has seen its input: the rest of the forward pass is not needed."""
 
 
+def observe(
+    block: nn.Module, name: str, calls: int, call: BlockCall, hidden: Tensor, silent: Sequence[str] = ()
+) -> tuple[list[Tensor], Tensor | None]:
+    """What enters the Linear `name` of a block that is run on hidden [batch, length, d], at each of its calls.
+
+    The run ends there; or, with Linears that are `silent`, whose outputs count as zero, it goes on, and what the block
+    then puts out [batch, length, d] is the second value: what the outputs of the first of them are added to.
+    """
+    inputs: list[Tensor] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs.append(args[0])
+        if not silent and len(inputs) == calls:
+            raise _Enough
+
+    residual = None
+    with ExitStack() as hooks:
+        hooks.callback(block.get_submodule(name).register_forward_pre_hook(before).remove)
+        for other in silent:
+            handle = block.get_submodule(other).register_forward_hook(lambda module, args, out: torch.zeros_like(out))
+            hooks.callback(handle.remove)
+        with suppress(_Enough):
+            residual = run_block(block, hidden, call)
+    return inputs, residual
+
+
 def collect(
     block: nn.Module,
-    linear: nn.Module,
+    name: str,
     calls: int,
     call: BlockCall,
     inputs: Tensor,
-    needs: Need = Need.HESSIAN,
-    outliers: int = 0,
+    stats: InputStats,
+    original: Original | None = None,
 ) -> InputStats:
-    """What is needed to know of that which enters a Linear, of a block that is run on inputs [batches, batch, length,
-    d] up to that Linear.
+    """Add to `stats` what enters a Linear of a block that is run on inputs [batches, batch, length, d] up to it; with
+    `Need.ORIGINAL` beside what enters it in the original model.
 
     It is gathered when the Linears before it are packed, as `true_sequential` does in GPTQ's code: since each pass ends
     at the Linear, all of a block's groups together cost little more than one whole forward pass.
     """
-    device = linear.weight.device
-    stats = InputStats(linear_shape(linear)[1], outliers, device, needs)
-    left = 0
-
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        nonlocal left
-        stats.add(args[0])
-        left -= 1
-        if left == 0:
-            raise _Enough
-
-    handle = linear.register_forward_pre_hook(before)
-    try:
-        for batch in inputs:
-            left = calls
-            with suppress(_Enough):
-                run_block(block, batch.to(device), call)
-    finally:
-        handle.remove()
+    device = block.get_submodule(name).weight.device
+    paired = Need.ORIGINAL in stats.needs
+    silent = original.writers[original.writers.index(name) :] if paired and name in original.writers else ()
+    for k, batch in enumerate(inputs):
+        seen, stream = observe(block, name, calls, call, batch.to(device), silent)
+        if not paired:
+            for x in seen:
+                stats.add(x)
+            continue
+        expected, target = observe(original.block, name, calls, call, original.inputs[k].to(device), silent)
+        if [x.shape for x in seen] != [x.shape for x in expected]:
+            expected = seen  # an expert that is given other tokens there: there is nothing to compare with
+        moved = None if stream is None else target.float() - stream.float()
+        for x, x_o in zip(seen, expected, strict=True):
+            stats.add(x, x_o, moved)
     return stats
+
+
+def residual_writers(block: nn.Module, names: Sequence[str], call: BlockCall, hidden: Tensor) -> list[str]:
+    """Of Linears in the order of their use, those whose outputs the block adds to its residual stream as they are.
+
+    Seen by running the block on hidden [batch, length, d], with the output of one set to zero and those of the writers
+    after it too: what the block puts out then misses exactly that output. After a norm or a factor it would not.
+    """
+    writers: list[str] = []
+    for name in reversed(names):
+        outputs: list[Tensor] = []
+        linear = block.get_submodule(name)
+        handle = linear.register_forward_hook(lambda module, args, out, outputs=outputs: outputs.append(out))
+        try:
+            whole = observe(block, name, 1, call, hidden, writers)[1] if writers else run_block(block, hidden, call)
+        finally:
+            handle.remove()
+        if len(outputs) != 1 or outputs[0].shape != whole.shape or not outputs[0].any():
+            continue
+        _, without = observe(block, name, 1, call, hidden, [name, *writers])
+        parts = whole.float(), without.float(), outputs[0].float()
+        rounding = 8 * torch.finfo(whole.dtype).eps * sum(part.abs() for part in parts)
+        if ((parts[0] - parts[1] - parts[2]).abs() <= rounding).all():
+            writers.insert(0, name)
+    return writers

@@ -9,32 +9,48 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ultralowbit.format.transform import block_hadamard
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.methods.base import Method
+from ultralowbit.methods.error_correction import ErrorCorrection
+from ultralowbit.methods.rotation import rotated_weight
 from ultralowbit.methods.statistics import InputStats, Need, SingularHessian, relative_error
 
 
-def quantize_linear(module: nn.Module, method: Method, stats: InputStats | None) -> tuple[PackedWeight, dict[str, Any]]:
+def quantize_linear(
+    module: nn.Module,
+    method: Method,
+    stats: InputStats | None,
+    hadamard: int | None = None,
+    correction: ErrorCorrection | None = None,
+) -> tuple[PackedWeight, dict[str, Any]]:
     """Pack one Linear and give it the weight that the packed bytes mean.
 
+    hadamard: the block of the Hadamard matrix that its inputs are multiplied by, which `stats` are of too. correction:
+    how the weight is corrected for what is wrong in its inputs, where `stats` know that.
+
     Statistics that cannot be used, or none where some are needed, fall back to round-to-nearest, and that is said in
-    the result's `fallback`. `error` is known where there is a Hessian.
+    the result's `fallback`. `error` is known where there is a Hessian: the share of the outputs' energy that is lost,
+    of the corrected weight where there is a correction.
     """
     started = time.perf_counter()
     weight = module.weight.detach().float()
     weight = weight.T.contiguous() if isinstance(module, Conv1D) else weight
+    weight = block_hadamard(weight, hadamard) if hadamard else weight
     fallback = None
     if method.needs and (stats is None or stats.count == 0):
         fallback, stats = "no calibration token reached it", None
     try:
+        if correction is not None and stats is not None and Need.ORIGINAL in stats.needs:
+            weight = correction.target(weight, stats)
         packed = method.quantize(weight, stats)
     except SingularHessian as e:
         fallback = str(e)
         packed = method.quantize(weight, None)
-    dense = packed.dequantize()
     measured = stats and Need.HESSIAN in stats.needs and not fallback
-    error = relative_error(weight, dense, stats.hessian) if measured else None
-    give_weight(module, dense)
+    error = relative_error(weight, packed.dequantize(), stats.hessian) if measured else None
+    packed = rotated_weight(packed, hadamard) if hadamard else packed
+    give_weight(module, packed.dequantize())
     return packed, {
         "shape": list(packed.shape),
         "format": packed.format.summary,

@@ -14,6 +14,7 @@ from ultralowbit.data.calibration import Calibration, calibrate
 from ultralowbit.errors import InputError
 from ultralowbit.format.weight import Format
 from ultralowbit.hub import open_tokenizer
+from ultralowbit.methods.rotation import rotated_format
 from ultralowbit.nn.decoder import Decoder
 from ultralowbit.nn.linear import linear_shape
 from ultralowbit.progress import Progress
@@ -45,7 +46,8 @@ def planned_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format,
     for i in range(len(decoder.blocks)):
         for name, module in decoder.linears(i, recipe.ignore).items():
             shape = linear_shape(module)
-            formats[name] = (recipe.method_for(name).format(shape[1]), shape)
+            format, block = recipe.method_for(name).format(shape[1]), recipe.hadamard(shape[1])
+            formats[name] = (rotated_format(format, block) if block else format, shape)
     if not formats:
         raise InputError(f"recipe {recipe.name} skips every Linear of the model: nothing would be compressed")
     for override in recipe.overrides:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict
 from functools import reduce
 from operator import or_
@@ -22,7 +23,8 @@ from ultralowbit.format.weight import PackedWeight
 from ultralowbit.methods.statistics import InputStats, Need
 from ultralowbit.nn.decoder import BlockCall, Decoder, run_block
 from ultralowbit.nn.inputs import InputGroup, input_groups
-from ultralowbit.pipeline.collect import collect
+from ultralowbit.nn.linear import linear_shape
+from ultralowbit.pipeline.collect import Original, collect, residual_writers
 from ultralowbit.pipeline.quantize import give_weight, quantize_linear
 from ultralowbit.pipeline.source import batched
 from ultralowbit.progress import OnProgress, Progress
@@ -36,7 +38,7 @@ log = logging.getLogger(__name__)
 class BlockStream:
     """The blocks of one job: activations take turns in two files, a block is committed when both are on disk.
 
-    With block-wise training a second stream of activations is that of the original model.
+    With block-wise training or error correction a second stream of activations is that of the original model.
     """
 
     def __init__(
@@ -46,7 +48,8 @@ class BlockStream:
         spec = recipe.blockwise
         most = None if spec is None else spec.training.batch  # a block is trained on a batch at a time
         self.tokens = None if data is None else batched(data.tokens, most)  # [batches, batch, length]
-        self.streams = ("activations",) if spec is None else ("activations", "original")
+        paired = spec is not None or recipe.error_correction is not None
+        self.streams = ("activations", "original") if paired and data is not None else ("activations",)
         self.steps = 0 if spec is None else spec.steps(len(self.tokens))  # optimizer steps of a block
 
     def run(self) -> None:
@@ -101,8 +104,11 @@ class BlockStream:
             linears = decoder.linears(i, self.recipe.ignore)
             tensors = {name: tensor for name, tensor in stored.items() if name.removesuffix(".weight") not in linears}
             inputs = None if call is None else self._activations(i).tensor
-            streams = None if self.recipe.blockwise is None else self._streams(i, block, call, inputs)
-            packed = self._pack(block, linears, call, inputs, streams and streams.original)
+            original = self._activations(i, stream="original").tensor if len(self.streams) == 2 else None
+            streams = None if self.recipe.blockwise is None else self._streams(i, block, call, inputs, original)
+            if original is not None and streams is None and i + 1 < len(decoder.blocks):
+                self._run_through(block, call, original, self._activations(i + 1, True, "original"))
+            packed = self._pack(i, block, linears, call, inputs, original)
             if streams is not None:
                 packed |= self._train(i, block, linears, stored, packed, streams)
             tensors |= {f"{name}.{part}": t.cpu() for name, p in packed.items() for part, t in p.tensors.items()}
@@ -116,6 +122,7 @@ class BlockStream:
     @torch.no_grad()
     def _pack(
         self,
+        i: int,
         block: nn.Module,
         linears: dict[str, nn.Module],
         call: BlockCall | None,
@@ -123,10 +130,12 @@ class BlockStream:
         original: Tensor | None,
     ) -> dict[str, PackedWeight]:
         """Pack the Linears of a block in the order of their use; they then hold what the packed bytes mean."""
-        packed = {}
-        for name, stats in self._statistics(block, linears, call, inputs, original):
+        packed, recipe = {}, self.recipe
+        for name, stats in self._statistics(i, block, linears, call, inputs, original):
+            linear, method = linears[name], recipe.method_for(name)
+            block_size = recipe.hadamard(linear_shape(linear)[1])
             try:
-                packed[name], result = quantize_linear(linears[name], self.recipe.method_for(name), stats)
+                packed[name], result = quantize_linear(linear, method, stats, block_size, recipe.error_correction)
             except FormatError as e:
                 raise CheckpointError(f"{name} in {self.decoder.source.folder} cannot be packed: {e}") from e
             self.job.state["layers"][name] = result
@@ -134,9 +143,8 @@ class BlockStream:
                 log.warning("%s: rounded to nearest, because %s", name, result["fallback"])
         return packed
 
-    def _streams(self, i: int, block: nn.Module, call: BlockCall, inputs: Tensor) -> Streams:
+    def _streams(self, i: int, block: nn.Module, call: BlockCall, inputs: Tensor, original: Tensor) -> Streams:
         """What the unpacked block puts out: for the original's activations, and for those of the packed model."""
-        original = self._activations(i, stream="original").tensor
         y1 = self._activations(i + 1, True, "original")
         self._run_through(block, call, original, y1)
         y2 = self._activations(0, True, "targets")
@@ -179,6 +187,7 @@ class BlockStream:
 
     def _statistics(
         self,
+        i: int,
         block: nn.Module,
         linears: dict[str, nn.Module],
         call: BlockCall | None,
@@ -190,22 +199,45 @@ class BlockStream:
         Magnitudes alone, of which no error is made up for, are those of the original model where it runs along.
         """
         groups = [] if inputs is None else input_groups(block, linears, call, inputs[0].to(self.decoder.device))
-
-        def gather(group: InputGroup, source: Tensor) -> InputStats:
-            return collect(
-                block, linears[group.names[0]], group.calls, call, source, self._needs(group), self._outliers()
-            )
-
         early = [g for g in groups if original is not None and self._needs(g) == Need.MAGNITUDES]
-        known = {group.names[0]: gather(group, original) for group in early}
+        known = {group.names[0]: self._gather(i, block, group, call, original, None) for group in early}
+        beside = None if original is None else self._beside(i, block, groups, call, original)
         for group in groups:
             stats = known.get(group.names[0])
             if stats is None and self._needs(group):
-                stats = gather(group, inputs)
+                stats = self._gather(i, block, group, call, inputs, beside)
             for name in group.names:
                 yield name, stats
         reached = {name for group in groups for name in group.names}
         yield from ((name, None) for name in linears if name not in reached)
+
+    def _beside(
+        self, i: int, block: nn.Module, groups: list[InputGroup], call: BlockCall, original: Tensor
+    ) -> Original | None:
+        """The original block, as `block` still is, where errors are corrected."""
+        correction = self.recipe.error_correction
+        if correction is None or not any(Need.HESSIAN in self._needs(group) for group in groups):
+            return None
+        names = [self._local(i, name) for group in groups for name in group.names]
+        first = original[0].to(self.decoder.device)
+        writers = residual_writers(block, names, call, first) if correction.residual else []
+        return Original(deepcopy(block), original, writers)
+
+    def _gather(
+        self, i: int, block: nn.Module, group: InputGroup, call: BlockCall, source: Tensor, beside: Original | None
+    ) -> InputStats:
+        """What enters the Linears of a group, where `source` enters the block."""
+        name = self._local(i, group.names[0])
+        linear, needs = block.get_submodule(name), self._needs(group)
+        if beside is not None and Need.HESSIAN in needs:
+            needs |= Need.ORIGINAL
+        width = linear_shape(linear)[1]
+        stats = InputStats(width, self._outliers(), linear.weight.device, needs, self.recipe.hadamard(width))
+        return collect(block, name, group.calls, call, source, stats, beside)
+
+    def _local(self, i: int, name: str) -> str:
+        """The name of a Linear within its block."""
+        return name.removeprefix(f"{self.decoder.block_name(i)}.")
 
     def _needs(self, group: InputGroup) -> Need:
         return reduce(or_, (self.recipe.method_for(name).needs for name in group.names))

@@ -33,7 +33,8 @@ class Workload:
         self.outliers = 0 if clip is None else int(self.tokens * (1 - clip)) + 1  # tokens held back by each Hessian
         self.hidden = decoder.config.get_text_config().hidden_size
         self.activations = self.tokens * self.hidden * decoder.dtype.itemsize  # bytes of one activation file
-        self.files = 2 if recipe.blockwise is None else 5  # two for the packed model, two for the original, the targets
+        self.paired = recipe.error_correction is not None  # two for the packed model, two for the original, the targets
+        self.files = 5 if recipe.blockwise is not None else 4 if self.paired else 2
         leaders = shared_inputs(decoder) if self.solved else {}
         self.exact_groups = leaders is not None
         leader_of = {name: (leaders or {}).get(name, name) for name in self.solved}
