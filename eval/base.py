@@ -51,8 +51,9 @@ class Result:
     @property
     def protocol(self) -> str:
         """How it was measured, in words."""
+        special = ", no special tokens" if self.bos == "none" else ""
         return (
-            f"{self.source}: {self.windows} windows of {self.context} tokens that do not overlap, "
+            f"{self.source}: {self.windows} windows of {self.context} tokens that do not overlap{special}, "
             f"{self.tokens:,} predicted, {self.dtype}, sha256 {self.sha256[:12]}"
         )
 

@@ -16,7 +16,8 @@ import torch
 import ultralowbit
 from ultralowbit.data.corpora import read_text
 from ultralowbit.demo.run import CHECKPOINT
-from ultralowbit.eval.perplexity import perplexity, token_stream
+from ultralowbit.eval.perplexity import perplexity
+from ultralowbit.eval.windows import token_stream
 from ultralowbit.hub import open_tokenizer
 from ultralowbit.pipeline.compress import compress
 from ultralowbit.recipe import Recipe
