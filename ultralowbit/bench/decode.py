@@ -133,12 +133,13 @@ def _fresh_peak(folder: Path, threads: int) -> int:
     """Bytes of the largest resident set of a process that loads a model and writes two tokens."""
     script = (
         "import sys, time, torch; from pathlib import Path; from transformers.utils import logging\n"
-        "from ultralowbit import bench\n"
+        "from ultralowbit.bench import decode\n"
+        "from ultralowbit.system import peak_memory\n"
         "logging.disable_progress_bar()\n"
         "torch.set_num_threads(int(sys.argv[2]))\n"
-        "model = bench.open_model(Path(sys.argv[1]), torch.device('cpu'), torch.bfloat16, fuse=True)\n"
-        "bench._seconds_a_token(model, 2, time.perf_counter)\n"
-        "print(bench.peak_memory())"
+        "model = decode.open_model(Path(sys.argv[1]), torch.device('cpu'), torch.bfloat16, fuse=True)\n"
+        "decode._seconds_a_token(model, 2, time.perf_counter)\n"
+        "print(peak_memory())"
     )
     command = [sys.executable, "-c", script, str(folder), str(threads)]
     return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])

@@ -35,6 +35,7 @@ from ultralowbit.checkpoint.files import read_headers, read_metadata, read_raw_h
 from ultralowbit.checkpoint.storage import read_json
 from ultralowbit.errors import CheckpointError
 from ultralowbit.format.weight import Format
+from ultralowbit.format.words import TensorSpec
 from ultralowbit.nn.linear import PackedLinear, swap
 
 if TYPE_CHECKING:
@@ -178,10 +179,12 @@ def check_files(model: PreTrainedModel, files: Sequence[str | Path]) -> None:
         if spec is None:
             if name not in model.all_tied_weights_keys:
                 problems.append(f"{name} is missing")
-        elif spec.shape != tuple(tensor.shape):
-            problems.append(f"{name} has shape {list(spec.shape)}, expected {list(tensor.shape)}")
-        elif spec.dtype is None or spec.dtype.is_floating_point != tensor.dtype.is_floating_point:
-            problems.append(f"{name} has dtype {spec.dtype}, expected {tensor.dtype}")
+        elif (
+            spec.shape != tuple(tensor.shape)
+            or spec.dtype is None
+            or spec.dtype.is_floating_point != tensor.dtype.is_floating_point
+        ):
+            problems.append(f"{name} is {spec}, expected {TensorSpec(tensor.dtype, tuple(tensor.shape))}")
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise CheckpointError(
