@@ -54,9 +54,9 @@ def test_a_folder_is_returned(folder, monkeypatch):
 def test_incomplete_folders(folder):
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     refused(folder, "no model.safetensors and no model.safetensors.index.json", "model-1.safetensors")
-    index(folder, {"weight_map": {"w": "model-1.safetensors"}})
+    index(folder, {"metadata": {}, "weight_map": {"w": "model-1.safetensors"}})
     assert resolve_model(str(folder)) == folder
-    index(folder, {"weight_map": {"v": "model-2.safetensors", "w": "model-1.safetensors"}})
+    index(folder, {"metadata": {}, "weight_map": {"v": "model-2.safetensors", "w": "model-1.safetensors"}})
     refused(folder, "model-2.safetensors is missing")
     for broken in ("{", "[]", "{}", '{"weight_map": 5}', '{"weight_map": {"w": 5}}', '{"weight_map": {"w": ["a"]}}'):
         index(folder, broken)

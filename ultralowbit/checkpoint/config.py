@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ultralowbit.checkpoint.storage import read_json
+from ultralowbit.checkpoint.storage import json_digest, read_json
 from ultralowbit.errors import CheckpointError
 from ultralowbit.format.weight import Format
 
@@ -16,8 +14,10 @@ QUANT_METHOD = "ultralowbit"
 CONFIG = "config.json"
 DIGEST = "config_sha256"
 """The key in a safetensors file's metadata under which the digest of its config.json is stored."""
+TENSORS_DIGEST = "tensors_sha256"
+"""The same of what the file's header says of its tensors, in files that `compress` wrote."""
 
-_VOLATILE = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "architectures"}
+_VOLATILE = {"_name_or_path", "transformers_version", "use_cache", "architectures"}
 """Keys that change nothing in what the weights mean, and that saving a loaded model writes anew."""
 
 
@@ -67,4 +67,12 @@ def config_digest(config: Mapping[str, Any]) -> str:
     It is stored with the weights: a config.json that was edited then no longer fits them, and loading says so.
     """
     lasting = {key: value for key, value in config.items() if key not in _VOLATILE and value is not None}
-    return sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
+    return json_digest(lasting)
+
+
+def tensors_digest(header: Mapping[str, Any]) -> str:
+    """Hex digest of the header of a safetensors file, its metadata left out.
+
+    With it a dtype that was edited is told from what was written: fp16 and bf16 have the same size.
+    """
+    return json_digest({name: entry for name, entry in header.items() if name != "__metadata__"})

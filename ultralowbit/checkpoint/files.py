@@ -6,6 +6,7 @@ transformers loads `model.safetensors` where there is one, whatever else lies be
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -42,12 +43,15 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"{folder} has no {WEIGHTS} and no {INDEX}{beside}: give the folder of a whole checkpoint"
         )
-    weight_map = read_json(index, "copy or download it again").get("weight_map")
+    stored = read_json(index, "copy or download it again")
+    weight_map = stored.get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise CheckpointError(
             f"weight_map in {index} does not name a file of this folder for each tensor: copy or download it again"
         )
+    if not isinstance(stored.get("metadata"), dict):
+        raise CheckpointError(f"metadata in {index} is no object, as transformers needs: copy or download it again")
     files = [folder / name for name in sorted(set(names))]
     for file in files:
         if not file.is_file():
@@ -80,6 +84,13 @@ def read_metadata(file: str | Path) -> dict[str, str]:
             return shard.metadata() or {}
     except (SafetensorError, OSError) as e:
         raise CheckpointError(f"{file} is not a complete safetensors file ({e}): copy or compress it again") from e
+
+
+def read_raw_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of a whole safetensors file as it stands there, and where the bytes of its tensors begin."""
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        return json.loads(f.read(length)), 8 + length
 
 
 def _header(file: Path) -> dict[str, TensorSpec]:

@@ -27,6 +27,7 @@ from torch import Tensor
 from ultralowbit.checkpoint.manifest import MANIFEST, changed_files, read_manifest
 from ultralowbit.checkpoint.storage import (
     FULL,
+    json_digest,
     raise_disk_full,
     read_json,
     sha256_file,
@@ -112,15 +113,15 @@ class Job:
     def _resume(self, restart: bool, progress: Progress) -> bool:
         """Take up unfinished work, if there is any and it is of this job."""
         there = self.work / "job.json"
-        if not there.exists():
+        if restart or not there.exists():
             return False
-        state = read_json(there, "remove its folder, or begin again with --restart")
-        if state.get("publishing") and not restart and state.get("fingerprint") == self.state["fingerprint"]:
+        state = read_json(there, "begin again with --restart")
+        if state.pop("sha256", None) != json_digest(state):
+            raise InputError(f"{there} has changed since it was committed: begin again with --restart")
+        if state["publishing"] and state["fingerprint"] == self.state["fingerprint"]:
             self.state = state
             self.publish()
             self._acquire()
-            return False
-        if restart:
             return False
         difference = _difference(state.get("fingerprint"), self.state["fingerprint"])
         if difference:
@@ -128,8 +129,6 @@ class Job:
                 f"{self.work} holds unfinished work with a different {difference}: run the command it was started "
                 "with, or --restart to discard it"
             )
-        if not self.state.keys() <= state.keys():
-            raise InputError(f"{there} is not one that this release wrote: begin again with --restart")
         self.state = state
         self._check_committed(progress)
         return True
@@ -208,7 +207,7 @@ class Job:
 
     def commit(self) -> None:
         """Make `state` what a resumed job starts from."""
-        write_json(self.work / "job.json", self.state)
+        write_json(self.work / "job.json", {**self.state, "sha256": json_digest(self.state)})
 
     def new_checkpoint(self) -> Path:
         """An empty folder for the finished checkpoint."""

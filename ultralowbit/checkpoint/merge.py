@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ultralowbit.checkpoint.files import DTYPES, INDEX, WEIGHTS
+from ultralowbit.checkpoint.config import TENSORS_DIGEST, tensors_digest
+from ultralowbit.checkpoint.files import DTYPES, INDEX, WEIGHTS, read_raw_header
 from ultralowbit.checkpoint.storage import raise_disk_full, sync_folder, write_json
 
 SHARD_BYTES = 5_000_000_000
@@ -60,23 +61,22 @@ def merge_tensors(
 
 def _entries(file: Path) -> Iterator[_Entry]:
     """The tensors of a file in the order of their bytes."""
-    with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        header: dict[str, Any] = json.loads(f.read(length))
+    header, start = read_raw_header(file)
     header.pop("__metadata__", None)
     for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
         begin, end = tensor["data_offsets"]
-        yield _Entry(file, name, tensor["dtype"], tensor["shape"], 8 + length + begin, end - begin)
+        yield _Entry(file, name, tensor["dtype"], tensor["shape"], start + begin, end - begin)
 
 
 def _write(path: Path, entries: Sequence[_Entry], metadata: Mapping[str, str]) -> None:
     # wide dtypes first: every tensor then starts at a multiple of its item size, as torch needs it
     ordered = sorted(entries, key=lambda e: -DTYPES[e.dtype].itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    header: dict[str, Any] = {}
     offset = 0
     for e in ordered:
         header[e.name] = {"dtype": e.dtype, "shape": e.shape, "data_offsets": [offset, offset + e.size]}
         offset += e.size
+    header["__metadata__"] = {"format": "pt", **metadata, TENSORS_DIGEST: tensors_digest(header)}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     try:

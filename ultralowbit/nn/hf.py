@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ultralowbit.checkpoint.config import QUANT_METHOD, read_config_json
-from ultralowbit.errors import CheckpointError
+from ultralowbit.checkpoint.files import weight_files
+from ultralowbit.errors import CheckpointError, reason
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.nn import fused
 from ultralowbit.nn.linear import PackedLinear, swap
-from ultralowbit.nn.quantizer import UltraLowBitConfig, UltraLowBitQuantizer
+from ultralowbit.nn.quantizer import UltraLowBitConfig, UltraLowBitQuantizer, check_config
 
 
 def cache_name(model: nn.Module) -> str:
@@ -41,6 +43,16 @@ def pack_model(
     return model
 
 
+def _check_generation_config(folder: Path) -> None:
+    """Raise `CheckpointError` where there is a generation_config.json that transformers would trip over."""
+    if not (folder / GENERATION_CONFIG_NAME).exists():
+        return
+    try:
+        GenerationConfig.from_pretrained(folder)
+    except Exception as e:  # any value of any type can stand there
+        raise CheckpointError(f"{folder / GENERATION_CONFIG_NAME} cannot be read ({reason(e)}): copy it again") from e
+
+
 def load(
     path: str | Path, activations: Literal["exact", "int8"] = "exact", fuse: bool = False, **kwargs: Any
 ) -> PreTrainedModel:
@@ -63,6 +75,8 @@ def load(
                 f"{folder} is not a packed checkpoint (its quant_method is {method!r}): make one with "
                 f"`ultralowbit compress {folder} --recipe NAME --out DIR`"
             )
+        check_config(weight_files(folder))  # before transformers builds what an edited one describes
+        _check_generation_config(folder)
     model = AutoModelForCausalLM.from_pretrained(path, **{"dtype": "auto", **kwargs}).eval()
     for module in model.modules():
         if isinstance(module, PackedLinear):
