@@ -147,7 +147,9 @@ def test_it_is_compressed_loaded_counted_and_verified(save_model, text, tmp_path
     (layer,) = (layer for layer in size["layers"] if layer["name"] == name)
     # 56 rows: 40 codes of 2 bits in 5 words, a scale and an outlier
     assert layer["bytes"] == 56 * (5 * 2 + 2 + 2)
-    assert layer["parts"] == {"integer codes": 560, "scales and offsets": 112, "salient values": 112}
+    assert layer["parts"] == {"codes": 560, "scale": 112, "outliers_value": 112}
+    spent = {kind: size["budget"][kind] for kind in ("integer codes", "scales and offsets", "salient values")}
+    assert sum(spent.values()) == size["linear_bytes"] and all(spent.values())
 
     assert run("verify", out).exit_code == 0
     with (out / "model.safetensors").open("r+b") as file:
