@@ -76,8 +76,8 @@ def kernel_for(
     """The function that `packed_matmul` runs for `tokens` rows of x in this format, device and dtype."""
     device = torch.device(device)
     choosers = [table.get(device.type) for table in ((INT8_KERNELS, KERNELS) if int8 else (KERNELS,))]
-    found = (choose(format, device, dtype, tokens) for choose in choosers if choose)
-    return next(filter(None, found), packed_matmul_ref)
+    kernels = (choose(format, device, dtype, tokens) for choose in choosers if choose)
+    return next(filter(None, kernels), packed_matmul_ref)
 
 
 @lru_cache(maxsize=4096)

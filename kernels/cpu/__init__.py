@@ -35,7 +35,7 @@ from ultralowbit.format.weight import Format
 from ultralowbit.format.words import group_count, word_count
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from ultralowbit.kernels.packed_matmul import Kernel
 
@@ -126,10 +126,10 @@ _library = _load()
 
 def instruction_sets() -> list[str]:
     """What the compiled kernels can use on this CPU, best first; empty without them."""
-    found = []
-    while _library is not None and (name := _library.ultralowbit_isa(len(found))) is not None:
-        found.append(name.decode())
-    return found
+    names = []
+    while _library is not None and (name := _library.ultralowbit_isa(len(names))) is not None:
+        names.append(name.decode())
+    return names
 
 
 def _chosen() -> int | None:
@@ -165,52 +165,77 @@ class _Planned(NamedTuple):
     direct: bool
 
 
+class _Pieces(NamedTuple):
+    """What one segment adds to a plan."""
+
+    tables: list[_Table]
+    streams: list[_Stream]
+    offsets: list[_Offset]
+
+
+def _planes(segment: Planes, column: int, table: int, at: Mapping[str, int]) -> _Pieces:
+    mul, add = (2, -1) if segment.alphabet == "pm1" else (1, 0)
+    words = word_count(segment.columns, 1)
+    streams = [_Stream(table, at[""], p, 0, words, at["_scale"], 0) for p in range(segment.planes)]
+    offsets = [_Offset(at["_offset"], at["_scale"], table, 0, 0)] if segment.offset else []
+    return _Pieces([_Table(column, segment.columns, 1, _group(segment), mul, add)], streams, offsets)
+
+
+def _tied(segment: TiedPlanes, column: int, table: int, at: Mapping[str, int]) -> _Pieces:
+    width = segment.planes
+    stream = _Stream(table, at[""], 0, 0, word_count(segment.columns, width), at["_scale"], 0)
+    return _Pieces([_Table(column, segment.columns, width, _group(segment), 2, 1 - 2**width)], [stream], [])
+
+
+def _ints(segment: Ints, column: int, table: int, at: Mapping[str, int]) -> _Pieces:
+    middle, widths = 2 ** (segment.bits - 1), segment.widths
+    sizes = [word_count(segment.columns, width) for width in widths]
+    pieces = _Pieces([], [], [])
+    if not segment.symmetric:
+        pieces.offsets.append(_Offset(at["_zero"], at["_scale"], table, segment.zero_width, middle))
+    for k, width in enumerate(widths):
+        joined = k + 1 < len(widths)
+        pieces.streams.append(_Stream(table + k, at[""], 0, sum(sizes[:k]), sum(sizes), at["_scale"], joined))
+        mul, add = 2 ** sum(widths[:k]), -middle if k == 0 else 0
+        pieces.tables.append(_Table(column, segment.columns, width, _group(segment), mul, add))
+    return pieces
+
+
+_PIECES = {Planes: _planes, TiedPlanes: _tied, Ints: _ints}
+"""The segments that the native code knows: (segment, its first column, the number of its first table, suffix -> the
+number of a stored tensor) -> what it adds to a plan."""
+
+_SIZES = {IndexedOutliers: lambda part: (part.count, part.block), MaskedOutliers: lambda part: (part.capacity, 0)}
+"""The outliers that it knows -> `count` and `block` of them."""
+
+
+def _group(segment: Planes | TiedPlanes | Ints) -> int:
+    return segment.group or segment.columns
+
+
 @lru_cache(maxsize=4096)
 def _plan(format: Format) -> _Planned | None:
     """How the native code sees a format; None where it has a part that the native code does not know."""
-    if not all(isinstance(segment, Planes | TiedPlanes | Ints) for segment in format.segments):
+    outliers, transform = format.outliers, format.transform
+    if not all(type(s) in _PIECES for s in format.segments) or not (outliers is None or type(outliers) in _SIZES):
         return None
-    if not isinstance(format.outliers, IndexedOutliers | MaskedOutliers | None):
-        return None
-    names = {name: i for i, name in enumerate(format.tensors(1, format.in_features))}
-    tables, streams, offsets, replaced = [], [], [], []
-    column, bits, fields, direct = 0, 0, 0, format.outliers is None
-    for i, segment in enumerate(format.segments):
-        prefix, group = "weight" if i == 0 else f"weight_{i}", getattr(segment, "group", None) or segment.columns
-        scale, first = names[f"{prefix}_scale"], len(tables)
-        if isinstance(segment, Planes):
-            mul, add = (2, -1) if segment.alphabet == "pm1" else (1, 0)
-            words = word_count(segment.columns, 1)
-            streams += [_Stream(len(tables), names[prefix], p, 0, words, scale, 0) for p in range(segment.planes)]
-            if segment.offset:
-                offsets.append(_Offset(names[f"{prefix}_offset"], scale, len(tables), 0, 0))
-            tables.append(_Table(column, segment.columns, 1, group, mul, add))
-        elif isinstance(segment, TiedPlanes):
-            streams.append(
-                _Stream(len(tables), names[prefix], 0, 0, word_count(segment.columns, segment.planes), scale, 0)
-            )
-            tables.append(_Table(column, segment.columns, segment.planes, group, 2, 1 - 2**segment.planes))
-        else:
-            middle, widths = 2 ** (segment.bits - 1), segment.widths
-            if not segment.symmetric:
-                offsets.append(_Offset(names[f"{prefix}_zero"], scale, len(tables), segment.zero_width, middle))
-            sizes = [word_count(segment.columns, width) for width in widths]
-            for k, width in enumerate(widths):
-                joined = k + 1 < len(widths)
-                streams.append(_Stream(len(tables), names[prefix], 0, sum(sizes[:k]), sum(sizes), scale, joined))
-                mul, add = 2 ** sum(widths[:k]), -middle if k == 0 else 0
-                tables.append(_Table(column, segment.columns, width, group, mul, add))
-        direct &= group >= 16 or group_count(segment.columns, group) == 1  # each smaller group is a pass of its own
+    names = {name: i for i, name in enumerate(format.row_axes)}
+    whole, bits, fields, direct = _Pieces([], [], []), 0, 0, outliers is None
+    for (prefix, column, _), segment in zip(format.parts, format.segments, strict=False):
+        at = {suffix: names[prefix + suffix] for suffix in segment.tensors(1)}
+        pieces = _PIECES[type(segment)](segment, column, len(whole.tables), at)
+        for all_of, own in zip(whole, pieces, strict=True):
+            all_of += own
+        # each smaller group is a pass of its own
+        direct &= _group(segment) >= 16 or group_count(segment.columns, segment.group) == 1
         share = segment.columns / format.in_features
         bits += share * segment.code_bits
-        fields += share * sum(s.table >= first for s in streams)
-        column += segment.columns
-    if (outliers := format.outliers) is not None:
-        index, mask = names.get("weight_outliers_index", -1), names.get("weight_outliers_mask", -1)
-        values, scale, zero = (names[f"weight_outliers_{part}"] for part in ("value", "scale", "zero"))
-        size = (outliers.count, outliers.block) if isinstance(outliers, IndexedOutliers) else (outliers.capacity, 0)
-        replaced.append(_Outliers(index, mask, values, scale, zero, *size))
-    transform = format.transform
+        fields += share * len(pieces.streams)
+    tables, streams, offsets = whole
+    replaced = []
+    if outliers is not None:
+        places = [names.get(f"weight_outliers_{part}", -1) for part in ("index", "mask", "value", "scale", "zero")]
+        replaced.append(_Outliers(*places, *_SIZES[type(outliers)](outliers)))
     plan = _Plan(
         format.in_features, (transform and transform.hadamard) or 0, names.get("weight_input_channel_order", -1),
         format.segments[0].columns, names.get("weight_input_scale", -1), len(tables), len(streams), len(offsets),
@@ -222,17 +247,17 @@ def _plan(format: Format) -> _Planned | None:
 
 def choose(format: Format, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel | None:
     """The fp32-exact path for a case: what `KERNELS` asks."""
-    if _isa is None or dtype not in DTYPES or (found := _plan(format)) is None:
+    if _isa is None or dtype not in DTYPES or (planned := _plan(format)) is None:
         return None
-    return exact_matmul if found.direct and _beats_decoding(found.bits, dtype, tokens) else tiled_matmul
+    return exact_matmul if planned.direct and _beats_decoding(planned.bits, dtype, tokens) else tiled_matmul
 
 
 def choose_int8(format: Format, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel | None:
     """The path for a case whose activations may be rounded to 8 bits, or None."""
-    if _isa is None or dtype not in DTYPES or (found := _plan(format)) is None:
+    if _isa is None or dtype not in DTYPES or (planned := _plan(format)) is None:
         return None
-    cost = _costs().int8(found.bits, found.streams)
-    return int8_matmul if found.direct and _beats_decoding(cost, dtype, tokens) else None
+    cost = _costs().int8(planned.bits, planned.streams)
+    return int8_matmul if planned.direct and _beats_decoding(cost, dtype, tokens) else None
 
 
 def _costs() -> Costs:

@@ -20,6 +20,7 @@ from ultralowbit.format.ints import Ints
 from ultralowbit.format.outliers import IndexedOutliers, MaskedOutliers
 from ultralowbit.format.planes import Planes, TiedPlanes
 from ultralowbit.format.segment import Segment
+from ultralowbit.format.testing import random_packed
 from ultralowbit.format.transform import InputTransform
 from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.kernels import cpu
@@ -42,34 +43,6 @@ def isa(request, monkeypatch) -> str:
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def random_weight(format: Format, out: int, seed: int = 0) -> PackedWeight:
-    """Every code, signed scales, any zero point; padding bits are set too and must not count."""
-    g = generator(seed)
-    tensors = {}
-    for name, spec in format.tensors(out, format.in_features).items():
-        if spec.dtype.is_floating_point:
-            tensors[name] = (torch.rand(spec.shape, generator=g) * 4 - 2).half()
-        else:
-            info = torch.iinfo(spec.dtype)
-            tensors[name] = torch.randint(info.min, info.max + 1, spec.shape, generator=g).to(spec.dtype)
-    share = torch.rand(out, format.in_features, generator=g)
-    if isinstance(format.outliers, IndexedOutliers):
-        mask = torch.zeros_like(share, dtype=torch.bool)
-        for start, size, entries in format.outliers.blocks:
-            mask[:, start : start + size].scatter_(1, share[:, start : start + size].topk(entries).indices, True)
-        found = format.outliers.encode(mask, torch.zeros_like(mask, dtype=torch.uint8), share[:, 0], share[:, 0])
-        tensors["weight_outliers_index"] = found["_index"]
-    if isinstance(format.outliers, MaskedOutliers):
-        mask = share < format.outliers.capacity / format.in_features / 2
-        found = format.outliers.encode(mask, torch.zeros_like(mask, dtype=torch.uint8), share[:, 0], share[:, 0])
-        tensors["weight_outliers_mask"] = found["_mask"]
-    if format.transform is not None and format.transform.channel_order:
-        marked = torch.zeros(format.in_features, dtype=torch.bool)
-        marked[torch.randperm(format.in_features, generator=g)[: format.segments[0].columns]] = True
-        tensors["weight_input_channel_order"] = format.transform.encode(marked, share[0])["_channel_order"]
-    return PackedWeight(format, (out, format.in_features), tensors)
 
 
 def magnitudes(packed: PackedWeight) -> Tensor:
@@ -181,7 +154,7 @@ def formats(draw) -> Format:
 @given(format=formats(), out=st.integers(1, 40), tokens=st.integers(1, 5), seed=st.integers(0, 99), data=st.data())
 @pytest.mark.parametrize("name", ISAS)
 def test_any_format_and_shape(name, format, out, tokens, seed, data):
-    packed = random_weight(format, out, seed)
+    packed = random_packed(format, out, seed)
     dtype = data.draw(st.sampled_from(list(UNIT)))
     x = torch.randn(tokens, format.in_features, generator=generator(seed)).to(dtype)
     kept, cpu._isa = cpu._isa, ISAS.index(name)  # hypothesis runs many examples in one test
@@ -209,7 +182,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_many_rows(isa, kind):
-    packed = random_weight(FORMATS[kind], 300)
+    packed = random_packed(FORMATS[kind], 300)
     x = torch.randn(3, 1100, generator=generator(1))
     assert_exact(packed, x)
     assert_int8(packed, x)
@@ -219,7 +192,7 @@ def test_many_rows(isa, kind):
 @pytest.mark.parametrize("int8", [False, True], ids=["exact", "int8"])
 def test_threads_and_company_do_not_change_a_result(isa, kind, int8):
     """A token's result has the same bits on one thread or more, alone or among others."""
-    packed = random_weight(FORMATS[kind], 300)
+    packed = random_packed(FORMATS[kind], 300)
     x = torch.randn(5, 1100, generator=generator(1)).bfloat16()
     matmul = cpu.int8_matmul if int8 else cpu.exact_matmul
     threads = torch.get_num_threads()
@@ -236,7 +209,7 @@ def test_threads_and_company_do_not_change_a_result(isa, kind, int8):
 
 @pytest.mark.parametrize("kind", ["2 planes, g128", "int3, g64", "salient channels"])
 def test_every_output_is_written(isa, kind, monkeypatch):
-    packed = random_weight(FORMATS[kind], 53)
+    packed = random_packed(FORMATS[kind], 53)
     x = torch.randn(2, 1100, generator=generator(1))
     expected = [f(x, packed.tensors, packed.format) for f in (cpu.exact_matmul, cpu.int8_matmul, cpu.tiled_matmul)]
     new_full = torch.Tensor.new_full
@@ -247,7 +220,7 @@ def test_every_output_is_written(isa, kind, monkeypatch):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_what_is_not_finite_is_not_hidden(isa, bad):
-    packed = random_weight(FORMATS["2 planes, g128"], 20)
+    packed = random_packed(FORMATS["2 planes, g128"], 20)
     x = torch.randn(2, 1100, generator=generator(1))
     x[1, 700] = bad
     for matmul in (cpu.exact_matmul, cpu.int8_matmul):
@@ -257,7 +230,7 @@ def test_what_is_not_finite_is_not_hidden(isa, bad):
 
 def test_an_outlier_costs_only_its_unit_its_precision(isa):
     """In int8, activations have a scale for each 128 columns."""
-    packed = random_weight(Format((Planes(1024, 1),)), 40)
+    packed = random_packed(Format((Planes(1024, 1),)), 40)
     x = torch.randn(1, 1024, generator=generator(1))
     x[0, 900] = 1e4
     packed.tensors["weight"].zero_()  # all signs equal: what column 900 adds is known
@@ -269,7 +242,7 @@ def test_an_outlier_costs_only_its_unit_its_precision(isa):
 
 
 def test_zeros_and_columns_beyond_the_end(isa):
-    packed = random_weight(FORMATS["1 plane, row"], 20)
+    packed = random_packed(FORMATS["1 plane, row"], 20)
     x = torch.zeros(1, 1100)
     assert torch.equal(cpu.exact_matmul(x, packed.tensors, packed.format), torch.zeros(1, 20))
     assert torch.equal(cpu.int8_matmul(x, packed.tensors, packed.format), torch.zeros(1, 20))
@@ -308,7 +281,7 @@ def test_on_arm(arm_program, index, name, kind, monkeypatch):
         ctypes.memmove(y, done.stdout, tokens * out * size)
 
     monkeypatch.setattr(cpu, "_call", call)
-    packed = random_weight(FORMATS[kind], 21)
+    packed = random_packed(FORMATS[kind], 21)
     dtype = list(UNIT)[list(FORMATS).index(kind) % len(UNIT)]
     x = torch.randn(3, 1100, generator=generator(1)).to(dtype)
     assert_exact(packed, x)
@@ -325,7 +298,7 @@ OUTLIER_FORMATS = {
 @pytest.mark.parametrize("kind", [*FORMATS, *OUTLIER_FORMATS])
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)
 def test_decoding_is_that_of_the_format(isa, kind, dtype):
-    packed = random_weight((FORMATS | OUTLIER_FORMATS)[kind], 37)
+    packed = random_packed((FORMATS | OUTLIER_FORMATS)[kind], 37)
     tile = torch.full(packed.shape, torch.nan, dtype=dtype)
     cpu.decode_rows(packed.tensors, packed.format, 0, tile)
     assert torch.equal(tile, packed.format.untransformed.decode(packed.tensors, dtype))
@@ -336,7 +309,7 @@ def test_decoding_is_that_of_the_format(isa, kind, dtype):
 @pytest.mark.parametrize("tokens", [1, 70])
 def test_tiles_multiply_like_the_reference(isa, kind, dtype, tokens, monkeypatch):
     monkeypatch.setattr(cpu, "_TILE", 700 * 16)
-    packed = random_weight(OUTLIER_FORMATS[kind], 37)
+    packed = random_packed(OUTLIER_FORMATS[kind], 37)
     x = torch.randn(tokens, 700, generator=generator(1)).to(dtype)
     assert kernel_for(packed.format, "cpu", dtype, tokens) is cpu.tiled_matmul
     found, reference = multiply(x, packed), packed_matmul_ref(x, packed.tensors, packed.format)
@@ -346,7 +319,7 @@ def test_tiles_multiply_like_the_reference(isa, kind, dtype, tokens, monkeypatch
 
 
 def test_more_tokens_than_tables_fit_in_memory(isa):
-    packed = random_weight(Format((Ints(1100, 4, 64),)), 20)  # 80 KB of tables a token
+    packed = random_packed(Format((Ints(1100, 4, 64),)), 20)  # 80 KB of tables a token
     x = torch.randn(131, 1100, generator=generator(1))
     assert_exact(packed, x)
     alone = [cpu.exact_matmul(row[None], packed.tensors, packed.format) for row in x[::10]]
@@ -354,7 +327,7 @@ def test_more_tokens_than_tables_fit_in_memory(isa):
 
 
 def test_slices_of_rows_and_strided_inputs(isa):
-    packed = random_weight(FORMATS["int3, g64"], 64)
+    packed = random_packed(FORMATS["int3, g64"], 64)
     x = torch.randn(1100, 2, 3, generator=generator(1)).permute(2, 1, 0)
     whole = multiply(x, packed)
     rows = PackedWeight(packed.format, (20, 1100), packed.format.rows(packed.tensors, slice(30, 50)))
@@ -394,7 +367,7 @@ def test_without_compiled_kernels_the_reference_runs(monkeypatch):
     monkeypatch.delenv("ULTRALOWBIT_CPU", raising=False)
     monkeypatch.setattr(cpu, "_isa", cpu._chosen())
     assert cpu.instruction_sets() == [] and "install a C++ compiler" in cpu.isa()
-    packed = random_weight(FORMATS["int4, g32"], 10)
+    packed = random_packed(FORMATS["int4, g32"], 10)
     x = torch.randn(2, 1100, generator=generator(1))
     assert kernel_for(packed.format, "cpu") is packed_matmul_ref
     assert torch.equal(multiply(x, packed), packed_matmul_ref(x, packed.tensors, packed.format))
@@ -404,7 +377,7 @@ def test_without_compiled_kernels_the_reference_runs(monkeypatch):
 def test_int8_only_where_it_is_asked_for(monkeypatch):
     seen = []
     monkeypatch.setattr(op, "INT8_KERNELS", {"cpu": lambda *case: seen.append(case)})
-    packed = random_weight(FORMATS["int4, g32"], 10)
+    packed = random_packed(FORMATS["int4, g32"], 10)
     x = torch.randn(2, 1100, generator=generator(1))
     exact = multiply(x, packed)
     assert not seen

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from ultralowbit.checkpoint.config import DIGEST, config_digest, read_config_json
 from ultralowbit.errors import InputError
 from ultralowbit.format.planes import Planes, TiedPlanes
 from ultralowbit.format.segment import Segment
@@ -112,7 +113,7 @@ def write_model(
             tensors = {"model.embed_tokens.weight": random(shape.vocab, shape.hidden), "model.norm.weight": norm()}
             tensors["lm_head.weight"] = random(shape.vocab, shape.hidden)
         file = f"model-{i + 1:05d}-of-{layers + 1:05d}.safetensors"
-        save_file(tensors, folder / file, {"format": "pt"})
+        save_file(tensors, folder / file, {"format": "pt", DIGEST: config_digest(read_config_json(folder))})
         weight_map |= dict.fromkeys(tensors, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
