@@ -152,8 +152,10 @@ def _conversion(name: str) -> str:
 def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint folder; `InputError` where transformers finds none."""
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer("a")  # some settings only fail in use
     except Exception as e:  # tokenizers and every class of transformers' have their own
         raise InputError(
             f"{folder} has no tokenizer that transformers can load ({reason(e)}): put its tokenizer files there"
         ) from e
+    return tokenizer

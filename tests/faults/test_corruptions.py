@@ -208,7 +208,9 @@ def test_a_manifest_that_was_edited_is_refused_or_makes_no_difference(undisturbe
     def read(folder: Path) -> bool:
         problems = verify(folder)
         compress(str(source), every_format, folder)  # already there, or refused
-        return not problems and (folder / SHARD).read_bytes() == weights
+        if problems:
+            raise CheckpointError(problems[0])
+        return (folder / SHARD).read_bytes() == weights
 
     corrupt(undisturbed, ["manifest.json", "manifest.json", ".ultralowbit-local.json"], read, 120)
 

@@ -7,6 +7,7 @@ transformers loads `model.safetensors` where there is one, whatever else lies be
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -54,7 +55,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"metadata in {index} is no object, as transformers needs: copy or download it again")
     files = [folder / name for name in sorted(set(names))]
     for file in files:
-        if not file.is_file():
+        if not os.path.isfile(file):  # unlike Path's, for any name
             raise CheckpointError(f"{file} is missing, though {INDEX} names it: copy or download it again")
     return files
 

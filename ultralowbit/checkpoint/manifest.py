@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from ultralowbit.checkpoint.storage import read_json, sha256_file
 from ultralowbit.errors import CheckpointError
@@ -12,17 +15,70 @@ from ultralowbit.errors import CheckpointError
 MANIFEST = "manifest.json"
 
 
+class _Layer(BaseModel):
+    """What is read of a Linear's entry."""
+
+    model_config = ConfigDict(strict=True)
+
+    shape: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+    format: str
+    error: float | None = None
+    fallback: str | None = None
+    notes: list[str] = []
+    seconds: float = 0
+
+
+class _Fingerprint(BaseModel):
+    """What is read of the fingerprint."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: dict[str, str]
+    recipe: dict[str, Any]
+    calibration: dict[str, str]
+    compute: dict[str, str]
+
+
+class _LeftOut(BaseModel):
+    """How much of a part of the original has no place in the packed model."""
+
+    model_config = ConfigDict(strict=True)
+
+    tensors: int
+    weights: int
+
+
+class _Manifest(BaseModel):
+    """The keys that programs read, and their types; a manifest may hold more."""
+
+    model_config = ConfigDict(strict=True)
+
+    files: dict[str, str]
+    layers: dict[str, _Layer]
+    fingerprint: _Fingerprint
+    model: str = ""
+    calibration: dict[str, Any] | None = None
+    block_seconds: dict[str, float]
+    environment: dict[str, Any]
+    left_out: dict[str, _LeftOut] = {}
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a packed checkpoint; raises `CheckpointError` where there is none that `compress` wrote."""
     manifest = read_json(folder / MANIFEST, "give a folder that `ultralowbit compress` wrote")
     try:
-        whole = all(Path(name).name and isinstance(sha, str) for name, sha in manifest["files"].items())
-        whole &= all(_is_layer(layer) for layer in manifest["layers"].values())
-        whole &= isinstance(manifest["fingerprint"], dict)
-    except (AttributeError, KeyError, TypeError):
-        whole = False
-    if not whole or not all(_is_inside(name) for name in manifest["files"]):
-        raise CheckpointError(f"{folder / MANIFEST} is not one that `ultralowbit compress` wrote: copy it again")
+        _Manifest.model_validate(manifest)
+    except ValidationError as e:
+        mistake = e.errors()[0]
+        place, what = ".".join(map(str, mistake["loc"])), mistake["msg"]
+        raise CheckpointError(
+            f"{folder / MANIFEST} is not one that `ultralowbit compress` wrote ({place}: {what}): copy it again"
+        ) from e
+    outside = [name for name in manifest["files"] if not _is_inside(name)]
+    if outside:
+        raise CheckpointError(
+            f"{folder / MANIFEST} names {outside[0]!r}, which is no file of its folder: copy it again"
+        )
     return manifest
 
 
@@ -35,19 +91,14 @@ def changed_files(
     """
     problems = {}
     for name, digest in sorted(manifest["files"].items()):
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # unlike Path's, for any name
             problems[name] = "is missing"
         elif sha256_file(folder / name, progress) != digest:
             problems[name] = "has changed since it was written"
     return problems
 
 
-def _is_layer(layer: Any) -> bool:
-    shape = layer["shape"]
-    return isinstance(layer["format"], str) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
-
-
 def _is_inside(name: str) -> bool:
     """Whether a name stays inside the folder: no absolute path and no way up."""
     path = Path(name)
-    return not path.is_absolute() and ".." not in path.parts
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts

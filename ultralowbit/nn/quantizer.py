@@ -33,7 +33,7 @@ from ultralowbit.checkpoint.config import (
 )
 from ultralowbit.checkpoint.files import read_headers, read_metadata, read_raw_header
 from ultralowbit.checkpoint.storage import read_json
-from ultralowbit.errors import CheckpointError
+from ultralowbit.errors import CheckpointError, FormatError
 from ultralowbit.format.weight import Format
 from ultralowbit.format.words import TensorSpec
 from ultralowbit.nn.linear import PackedLinear, swap
@@ -106,6 +106,12 @@ class UltraLowBitQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear) and not module.weight.is_meta:  # what is on a disk is not read here
+                try:
+                    module.format.check_values(module.packed.tensors)
+                except FormatError as e:
+                    raise CheckpointError(f"{name}.{e}") from e
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -23,6 +23,9 @@ from ultralowbit.pipeline.compress import compress
 from ultralowbit.progress import Progress, Silent
 from ultralowbit.recipe import Recipe
 
+MAX_THREADS = 4096
+"""More than any machine has: a larger number in a manifest is damage."""
+
 
 def verify(folder: Path | str, progress: Callable[[int], object] | None = None) -> list[str]:
     """What is wrong with a packed checkpoint, one sentence a problem; nothing if it is as it was written.
@@ -80,6 +83,8 @@ def rerun(
     try:
         first, environment = manifest["fingerprint"], manifest["environment"]
         device, hashes, threads = first["compute"]["device"], first["model"], int(environment["threads"])
+        if not 0 < threads <= MAX_THREADS:
+            raise ValueError(f"{threads} threads")
         source = _original(folder, model, manifest)
     except (KeyError, TypeError, ValueError) as e:
         if isinstance(e, InputError):
