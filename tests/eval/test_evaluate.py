@@ -14,12 +14,13 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from ultralowbit.cli.app import app
-from ultralowbit.cli.console import Watch
 from ultralowbit.errors import InputError
-from ultralowbit.eval import runner as measure
-from ultralowbit.eval.evaluate import Wanted, evaluate_models, to_json
+from ultralowbit.eval import runner
+from ultralowbit.eval.evaluate import Wanted, evaluate_models
 from ultralowbit.eval.perplexity import perplexity
 from ultralowbit.eval.runner import open_model, read_texts
+from ultralowbit.eval.schema import Evaluation, read_file, write_file
+from ultralowbit.progress import Silent
 
 CONFIG = LlamaConfig(
     vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -38,50 +39,50 @@ def folders(save_model, tmp_path_factory):
 def evaluate(text):
     def evaluate(models, **wanted):
         options = {"sources": (text,), "max_tokens": 640, **wanted}
-        return evaluate_models(models, Wanted(**options), device="cpu", watch=Watch(quiet=True))
+        return evaluate_models(models, Wanted(**options), device="cpu", watch=Silent())
 
     return evaluate
 
 
 def test_perplexity_is_that_of_the_model_alone(folders, evaluate, text):
-    found = evaluate(folders[:2])
-    for folder, row in zip(folders, found["results"], strict=False):
+    evaluation = evaluate(folders[:2])
+    for folder, row in zip(folders, evaluation.results, strict=False):
         (tokens,) = read_texts(folder=Path(folder), sources=[text], max_tokens=640)
         model = open_model(Path(folder), torch.device("cpu"), torch.float32)
-        assert row["perplexity"] == [perplexity(model, tokens.tokens, context=64, source=text)]
-        assert (row["fidelity"], row["noise_floor"], row["tasks"]) == ([], [], None)
+        assert row.metrics == {"perplexity": [perplexity(model, tokens.tokens, context=64, source="text.txt")]}
+        assert (row.noise_floor, row.tasks) == ({}, None)
 
 
-def test_fidelity(folders, evaluate):
+def test_fidelity(folders, evaluate, tmp_path):
     base, one, two = folders
-    found = evaluate([one, two], fidelity=base)
-    rows = {row["model"]: row for row in found["results"]}
-    assert [*rows] == [base, one, two] and found["fidelity_to"] == base
-    alone = evaluate([base, one, two])
-    assert [row["perplexity"] for row in alone["results"]] == [row["perplexity"] for row in found["results"]]
-    (floor,) = rows[base]["noise_floor"]
-    assert (floor.dtype, floor.base_dtype) == ("bfloat16", "float32") and rows[base]["fidelity"] == []
+    evaluation = evaluate([one, two], fidelity=base)
+    rows = {row.model: row for row in evaluation.results}
+    assert [*rows] == [base, one, two] and evaluation.fidelity_to == base
+    alone = evaluate([base, one, two]).results
+    assert [row.metrics["perplexity"] for row in alone] == [row.metrics["perplexity"] for row in evaluation.results]
+    (floor,) = rows[base].noise_floor["fidelity"]
+    assert (floor.dtype, floor.original_dtype) == ("bfloat16", "float32") and "fidelity" not in rows[base].metrics
     for model in (one, two):
-        (fidelity,), (p,) = rows[model]["fidelity"], rows[model]["perplexity"]
+        (fidelity,), (p,) = rows[model].metrics["fidelity"], rows[model].metrics["perplexity"]
         assert (fidelity.sha256, fidelity.tokens, fidelity.dtype) == (p.sha256, p.tokens, p.dtype)
         assert fidelity.kl_mean > 100 * floor.kl_mean > 0 and fidelity.top1 < floor.top1
-    plain = json.loads(json.dumps(to_json(found), allow_nan=False))
-    assert plain["results"][1]["fidelity"][0]["kl_mean"] == rows[one]["fidelity"][0].kl_mean
+    write_file(tmp_path / "eval.json", evaluation)
+    assert read_file(tmp_path / "eval.json", Evaluation, "") == evaluation
     # of itself, named twice or not
-    (row,) = evaluate([base, base], fidelity=base)["results"]
-    assert row["model"] == base and row["perplexity"] == rows[base]["perplexity"]
-    assert evaluate([two, one], fidelity=base)["results"][1]["fidelity"] == rows[two]["fidelity"]
+    (row,) = evaluate([base, base], fidelity=base).results
+    assert row.model == base and row.metrics == rows[base].metrics
+    assert evaluate([two, one], fidelity=base).results[1].metrics == rows[two].metrics
 
 
 def test_a_model_against_itself(folders, evaluate, tmp_path):
     (tmp_path / "same").symlink_to(folders[0])
-    (fidelity,) = evaluate([str(tmp_path / "same")], fidelity=folders[0])["results"][1]["fidelity"]
+    (fidelity,) = evaluate([str(tmp_path / "same")], fidelity=folders[0]).results[1].metrics["fidelity"]
     assert (fidelity.kl_mean, fidelity.kl_p99, fidelity.top1) == (0, 0, 1)
 
 
 def test_models_that_do_not_fit_together_run_one_after_another(folders, evaluate, monkeypatch):
     together = evaluate(folders[1:], fidelity=folders[0])
-    monkeypatch.setattr(measure, "available_memory", lambda: 200_000)  # one of them needs 260 kB
+    monkeypatch.setattr(runner, "available_memory", lambda: 200_000)  # one of them needs 260 kB
     opened, most = [], 0
     load = open_model
 
@@ -92,9 +93,9 @@ def test_models_that_do_not_fit_together_run_one_after_another(folders, evaluate
         most = max(most, sum(ref() is not None for ref in opened))
         return model
 
-    monkeypatch.setattr(measure, "open_model", count)
+    monkeypatch.setattr(runner, "open_model", count)
     apart = evaluate(folders[1:], fidelity=folders[0])
-    assert apart["results"] == together["results"]
+    assert apart.results == together.results
     assert (len(opened), most) == (4, 1)
 
 
@@ -112,11 +113,11 @@ def test_other_tokens_are_refused(folders, evaluate, save_model, tmp_path, text)
     long = save_model(LlamaConfig(**{**CONFIG.to_dict(), "max_position_embeddings": 128}), tmp_path / "long")
     with pytest.raises(InputError, match="the same --context"):
         evaluate([str(long)], fidelity=folders[0])
-    assert evaluate([str(long)], fidelity=folders[0], context=32)["results"][1]["fidelity"][0].context == 32
+    assert evaluate([str(long)], fidelity=folders[0], context=32).results[1].metrics["fidelity"][0].context == 32
 
 
 def test_mistakes_cost_nothing(folders, evaluate, tmp_path, save_model, monkeypatch):
-    monkeypatch.setattr(measure, "open_model", lambda *a: pytest.fail("a model was opened"))
+    monkeypatch.setattr(runner, "open_model", lambda *a: pytest.fail("a model was opened"))
     (tmp_path / "blank.txt").write_text(" \n")
     (tmp_path / "short.txt").write_text("abc")
     bare = save_model(CONFIG, tmp_path / "bare")
@@ -141,4 +142,30 @@ def test_the_command(folders, text, tmp_path):
     assert found["command"].startswith("ultralowbit eval ") and {"torch", "device"} <= found["environment"].keys()
     for part in ("token perplexity", "KL mean", "noise floor", "same top-1", "bfloat16 against float32"):
         assert part in result.stdout
-    assert f"{found['results'][1]['fidelity'][0]['kl_mean']:.3g}" in result.stdout
+    assert f"{found['results'][1]['metrics']['fidelity'][0]['kl_mean']:.3g}" in result.stdout
+
+
+def test_texts_of_one_name_are_told_apart(folders, evaluate, text, tmp_path):
+    """Results name no folder, and the numbers of two texts never mix."""
+    other = tmp_path / "deep" / Path(text).name
+    other.parent.mkdir()
+    other.write_text(Path(text).read_text()[::-1])
+    (row,) = evaluate(folders[:1], sources=(text, str(other))).results
+    first, second = row.metrics["perplexity"]
+    assert (first.source, second.source) == ("text.txt", "text.txt (2)") and first.perplexity != second.perplexity
+
+
+def test_tokens_that_the_model_lacks_are_refused_before_it_is_opened(save_model, evaluate, tmp_path, monkeypatch):
+    folder = save_model(CONFIG, tmp_path / "narrow")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 20}))
+    monkeypatch.setattr(runner, "open_model", lambda *a: pytest.fail("a model was opened"))
+    with pytest.raises(InputError, match=r"narrow makes token \d+ of .* the model has 20 tokens"):
+        evaluate([str(folder)])
+
+
+@pytest.mark.parametrize("dtype", ["int3", 7, ["float32"], "nn", "int64"])
+def test_a_dtype_that_is_none_is_one_sentence(folders, tmp_path, dtype):
+    (tmp_path / "config.json").write_text(json.dumps({"dtype": dtype}))
+    with pytest.raises(InputError, match=r"expected one such as bfloat16"):
+        runner.pick_dtype(tmp_path, torch.device("meta"))

@@ -14,10 +14,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ultralowbit.errors import InputError
-from ultralowbit.eval.fidelity import Fidelity, by_depth, divergence, observe, recorded
-from ultralowbit.eval.perplexity import cut, perplexity
+from ultralowbit.eval.fidelity import Fidelity, by_depth, divergence, recorded
+from ultralowbit.eval.metric import METRICS
+from ultralowbit.eval.perplexity import perplexity
+from ultralowbit.eval.windows import chunk_rows, cut, measure
 
 VOCAB = 64
+
+
+def observe(original, models, stream, **options):
+    """Perplexities of the original and of the models, and the models' fidelities."""
+    results = measure(models, stream, METRICS, original=original, **options)
+    return [each["perplexity"] for each in results], [each["fidelity"] for each in results[1:]]
 
 
 def llama(seed: int, vocab: int = VOCAB) -> LlamaForCausalLM:
@@ -38,12 +46,12 @@ def base():
 @pytest.fixture(scope="module")
 def other(base):
     """The same model, every weight a little off."""
-    found = llama(0)
+    model = llama(0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in found.parameters():
+        for p in model.parameters():
             p.mul_(1 + 0.2 * torch.randn(p.shape, generator=generator))
-    return found
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +79,7 @@ def test_agrees_with_the_definition(base, other, stream, context):
     assert found.kl_median == pytest.approx(ordered[math.ceil(0.5 * n) - 1].item(), rel=1e-4)
     assert found.kl_p99 == pytest.approx(ordered[math.ceil(0.99 * n) - 1].item(), rel=1e-4)
     assert found.top1 == top1
-    assert (found.tokens, found.source, found.dtype, found.base_dtype) == (n, "x", "float32", "float32")
+    assert (found.tokens, found.source, found.dtype, found.original_dtype) == (n, "x", "float32", "float32")
     # and the perplexities are those of the models alone
     assert mine == perplexity(base, stream, context=context, source="x")
     assert theirs == perplexity(other, stream, context=context, source="x")
@@ -83,21 +91,21 @@ def test_a_model_is_exactly_as_itself(stream, dtype):
     model = llama(0).to(dtype)
     _, (found,) = observe(model, [model], stream, context=50)
     assert (found.kl_mean, found.kl_median, found.kl_p99, found.top1) == (0, 0, 0, 1)
-    assert found.dtype == found.base_dtype == str(dtype).removeprefix("torch.")
+    assert found.dtype == found.original_dtype == str(dtype).removeprefix("torch.")
 
 
 def test_the_noise_floor_lies_between_nothing_and_another_model(base, other, stream):
     rounded = llama(0).bfloat16()
     _, (floor, found) = observe(base, [rounded, other], stream, context=64)
     assert 0 < floor.kl_mean < 0.1 * found.kl_mean and found.top1 < floor.top1 <= 1
-    assert (floor.dtype, floor.base_dtype, found.dtype) == ("bfloat16", "float32", "float32")
+    assert (floor.dtype, floor.original_dtype, found.dtype) == ("bfloat16", "float32", "float32")
 
 
 def test_batches_and_chunks_do_not_matter(base, other, stream, monkeypatch):
     _, (one,) = observe(base, [other], stream, context=31, batch_size=1)
     _, (many,) = observe(base, [other], stream, context=31, batch_size=1000)
     assert many.kl_mean == pytest.approx(one.kl_mean, rel=1e-5) and many.top1 == pytest.approx(one.top1, abs=2 / 960)
-    monkeypatch.setitem(perplexity.__globals__, "_CHUNK", 5 * VOCAB)
+    monkeypatch.setitem(chunk_rows.__globals__, "_CHUNK", 5 * VOCAB)
     _, (chunked,) = observe(base, [other], stream, context=31, batch_size=1)
     assert chunked == one
 
@@ -168,7 +176,10 @@ def test_a_file_that_does_not_fit_is_refused_in_words(base, stream, tmp_path, mo
 
 
 def test_report():
-    found = Fidelity("w", 0.01234, 0.002, 0.3, 0.934, 10, 64, 630, "float32", "bfloat16", "text", "ab")
+    found = Fidelity(
+        source="w", kl_mean=0.01234, kl_median=0.002, kl_p99=0.3, top1=0.934, windows=10, context=64, tokens=630,
+        dtype="float32", original_dtype="bfloat16", bos="text", sha256="ab",
+    )  # fmt: skip
     assert str(found) == (
         "w: KL 0.01234 nats (median 0.00200, p99 0.3000), top-1 agreement 93.40% (10 windows of 64, 630 tokens, "
         "float32 against bfloat16)"

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ultralowbit.data.corpora import token_sha256
 from ultralowbit.errors import InputError
-from ultralowbit.eval.perplexity import Perplexity, perplexity, token_stream
+from ultralowbit.eval.perplexity import Perplexity, perplexity
+from ultralowbit.eval.windows import chunk_rows, token_stream
 
 VOCAB = 64
 
@@ -84,7 +85,7 @@ def test_batch_size_and_chunks_do_not_matter(llama, stream, monkeypatch):
     found = perplexity(llama, stream, context=31, batch_size=1)
     for batch_size in (3, 32, 1000, None):
         assert perplexity(llama, stream, context=31, batch_size=batch_size).nll == pytest.approx(found.nll, abs=1e-7)
-    monkeypatch.setitem(perplexity.__globals__, "_CHUNK", 5 * VOCAB)
+    monkeypatch.setitem(chunk_rows.__globals__, "_CHUNK", 5 * VOCAB)
     assert perplexity(llama, stream, context=31, batch_size=1).nll == pytest.approx(found.nll, abs=1e-9)
 
 
@@ -174,7 +175,10 @@ def test_bad_input(llama, stream, changes, message):
 
 
 def test_report():
-    found = Perplexity("wikitext2", 5.4712, 1.69949, 166, 2048, 339802, "bfloat16", "text", "ab")
+    found = Perplexity(
+        source="wikitext2", perplexity=5.4712, nll=1.69949, windows=166, context=2048, tokens=339802, dtype="bfloat16",
+        sha256="ab",
+    )  # fmt: skip
     line = str(found)
     assert line == "wikitext2: perplexity 5.4712 (166 windows of 2048, 339802 tokens, bfloat16, bos text)"
     assert Perplexity(**json.loads(json.dumps(found.to_dict()))) == found

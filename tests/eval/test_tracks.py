@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ultralowbit.eval.perplexity import perplexity, token_stream
+from ultralowbit.eval.perplexity import perplexity
 from ultralowbit.eval.tracks import CORRUPTIONS, Observed, Track, across, corrupt, robustness, speed, tracks
+from ultralowbit.eval.windows import token_stream
 
 WORDS = "The quick brown Fox jumps over 13 lazy dogs, and nobody minds at all. " * 20
 CONFIG = LlamaConfig(

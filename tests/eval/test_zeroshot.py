@@ -8,6 +8,7 @@ import math
 import os
 import random
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from ultralowbit.cli.app import app
 from ultralowbit.errors import InputError
 from ultralowbit.eval import zeroshot
 from ultralowbit.eval.runner import open_model
-from ultralowbit.eval.zeroshot import Score, averages
+from ultralowbit.eval.scores import Score, averages
 from ultralowbit.methods.rtn import RTN
 from ultralowbit.nn.hf import pack_model
 
@@ -138,7 +139,7 @@ def test_numbers_are_those_of_lm_eval_alone(ask, dense, tokenizer, tasks_dir):
         HFLM(pretrained=dense, tokenizer=tokenizer, batch_size=3), tasks=[*ALL], bootstrap_iters=1000,
         task_manager=TaskManager(include_path=str(tasks_dir), include_defaults=False),
     )  # fmt: skip
-    mine = found.results["results"]
+    mine = found.lm_eval["results"]
     assert mine.keys() == theirs["results"].keys() and len(mine) == 7
     for task, row in theirs["results"].items():
         assert mine[task].keys() == row.keys()
@@ -150,11 +151,10 @@ def test_numbers_are_those_of_lm_eval_alone(ask, dense, tokenizer, tasks_dir):
     assert (pages.stderr, pages.chance, pages.higher_is_better) == (None, None, False)
     # the familiar table and everything behind it
     assert all(part in found.table for part in ("toy_choice", "Groups", "acc_norm", "Stderr"))
-    assert "results" not in found.to_dict()
-    kept = found.to_dict()["lm_eval"]
+    kept = found.lm_eval
     assert {"configs", "versions", "n-shot", "n-samples", "config", "lm_eval_version"} <= kept.keys()
     assert "samples" not in kept and kept["versions"]["toy_choice"] == 3.0
-    json.dumps(found.to_dict())
+    json.dumps(asdict(found), allow_nan=False)
 
 
 def test_chance_is_counted(ask, tasks_dir):
@@ -245,7 +245,7 @@ def test_requests_that_lost_their_beginning_are_counted(ask):
 
 
 def test_samples_on_request(ask):
-    samples = ask("toy_choice", limit=2, log_samples=True).to_dict()["lm_eval"]["samples"]
+    samples = ask("toy_choice", limit=2, log_samples=True).lm_eval["samples"]
     assert [len(s["arguments"]) for s in samples["toy_choice"]] == [2, 3]
 
 
@@ -299,7 +299,7 @@ def test_the_command(checkpoint, tasks_dir, tmp_path, ask, dense, tokenizer):
     scores = found["results"][1]["tasks"]["scores"]
     assert [s["task"] for s in scores] == [s.task for s in mine.scores]
     assert [s["value"] for s in scores] == pytest.approx([s.value for s in mine.scores], rel=1e-5)
-    assert found["results"][0]["tasks"]["lm_eval"]["results"].keys() == mine.results["results"].keys()
+    assert found["results"][0]["tasks"]["lm_eval"]["results"].keys() == mine.lm_eval["results"].keys()
     for part in ("Filter", "average above chance", "acc_norm / acc", "toy_choice acc_norm, toy_group acc", "±"):
         assert part in result.stdout, part
     assert f"{score(mine, 'toy_choice').chance:.3f}" in result.stdout
