@@ -1,4 +1,4 @@
-"""What CONTRIBUTING promises of a new metric: one class, one line in a table, and it is measured and shown everywhere."""
+"""What CONTRIBUTING promises of a new metric: with one class and one line in a table it is shown everywhere."""
 
 from __future__ import annotations
 
