@@ -743,6 +743,21 @@ def test_a_weight_too_large_for_the_format_is_named(model, recipe, tmp_path):
     refused(CheckpointError, model, recipe(), tmp_path / "out", f"{Q} in", "does not fit fp16")
 
 
+@pytest.mark.parametrize("method", [{"method": "rtn", "bits": 2, "group": 32}, {"method": "sign", "damp": 1.0}])
+@pytest.mark.parametrize("factor", [1e-8, 1e-30])
+def test_a_weight_too_small_for_the_format_is_named(model, recipe, tmp_path, method, factor):
+    edit(model, lambda tensors: tensors[f"{Q}.weight"].mul_(factor))
+    refused(CheckpointError, model, recipe(quantize=method), tmp_path / "out", f"{Q} in", "round to 0 in fp16")
+
+
+@pytest.mark.parametrize("method", [{"method": "rtn", "bits": 2, "group": 32}, {"method": "sign", "damp": 1.0}])
+def test_a_few_rows_too_small_for_the_format_are_zeros(model, recipe, tmp_path, method):
+    edit(model, lambda tensors: tensors[f"{Q}.weight"][:3].mul_(1e-9))
+    compress(str(model), recipe(quantize=method), tmp_path / "out")
+    weight = ultralowbit.load(tmp_path / "out").get_submodule(Q).packed.dequantize()
+    assert not weight[:3].any() and weight[3:].any(1).all()
+
+
 def test_activations_that_overflow_fall_back_loudly(model, recipe, tmp_path, caplog):
     def change(tensors):
         tensors["model.layers.1.input_layernorm.weight"].mul_(1e30)

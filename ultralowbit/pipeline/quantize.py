@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ultralowbit.errors import FormatError
 from ultralowbit.format.transform import block_hadamard
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.methods.base import Method
@@ -50,7 +51,9 @@ def quantize_linear(
     measured = stats and Need.HESSIAN in stats.needs and not fallback
     error = relative_error(weight, packed.dequantize(), stats.hessian) if measured else None
     packed = rotated_weight(packed, hadamard) if hadamard else packed
-    give_weight(module, packed.dequantize())
+    dense = packed.dequantize()
+    _check_not_lost(weight, dense)
+    give_weight(module, dense)
     return packed, {
         "shape": list(packed.shape),
         "format": packed.format.summary,
@@ -61,6 +64,19 @@ def quantize_linear(
         "notes": list(stats.notes) if stats else [],
         "seconds": round(time.perf_counter() - started, 3),
     }
+
+
+def _check_not_lost(weight: Tensor, dense: Tensor) -> None:
+    """Raise `FormatError` where most of a weight [out, in] lies in rows whose every scale rounds to 0.
+
+    Rows that are next to nothing beside the others may come back as zeros: 0 is the nearest scale.
+    """
+    energy = weight.double().square().sum(1)
+    if energy[~dense.any(1)].sum() > energy.sum() / 2:
+        raise FormatError(
+            f"its largest value is {weight.abs().max().item():.3g}, and scales that small round to 0 in fp16 (smallest "
+            f"{2.0**-24:.3g}): check the source checkpoint, or leave this Linear out with `ignore`"
+        )
 
 
 @torch.no_grad()
