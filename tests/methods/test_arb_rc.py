@@ -19,8 +19,8 @@ def solved(method, weight: Tensor, stats=None) -> Tensor:
     return method.quantize(weight, stats).dequantize()
 
 
-def squared(found: Tensor, weight: Tensor) -> float:
-    return (found.double() - weight.double()).square().sum().item()
+def squared(values: Tensor, weight: Tensor) -> float:
+    return (values.double() - weight.double()).square().sum().item()
 
 
 def stored(packed) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,21 +36,21 @@ def stored(packed) -> tuple[Tensor, Tensor, Tensor]:
     return salient, second, t
 
 
-def alternated(W: Tensor, zone: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+def alternated(W: Tensor, mask: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """r, u of one term by the sums of the paper, element by element."""
     B, (n, m) = torch.where(W >= 0, 1.0, -1.0), W.shape
-    r = torch.tensor([W[i][zone[i]].abs().mean() if zone[i].any() else 0.0 for i in range(n)]).double()
+    r = torch.tensor([W[i][mask[i]].abs().mean() if mask[i].any() else 0.0 for i in range(n)]).double()
     u = torch.zeros(m).double()
     for j in range(m):
-        rows = [i for i in range(n) if zone[i, j]]
+        rows = [i for i in range(n) if mask[i, j]]
         u[j] = sum((W[i, j] / r[i]).abs() for i in rows) / max(1, len(rows))
     for _ in range(iterations):
         for i in range(n):
-            columns = [j for j in range(m) if zone[i, j]]
+            columns = [j for j in range(m) if mask[i, j]]
             if columns:
                 r[i] = sum(W[i, j] * u[j] * B[i, j] for j in columns) / sum(u[j] ** 2 for j in columns)
         for j in range(m):
-            rows = [i for i in range(n) if zone[i, j]]
+            rows = [i for i in range(n) if mask[i, j]]
             if rows:
                 u[j] = sum(W[i, j] * r[i] * B[i, j] for i in rows) / sum(r[i] ** 2 for i in rows)
     return r, u
@@ -59,22 +59,22 @@ def alternated(W: Tensor, zone: Tensor, iterations: int) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize("iterations", [0, 1, 5])
 def test_a_term_is_the_alternation_of_the_paper(iterations):
     generator = torch.Generator().manual_seed(0)
-    weight, zone = torch.randn(6, 9, generator=generator), torch.rand(6, 9, generator=generator) < 0.6
-    zone[2], zone[:, 4] = False, False  # an empty row and column
-    term = _Term(weight, zone.float())
+    weight, mask = torch.randn(6, 9, generator=generator), torch.rand(6, 9, generator=generator) < 0.6
+    mask[2], mask[:, 4] = False, False  # an empty row and column
+    term = _Term(weight, mask.float())
     for _ in range(iterations):
         term.refine(term.along(weight))
-    r, u = alternated(weight.double(), zone, iterations)
-    expected = r[:, None] * u * torch.where(weight >= 0, 1.0, -1.0) * zone
+    r, u = alternated(weight.double(), mask, iterations)
+    expected = r[:, None] * u * torch.where(weight >= 0, 1.0, -1.0) * mask
     torch.testing.assert_close(term.value.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_each_refinement_lowers_the_error():
     weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(1))
-    zone = weight.abs() > 0.4
-    term, errors = _Term(weight, zone.float()), []
+    mask = weight.abs() > 0.4
+    term, errors = _Term(weight, mask.float()), []
     for _ in range(10):
-        errors.append(squared(term.value, weight * zone))
+        errors.append(squared(term.value, weight * mask))
         term.refine(term.along(weight))
     assert all(after <= before * (1 + 1e-6) for before, after in pairwise(errors))
     assert errors[-1] < errors[0]
@@ -118,8 +118,8 @@ def test_the_packed_weight_is_what_compensation_saw(layer, monkeypatch, cgb, com
 
     monkeypatch.setattr(billm, "_pack", spy)
     problem = layer(9, 200, seed=2)
-    found = solved(ARBRC(block=64, cgb=cgb, compensation=compensation), problem.weight, problem.stats)
-    assert torch.equal(found, torch.cat(seen[:-1], 1))
+    values = solved(ARBRC(block=64, cgb=cgb, compensation=compensation), problem.weight, problem.stats)
+    assert torch.equal(values, torch.cat(seen[:-1], 1))
 
 
 @pytest.mark.parametrize("cgb", [True, False])
@@ -127,8 +127,8 @@ def test_the_packed_weight_is_what_compensation_saw(layer, monkeypatch, cgb, com
 @pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 60), (3, 2), (4, 20), (2, 129)], ids=str)
 def test_layers_of_any_shape(layer, shape, data, cgb):
     problem = layer(*shape, seed=5)
-    found = solved(ARBRC(cgb=cgb), problem.weight, problem.stats if data else None)
-    assert squared(found, problem.weight) < problem.weight.square().sum()
+    values = solved(ARBRC(cgb=cgb), problem.weight, problem.stats if data else None)
+    assert squared(values, problem.weight) < problem.weight.square().sum()
 
 
 @pytest.mark.parametrize("value", [1.5, -0.3])
@@ -136,9 +136,9 @@ def test_constant_and_one_sided_rows(layer, value):
     problem = layer(6, 64)
     problem.weight[0] = value
     problem.weight[1] = problem.weight[1].abs() + 1
-    found = solved(ARBRC(), problem.weight)
-    assert (found[0].sign() == torch.tensor(value).sign()).all() and (found[1] > 0).all()
-    assert squared(found[:2], problem.weight[:2]) < 0.1 * problem.weight[:2].square().sum()
+    values = solved(ARBRC(), problem.weight)
+    assert (values[0].sign() == torch.tensor(value).sign()).all() and (values[1] > 0).all()
+    assert squared(values[:2], problem.weight[:2]) < 0.1 * problem.weight[:2].square().sum()
     small = ARBRC(block=32)  # the columns of one block are not compensated
     assert problem.loss(solved(small, problem.weight, problem.stats)) < problem.loss(solved(small, problem.weight))
 
@@ -147,8 +147,8 @@ def test_rows_and_columns_of_zeros_stay_zero(layer):
     problem = layer(6, 80)
     problem.weight[2], problem.weight[:, 7] = 0, 0
     for method in (ARBRC(), ARBRC(cgb=False)):
-        found = solved(method, problem.weight)
-        assert not found[2].any() and not found[:, 7].any()
+        values = solved(method, problem.weight)
+        assert not values[2].any() and not values[:, 7].any()
 
 
 def test_iterations_groups_and_compensation_lower_the_error(layer):

@@ -24,13 +24,13 @@ def binarised(w: Tensor) -> Tensor:
     return mu + (w - mu).abs().mean() * torch.where(w >= mu, 1.0, -1.0)
 
 
-def error_of(weight: Tensor, zone: Tensor) -> float:
-    """Squared error of binarising the zone of each row and the rest of it apart."""
-    found = 0.0
-    for row, inside in zip(weight, zone.expand_as(weight), strict=True):
+def error_of(weight: Tensor, mask: Tensor) -> float:
+    """Squared error of binarising the mask of each row and the rest of it apart."""
+    values = 0.0
+    for row, inside in zip(weight, mask.expand_as(weight), strict=True):
         for part in (row[inside], row[~inside]):
-            found += (binarised(part) - part).square().sum().item() if len(part) else 0.0
-    return found
+            values += (binarised(part) - part).square().sum().item() if len(part) else 0.0
+    return values
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -40,7 +40,7 @@ def test_no_number_of_salient_columns_is_better(seed):
     pivots = torch.rand(60, generator=generator) + 0.2
     order = (weight.square() / pivots.square()).sum(0).argsort(descending=True)
     tried = [torch.zeros(60, dtype=torch.bool).index_fill(0, order[:c], True) for c in range(1, 50)]
-    best = min(tried, key=lambda zone: error_of(weight, zone))
+    best = min(tried, key=lambda mask: error_of(weight, mask))
     assert torch.equal(salient_columns(weight, pivots), best)
 
 
@@ -49,7 +49,7 @@ def test_no_break_is_better(seed):
     weight = torch.randn(6, 50, generator=torch.Generator().manual_seed(seed))
     ordered = weight.abs().flatten().sort().values
     tried = [weight.abs() >= ordered[round(q / 100 * 299)] for q in range(10, 91)]
-    assert torch.equal(weight.abs() >= break_of(weight), min(tried, key=lambda zone: error_of(weight, zone)))
+    assert torch.equal(weight.abs() >= break_of(weight), min(tried, key=lambda mask: error_of(weight, mask)))
 
 
 def reference_block(weight: Tensor, salient: Tensor, sparse: Tensor) -> Tensor:
@@ -104,11 +104,11 @@ def test_exact_compensation_is_the_column_loop_with_the_codes_of_the_block(layer
     problem = layer(8, 64, seed=1)
     factor = problem.stats.factor(0.01)
     packed = BiLLM(block=32, compensation="exact").quantize(problem.weight, problem.stats)
-    found, W = packed.dequantize(), problem.weight.clone()
+    values, W = packed.dequantize(), problem.weight.clone()
     for j in range(32):
-        W[:, j:] -= torch.outer((W[:, j] - found[:, j]) / factor.U[j, j], factor.U[j, j:])
+        W[:, j:] -= torch.outer((W[:, j] - values[:, j]) / factor.U[j, j], factor.U[j, j:])
     second = billm._pack([billm.fit(W[:, 32:], factor.U.diagonal()[32:])], 32).dequantize()
-    torch.testing.assert_close(found[:, 32:], second, rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(values[:, 32:], second, rtol=2e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("block", [32, 128])
@@ -123,8 +123,8 @@ def test_the_packed_weight_is_what_compensation_saw(layer, monkeypatch, block):
 
     monkeypatch.setattr(billm, "_pack", spy)
     problem = layer(9, 200, seed=2)
-    found = solved(BiLLM(block=block), problem.weight, problem.stats)
-    assert torch.equal(found, torch.cat(seen[:-1], 1))
+    values = solved(BiLLM(block=block), problem.weight, problem.stats)
+    assert torch.equal(values, torch.cat(seen[:-1], 1))
 
 
 @pytest.mark.parametrize("data", [False, True], ids=["plain", "compensated"])
@@ -141,9 +141,9 @@ def test_constant_and_one_sided_rows(layer, value):
     problem = layer(6, 64)
     problem.weight[0] = value
     problem.weight[1] = problem.weight[1].abs() + 1
-    found = solved(BiLLM(), problem.weight)
-    torch.testing.assert_close(found[0], torch.full((64,), value), rtol=2**-10, atol=0)
-    assert (found[1] > 0).all()
+    values = solved(BiLLM(), problem.weight)
+    torch.testing.assert_close(values[0], torch.full((64,), value), rtol=2**-10, atol=0)
+    assert (values[1] > 0).all()
     small = BiLLM(block=32)  # the columns of one block are not compensated
     assert problem.loss(solved(small, problem.weight, problem.stats)) < problem.loss(solved(small, problem.weight))
 

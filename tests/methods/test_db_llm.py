@@ -75,7 +75,7 @@ def test_a_mirrored_row_gives_the_mirrored_result():
 
 def test_constant_and_empty_rows():
     weight = torch.stack([torch.full((64,), 0.5), torch.zeros(64), torch.full((64,), -0.25)])
-    found = DBLLM(iterations=5).quantize(weight, None).dequantize()
-    torch.testing.assert_close(found, weight, rtol=2**-11, atol=2**-24)
+    values = DBLLM(iterations=5).quantize(weight, None).dequantize()
+    torch.testing.assert_close(values, weight, rtol=2**-11, atol=2**-24)
     rounding = DualRounding(3, 64, 64, 5, torch.device("cpu"))
     assert rounding.segment.alphabet == "01"

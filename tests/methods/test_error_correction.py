@@ -35,9 +35,9 @@ def test_it_is_the_damped_least_squares(layer, damp, residual):
     strength = (damp * (X.T @ X).diagonal().mean()).sqrt()
     A = torch.cat([X, strength * torch.eye(24, dtype=torch.float64)])
     best = torch.linalg.lstsq(A, torch.cat([wanted, strength * W.T])).solution.T
-    found = ErrorCorrection(damp=damp, residual=residual).target(weight, stats)
-    torch.testing.assert_close(found.double(), best, rtol=1e-3, atol=1e-4 * best.abs().max().item())
-    assert (found - weight).norm() > 0.01 * weight.norm()
+    corrected = ErrorCorrection(damp=damp, residual=residual).target(weight, stats)
+    torch.testing.assert_close(corrected.double(), best, rtol=1e-3, atol=1e-4 * best.abs().max().item())
+    assert (corrected - weight).norm() > 0.01 * weight.norm()
 
 
 def test_sums_of_parts_merge(layer):

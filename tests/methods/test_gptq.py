@@ -67,8 +67,8 @@ def test_it_is_algorithm_1_with_clipped_ranges(layer, gptq_reference, differing_
 def test_halving_the_columns_reaches_every_column(layer, gptq_reference, differing_rows, columns, group):
     problem = layer(24, columns, seed=columns)
     expected = gptq_reference(problem, grid(3, False), group, 0.01)
-    found = GPTQ(bits=3, group=group).quantize(problem.weight, problem.stats).dequantize()
-    assert differing_rows(found, expected) <= 1
+    quantized = GPTQ(bits=3, group=group).quantize(problem.weight, problem.stats).dequantize()
+    assert differing_rows(quantized, expected) <= 1
 
 
 @pytest.mark.parametrize("leaf", [1, 5, 16, 1000])
@@ -84,8 +84,8 @@ def test_the_size_of_the_smallest_part_changes_nothing(layer, monkeypatch, diffe
 def test_damping_is_a_share_of_the_mean_diagonal(layer, gptq_reference, differing_rows, damp):
     problem = layer(24, 60)
     expected = gptq_reference(problem, grid(3, False), None, damp)
-    found = GPTQ(bits=3, group=None, damp=damp).quantize(problem.weight, problem.stats).dequantize()
-    assert differing_rows(found, expected) <= 1
+    quantized = GPTQ(bits=3, group=None, damp=damp).quantize(problem.weight, problem.stats).dequantize()
+    assert differing_rows(quantized, expected) <= 1
 
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["left-to-right", "act-order"])
@@ -116,8 +116,8 @@ def test_uncorrelated_inputs_leave_nothing_to_compensate(layer):
     problem = layer(8, 64)
     stats = problem.stats
     stats._sum = torch.eye(64)
-    found = GPTQ(bits=3, group=32).quantize(problem.weight, stats).dequantize()
-    assert torch.equal(found, RTN(bits=3, group=32).quantize(problem.weight, None).dequantize())
+    quantized = GPTQ(bits=3, group=32).quantize(problem.weight, stats).dequantize()
+    assert torch.equal(quantized, RTN(bits=3, group=32).quantize(problem.weight, None).dequantize())
 
 
 def test_a_channel_without_input_is_rounded_and_not_erased(layer, gptq_reference, differing_rows):

@@ -64,8 +64,8 @@ def stats_for(request, method):
     return (lambda problem: problem.stats) if request.param else (lambda problem: None)
 
 
-def relative(found: torch.Tensor, weight: torch.Tensor) -> float:
-    return ((found - weight).norm() / weight.norm()).item()
+def relative(quantized: torch.Tensor, weight: torch.Tensor) -> float:
+    return ((quantized - weight).norm() / weight.norm()).item()
 
 
 def test_the_table_names_each_method():
@@ -77,10 +77,10 @@ def test_the_format_is_known_before_the_data(method, stats_for, layer):
     for columns in (1, 20, 100, 130):
         problem = layer(3, columns)
         packed = method.quantize(problem.weight, stats_for(problem))
-        found, expected = packed.format, method.format(columns)
+        written, expected = packed.format, method.format(columns)
         if isinstance(method, BLOCKWISE):  # how many columns are salient is in the format, and only known now
-            found, expected = found.tensors(3, columns).keys(), expected.tensors(3, columns).keys()
-        assert found == expected
+            written, expected = written.tensors(3, columns).keys(), expected.tensors(3, columns).keys()
+        assert written == expected
         assert packed.shape == (3, columns)
 
 
@@ -116,9 +116,9 @@ def test_a_transposed_view_is_the_weight_it_shows(method, stats_for, layer):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (7, 1), (5, 33), (2, 129)], ids=str)
 def test_layers_of_any_shape_are_packed(method, stats_for, layer, shape):
     problem = layer(*shape, seed=4)
-    found = method.quantize(problem.weight, stats_for(problem)).dequantize()
-    assert found.shape == shape
-    assert relative(found, problem.weight) < 1
+    quantized = method.quantize(problem.weight, stats_for(problem)).dequantize()
+    assert quantized.shape == shape
+    assert relative(quantized, problem.weight) < 1
 
 
 def test_a_group_larger_than_the_layer_is_the_row(method, layer):
@@ -135,9 +135,9 @@ def test_a_group_larger_than_the_layer_is_the_row(method, layer):
 def test_rows_of_zeros_stay_zero(method, stats_for, layer):
     problem = layer(5, 70)
     problem.weight[[0, 3]] = 0
-    found = method.quantize(problem.weight, stats_for(problem)).dequantize()
-    assert not found[[0, 3]].any()
-    assert relative(found, problem.weight) < 1
+    quantized = method.quantize(problem.weight, stats_for(problem)).dequantize()
+    assert not quantized[[0, 3]].any()
+    assert relative(quantized, problem.weight) < 1
 
 
 @pytest.mark.parametrize("value", [0.37, -2.5])
@@ -166,19 +166,19 @@ def test_the_scale_of_a_layer_does_not_matter(method, stats_for, layer, factor):
 def test_weights_at_the_ends_of_fp16_stay_finite(method, stats_for, layer, factor):
     problem = layer(4, 64)
     weight = problem.weight / problem.weight.abs().max() * factor
-    found = method.quantize(weight, stats_for(problem)).dequantize()
-    assert found.isfinite().all()
-    assert found.abs().max() <= max(3 * factor, 2.0**-22)
+    quantized = method.quantize(weight, stats_for(problem)).dequantize()
+    assert quantized.isfinite().all()
+    assert quantized.abs().max() <= max(3 * factor, 2.0**-22)
 
 
 def test_a_hessian_of_low_rank_is_damped(method, layer):
     if method.needs is Need.NOTHING:
         pytest.skip("uses no statistics")
     problem = layer(6, 96, tokens=3)
-    found = method.quantize(problem.weight, problem.stats).dequantize()
-    assert found.isfinite().all()
+    quantized = method.quantize(problem.weight, problem.stats).dequantize()
+    assert quantized.isfinite().all()
     if not isinstance(method, BLOCKWISE):  # a block takes no notice of the errors in itself
-        assert problem.loss(found) < problem.loss(method.quantize(problem.weight, None).dequantize())
+        assert problem.loss(quantized) < problem.loss(method.quantize(problem.weight, None).dequantize())
 
 
 def test_a_hessian_that_cannot_be_used_is_refused(method, layer):

@@ -66,11 +66,11 @@ def test_it_is_the_algorithm_of_the_paper(layer, differing_rows, selection, grou
 def test_count_takes_the_largest_of_every_row_and_block(layer, salience, columns):
     problem = layer(6, columns, seed=1)
     method = PBLLM(salience=salience)
-    found = salient_of(method.quantize(problem.weight, problem.stats))
+    salient = salient_of(method.quantize(problem.weight, problem.stats))
     score = problem.weight.square()
     if salience == "hessian":
         score /= problem.stats.factor(method.damp).U.diagonal().square()
-    for part, mask in zip(score.split(256, 1), found.split(256, 1), strict=True):
+    for part, mask in zip(score.split(256, 1), salient.split(256, 1), strict=True):
         entries = -(-26 * part.shape[1] // 256)
         assert torch.equal(mask.sum(1), torch.full((6,), entries))
         rest, taken = part.masked_fill(mask, 0).amax(1), part.masked_fill(~mask, torch.inf).amin(1)
@@ -82,12 +82,12 @@ def test_threshold_takes_the_largest_of_all_rows(layer, group):
     problem = layer(40, 96, seed=2)
     method = PBLLM(selection="threshold", group=group)
     packed = method.quantize(problem.weight, problem.stats)
-    found = salient_of(packed)
+    salient = salient_of(packed)
     score = problem.weight.square() / problem.stats.factor(method.damp).U.diagonal().square()
-    for part, mask in zip(score.split(group or 96, 1), found.split(group or 96, 1), strict=True):
+    for part, mask in zip(score.split(group or 96, 1), salient.split(group or 96, 1), strict=True):
         assert mask.sum().item() == pytest.approx(0.1 * part.numel(), abs=1)
         assert part[mask].min() > part[~mask].max()
-    assert packed.format.outliers.capacity == found.sum(1).max()
+    assert packed.format.outliers.capacity == salient.sum(1).max()
     assert packed.format.claimed_bits == pytest.approx(0.1 * 8 + 0.9)
 
 
@@ -123,8 +123,8 @@ def test_the_packed_weight_is_what_compensation_saw(layer, monkeypatch, selectio
 
     monkeypatch.setattr(_SomeSalient, "round", spy)
     problem = layer(11, 70, seed=4)
-    found = solved(PBLLM(selection=selection, group=32), problem.weight, problem.stats)
-    assert torch.equal(found, torch.stack([seen[j] for j in range(70)], 1))
+    values = solved(PBLLM(selection=selection, group=32), problem.weight, problem.stats)
+    assert torch.equal(values, torch.stack([seen[j] for j in range(70)], 1))
 
 
 @pytest.mark.parametrize("selection", ["count", "threshold"])
@@ -156,11 +156,11 @@ def test_constant_and_one_sided_rows(layer, selection, value):
     problem.weight[0] = value
     problem.weight[1] = problem.weight[1].abs() + 1
     problem.weight[2] = -problem.weight[2].abs() - 1
-    plain, found = (solved(PBLLM(selection=selection), problem.weight, s) for s in (None, problem.stats))
+    plain, compensated = (solved(PBLLM(selection=selection), problem.weight, s) for s in (None, problem.stats))
     assert (plain[1] > 0).all() and (plain[2] < 0).all()
     assert ((plain - problem.weight).norm(dim=1) < 0.7 * problem.weight.norm(dim=1)).all()
     torch.testing.assert_close(plain[0], torch.full((64,), value), rtol=2**-10, atol=0)
-    assert problem.loss(found) < problem.loss(plain)
+    assert problem.loss(compensated) < problem.loss(plain)
 
 
 def test_a_constant_layer_has_nothing_above_its_order_statistic():

@@ -71,12 +71,12 @@ def reference(problem, salient: Tensor, passes: int, damp: float) -> Tensor:
     Q = nearest(W, salient, mu, alpha, step, zero)
 
     def refit() -> tuple[Tensor, Tensor]:
-        found = []
+        solutions = []
         for w, q, m in zip(W, Q, mu, strict=True):
             basis = torch.stack([torch.where(q >= m, 1.0, -1.0).double() * ~salient, (~salient).double()], 1)
             rest = w - q * salient
-            found.append(torch.linalg.solve(basis.T @ H @ basis, basis.T @ H @ rest))
-        return torch.stack(found).half().double().split(1, dim=1)
+            solutions.append(torch.linalg.solve(basis.T @ H @ basis, basis.T @ H @ rest))
+        return torch.stack(solutions).half().double().split(1, dim=1)
 
     for _ in range(passes):
         alpha, mu = refit()
@@ -140,8 +140,8 @@ def test_no_channel_or_every_channel_may_be_salient(layer, settings):
 @pytest.mark.parametrize("settings", [{}, GPTQ], ids=["none", "gptq"])
 def test_a_layer_of_one_channel_keeps_its_weights(layer, ratio, settings):
     problem = layer(7, 1)
-    found = solved(PTQ161(ratio=ratio, **settings), problem.weight, problem.stats)
-    torch.testing.assert_close(found, problem.weight, rtol=2**-9, atol=1e-6)
+    quantized = solved(PTQ161(ratio=ratio, **settings), problem.weight, problem.stats)
+    torch.testing.assert_close(quantized, problem.weight, rtol=2**-9, atol=1e-6)
 
 
 def test_constant_and_one_sided_rows(layer):
@@ -149,14 +149,14 @@ def test_constant_and_one_sided_rows(layer):
     problem.weight[0], problem.weight[1], problem.weight[2] = 1.5, -0.3, 0
     problem.weight[3] = problem.weight[3].abs() + 1
     problem.weight[4] = -problem.weight[4].abs() - 1
-    plain, found = (solved(PTQ161(**settings), problem.weight, problem.stats) for settings in ({}, GPTQ))
+    plain, compensated = (solved(PTQ161(**settings), problem.weight, problem.stats) for settings in ({}, GPTQ))
     assert (plain[3] > 0).all() and (plain[4] < 0).all()
     assert ((plain - problem.weight)[3:5].norm(dim=1) < 0.3 * problem.weight[3:5].norm(dim=1)).all()
-    for kept in (plain, found):
+    for kept in (plain, compensated):
         torch.testing.assert_close(kept[:3], problem.weight[:3], rtol=2**-9, atol=0)
     for row in range(8):
         alone = problem._replace(weight=problem.weight[[row]])
-        assert alone.loss(found[[row]]) <= alone.loss(plain[[row]])
+        assert alone.loss(compensated[[row]]) <= alone.loss(plain[[row]])
 
 
 def test_equally_large_channels_are_taken_from_the_left(layer):

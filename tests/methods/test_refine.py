@@ -13,6 +13,7 @@ from ultralowbit.methods.compensate import compensated_codes
 from ultralowbit.methods.refine import refine
 from ultralowbit.methods.rounding.signs import SignRounding
 from ultralowbit.methods.sign import Sign
+from ultralowbit.methods.statistics import InputStats
 
 DAMP = 0.01
 SHAPES = [(9, 100, 1, 32), (5, 70, 2, None), (3, 64, 3, 64), (1, 40, 2, None), (4, 1, 1, None)]
@@ -119,3 +120,14 @@ def test_edges(layer):
     nothing = torch.zeros(4, 64)
     packed = Sign(planes=2, damp=DAMP, refine=2).quantize(nothing, constant.stats)
     assert torch.equal(packed.dequantize(), nothing)
+
+
+@pytest.mark.parametrize("alive", [0, 3, 128], ids=["none", "a few", "one group"])
+@pytest.mark.parametrize("method", [Sign(planes=2, refine=1), Sign(refine=1)], ids=["two planes", "one plane"])
+def test_inputs_that_are_always_zero_are_no_error(method, alive):
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    x[:, alive:] = 0
+    stats = InputStats(256, needs=method.needs)
+    stats.add(x)
+    weight = torch.randn(32, 256, generator=torch.Generator().manual_seed(1))
+    assert method.quantize(weight, stats).dequantize().isfinite().all()

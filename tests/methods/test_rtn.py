@@ -37,7 +37,7 @@ def slow_rtn(row: list[float], bits: int, symmetric: bool) -> list[float]:
 )
 def test_every_weight_is_the_nearest_of_its_grid(layer, columns, group, bits, symmetric):
     weight = layer(12, columns, seed=columns + bits).weight
-    found = RTN(bits=bits, group=group, symmetric=symmetric).quantize(weight, None).dequantize()
+    quantized = RTN(bits=bits, group=group, symmetric=symmetric).quantize(weight, None).dequantize()
     step = group or columns
     expected = torch.tensor(
         [
@@ -46,7 +46,7 @@ def test_every_weight_is_the_nearest_of_its_grid(layer, columns, group, bits, sy
         ]
     )
     # fp32 and fp64 may break a tie differently
-    assert ((found - expected).abs() > 1e-6 * expected.abs()).float().mean() < 1e-3
+    assert ((quantized - expected).abs() > 1e-6 * expected.abs()).float().mean() < 1e-3
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -85,8 +85,8 @@ def test_clipping_never_raises_what_it_searches_over(layer, bits, symmetric):
 def test_clipping_finds_the_best_of_its_80_ranges(layer, bits):
     weight = layer(4, 400, seed=3).weight
     weight[:2, 7] = weight[:2].abs().amax(1) * torch.tensor([2, 3])  # ranges cut to less than half
-    found = RTN(bits=bits, group=None, clip="mse").quantize(weight, None).dequantize()
-    for row, q in zip(weight.tolist(), found, strict=True):
+    quantized = RTN(bits=bits, group=None, clip="mse").quantize(weight, None).dequantize()
+    for row, q in zip(weight.tolist(), quantized, strict=True):
         low, high = min(*row, 0.0), max(*row, 0.0)
         errors = []
         for i in range(80):

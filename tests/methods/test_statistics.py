@@ -121,8 +121,8 @@ def test_a_value_that_is_not_finite_stays_visible():
     stats = InputStats(3, needs=Need.MAGNITUDES)
     stats.add(x)
     stats.add(tokens(5, 3))
-    for found in (stats.absmax, stats.absmean):
-        assert found.isnan().tolist() == [False, True, False]
+    for magnitudes in (stats.absmax, stats.absmean):
+        assert magnitudes.isnan().tolist() == [False, True, False]
 
 
 # --- factors ----------------------------------------------------------------------------------------------------
@@ -259,8 +259,8 @@ def test_the_error_is_the_share_of_the_output_that_is_lost(outliers, device):
     H = clipped_hessian(x, outliers)
     expected = ((W - Q).double() @ H * (W - Q).double()).sum() / (W.double() @ H * W.double()).sum()
     stats = gathered(x.to(device), [50], outliers)
-    found = relative_error(W.to(device), Q.to(device), stats.hessian)
-    assert found == pytest.approx(expected.item(), rel=1e-5)
+    share = relative_error(W.to(device), Q.to(device), stats.hessian)
+    assert share == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_error_is_that_of_the_outputs():

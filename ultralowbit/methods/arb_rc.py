@@ -2,17 +2,17 @@
 Refined Binarizations for Large Language Models, ICLR 2025, arXiv 2410.03129.
 
 Blocks, salient columns, the break |w| < p and the compensation are BiLLM's (see `billm`); here the salient columns have
-a break of their own (`cgb`), which makes four zones. In each, with one scale a row and one a column and no mean,
+a break of their own (`cgb`), which makes four groups of weights. In each, with one scale a row, one a column, no mean,
 
     other columns     W ~ r_i u_j s_ij                         s = sign W
     salient columns   W ~ r_i u_j s_ij + q_i v_j t_ij          t = sign(W - r u s)
 
-start   r_i = mean_j |w_ij|,  u_j = mean_i |w_ij / r_i|,  means over the zone; q and v alike for what r u s leaves
+start   r_i = mean_j |w_ij|,  u_j = mean_i |w_ij / r_i|,  means over the group; q and v alike for what r u s leaves
 repeat  r_i = sum_j y_ij u_j s_ij / sum_j u_j^2,  u_j = sum_i y_ij r_i s_ij / sum_i r_i^2,  y = W, or W - q v t;
         then t anew, and q and v alike for y = W - r u s.
 
 The code was never released, so this follows the paper alone; it leaves open the order of the steps of the second term
-(each follows the first here, in every iteration) and whether zones share their column scales (here each has its own).
+(each follows the first here, in every iteration) and whether groups share their column scales (here each has its own).
 Scales are rounded to the stored fp16: first those of the columns, then those of the rows, fitted to them once more.
 """
 
@@ -60,18 +60,18 @@ class ARBRC:
         if self.cgb:
             sparse[:, salient] = kept.abs() >= break_of(few[:, salient])
         second_group = sparse.float()
-        groups = (1 - second_group, second_group)  # [out, columns], 1 or 0
-        single = [_Term(weight, zone * ~salient) for zone in groups]
+        masks = (1 - second_group, second_group)  # of both groups [out, columns], 1 or 0
+        single = [_Term(weight, mask * ~salient) for mask in masks]
         for term in single:
-            size = sizes * term.zone
+            size = sizes * term.mask
             for _ in range(self.iterations):
                 if not term.refine(size):
                     break
             term.store(size)
 
-        zones = [zone[:, salient] for zone in (groups if self.cgb else groups[:1])]
-        first = [_Term(kept, zone) for zone in zones]
-        second = [_Term(kept - term.value, zone) for term, zone in zip(first, zones, strict=True)]
+        masks = [mask[:, salient] for mask in (masks if self.cgb else masks[:1])]
+        first = [_Term(kept, mask) for mask in masks]
+        second = [_Term(kept - term.value, mask) for term, mask in zip(first, masks, strict=True)]
         for a, b in zip(first, second, strict=True):
             for _ in range(self.iterations):
                 moved = a.refine(a.along(kept - b.value))
@@ -100,23 +100,23 @@ class ARBRC:
 
 
 class _Term:
-    """row_i column_j sign_ij on the zone of a weight [out, columns]."""
+    """row_i column_j sign_ij on a group of the weights [out, columns]."""
 
-    def __init__(self, weight: Tensor, zone: Tensor) -> None:
-        """zone [out, columns] is 1 in the zone, else 0."""
-        self.zone = zone
+    def __init__(self, weight: Tensor, mask: Tensor) -> None:
+        """mask [out, columns] is 1 in the group, else 0."""
+        self.mask = mask
         self.point(weight)
         size = self.along(weight)
-        self.row = _ratio(size.sum(1), zone.sum(1))  # [out]
-        self.column = _ratio(_ratio(size, self.row[:, None]).sum(0), zone.sum(0))  # [columns]
+        self.row = _ratio(size.sum(1), mask.sum(1))  # [out]
+        self.column = _ratio(_ratio(size, self.row[:, None]).sum(0), mask.sum(0))  # [columns]
 
     @property
     def value(self) -> Tensor:
         return (self.row[:, None] * self.column).mul_(self.sign)
 
     def point(self, target: Tensor) -> None:
-        """Take the signs of a target [out, columns], on the zone, else 0."""
-        self.sign = self.zone.copysign(target + 0)  # -0 is 0
+        """Take the signs of a target [out, columns], in the group, else 0."""
+        self.sign = self.mask.copysign(target + 0)  # -0 is 0
 
     def along(self, target: Tensor) -> Tensor:
         """How far a target [out, columns] goes in the direction of the signs."""
@@ -126,16 +126,16 @@ class _Term:
         """One alternation, for a target `along` the signs; whether it moved a column's scale, from which the next rows'
         follow, by more than fp16 can tell."""
         column = self.column
-        self.row = _ratio(size @ column, self.zone @ column.square())
-        self.column = _ratio(self.row @ size, self.row.square() @ self.zone)
+        self.row = _ratio(size @ column, self.mask @ column.square())
+        self.column = _ratio(self.row @ size, self.row.square() @ self.mask)
         return bool(((self.column - column).abs() > 2**-12 * column.abs()).any())
 
     def store(self, size: Tensor) -> None:
         """Round the scales to those that are stored."""
         self.column = to_scale(self.column)
-        self.row = to_scale(_ratio(size @ self.column, self.zone @ self.column.square()))
+        self.row = to_scale(_ratio(size @ self.column, self.mask @ self.column.square()))
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 where both are: rows, columns and zones may be empty."""
+    """a / b, and 0 where both are: rows, columns and groups may be empty."""
     return a / b.clamp_min(torch.finfo(b.dtype).tiny)

@@ -103,7 +103,7 @@ def fit(weight: Tensor, pivots: Tensor) -> Parts:
     sparse = (weight.abs() >= break_of(sample(weight)[:, ~salient])) & ~salient
     second = sparse.float()
     others = [(~salient).float() - second, second]
-    offsets, scales = zip(*(_binary(weight, zone) for zone in others), strict=True)
+    offsets, scales = zip(*(_binary(weight, mask) for mask in others), strict=True)
     mean = torch.lerp(offsets[0][:, None], offsets[1][:, None], second)
 
     kept = weight[:, salient]
@@ -125,15 +125,15 @@ def fit(weight: Tensor, pivots: Tensor) -> Parts:
     }
 
 
-def _mean(values: Tensor, zone: Tensor) -> Tensor:
-    """Mean of each row over a zone [out, columns] of 0 and 1; 0 where it is empty."""
-    return (values * zone).sum(1) / zone.sum(1).clamp_min(1)
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of each row where a mask [out, columns] of 0 and 1 is 1; 0 where that is nowhere."""
+    return (values * mask).sum(1) / mask.sum(1).clamp_min(1)
 
 
-def _binary(weight: Tensor, zone: Tensor) -> tuple[Tensor, Tensor]:
+def _binary(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and mean distance from it [out], as stored."""
-    mean = to_scale(_mean(weight, zone))
-    return mean, to_scale(_mean((weight - mean[:, None]).abs_(), zone))
+    mean = to_scale(_mean(weight, mask))
+    return mean, to_scale(_mean((weight - mean[:, None]).abs_(), mask))
 
 
 def sample(weight: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def sample(weight: Tensor) -> Tensor:
 
 
 def _explained(sums: Tensor, distances: Tensor, counts: Tensor) -> Tensor:
-    """How much of sum w^2 over a zone a row's mean and mean distance from it explain: the error of B is what they
+    """How much of sum w^2 over a group a row's mean and mean distance from it explain: the error of B is what they
     leave. [rows, choices] each -> [choices], summed over the rows."""
     return ((sums.square() + distances.square()) / counts.clamp_min(1)).sum(0)
 
@@ -160,9 +160,9 @@ def salient_columns(weight: Tensor, pivots: Tensor) -> Tensor:
     kept = counts[:, None] > torch.arange(len(order), device=weight.device)  # [choices, columns]
     sums = ordered.cumsum(1)[:, :most]  # [rows, choices]
     explained = torch.zeros(most, dtype=torch.float64, device=weight.device)
-    for zone, total, count in ((kept, sums, counts), (~kept, ordered.sum(1, keepdim=True) - sums, len(order) - counts)):
+    for mask, total, count in ((kept, sums, counts), (~kept, ordered.sum(1, keepdim=True) - sums, len(order) - counts)):
         mean = (total / count.clamp_min(1)).float()
-        distance = (ordered.float()[:, None] - mean[..., None]).abs_().mul_(zone).sum(2)  # [rows, choices]
+        distance = (ordered.float()[:, None] - mean[..., None]).abs_().mul_(mask).sum(2)  # [rows, choices]
         explained += _explained(total, distance, count)
     return torch.zeros_like(pivots, dtype=torch.bool).index_fill_(0, order[: _first_best(explained) + 1], True)
 

@@ -26,7 +26,7 @@ class ErrorCorrection:
     """damp: how strongly the corrected weight is drawn to the original one, relative to mean(diag H); residual: also
     make up for the error that the residual stream carries."""
 
-    damp: float = Field(0.1, gt=0, le=10)
+    damp: float = Field(0.3, gt=0, le=10)
     residual: bool = True
 
     def target(self, weight: Tensor, stats: InputStats) -> Tensor:

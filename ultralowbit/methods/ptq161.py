@@ -130,5 +130,8 @@ class _SalientColumns(PartlyBinary):
         ints = {"codes": codes[:, self.salient], "scale": self.high.scale.T, "zero": self.high.zero.T}
         planes = {"bits": codes[:, ~self.salient][None] > 0, "scale": self.scale.T[None], "offset": self.mean.T}
         parts = [ints if isinstance(segment, Ints) else planes for segment in self.format.segments]
-        transform = {"channel_order": self.salient, "scale": torch.ones(len(self.salient), device=codes.device)}
+        transform = {
+            "channel_order": self.salient,
+            "scale": torch.ones(len(self.salient), dtype=torch.float32, device=codes.device),
+        }
         return PackedWeight.encode(self.format, *parts, transform)

@@ -88,8 +88,8 @@ class _Fit:
         b = by_group(HW)
         A = torch.stack([by_group(product) for product in products], dim=-1).transpose(0, 1)
         # equal planes make A [rows, groups K, groups K] singular: the ridge then splits their scale
-        ridge = 1e-6 * A.diagonal(dim1=1, dim2=2).mean(1)
-        solution = torch.linalg.solve(A + ridge[:, None, None] * torch.eye(len(b), device=A.device), b.T)
+        ridge = (1e-6 * A.diagonal(dim1=1, dim2=2).mean(1)).clamp(min=torch.finfo(A.dtype).tiny)  # inputs may be dead
+        solution = torch.linalg.solve(A + ridge[:, None, None] * torch.eye(len(b), dtype=A.dtype, device=A.device), b.T)
         solution = to_scale(solution.abs()).copysign(solution)  # [rows, groups K]
         held = scale.flatten(0, 1).T
 

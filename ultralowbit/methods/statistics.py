@@ -67,14 +67,14 @@ class InputStats:
 
     def __post_init__(self) -> None:
         if Need.MAGNITUDES in self.needs:
-            self._absmax = torch.zeros(self.features, device=self.device)
-            self._abssum = torch.zeros(self.features, device=self.device)
+            self._absmax = torch.zeros(self.features, dtype=torch.float32, device=self.device)
+            self._abssum = torch.zeros(self.features, dtype=torch.float32, device=self.device)
         if Need.HESSIAN in self.needs:
-            self._sum = torch.zeros(self.features, self.features, device=self.device)
+            self._sum = torch.zeros(self.features, self.features, dtype=torch.float32, device=self.device)
         if Need.ORIGINAL in self.needs:
-            self._cross = torch.zeros(self.features, self.features, device=self.device)
+            self._cross = torch.zeros(self.features, self.features, dtype=torch.float32, device=self.device)
         self._residual: Tensor | None = None
-        self._largest = torch.zeros(0, self.features, device=self.device)
+        self._largest = torch.zeros(0, self.features, dtype=torch.float32, device=self.device)
 
     def add(self, x: Tensor, original: Tensor | None = None, residual: Tensor | None = None) -> None:
         """Count the tokens of x [..., in].

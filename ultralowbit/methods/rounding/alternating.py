@@ -29,7 +29,7 @@ class Levels(NamedTuple):
             torch.arange(2 ** len(scale), device=scale.device)[:, None] >> torch.arange(len(scale), device=scale.device)
             & 1
         )  # [2^K, K]
-        values, order = (torch.where(bits > 0, 1.0, float(low)) @ scale).sort(dim=0)
+        values, order = (torch.where(bits > 0, 1, low).to(scale.dtype) @ scale).sort(dim=0)
         return cls(values, order.to(torch.uint8), (values[1:] + values[:-1]) / 2)
 
     def nearest(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ class AlternatingRounding:
         groups = group_count(columns, group)
         self.segment = Planes(columns, planes, group)
         self.group, self.planes, self.iterations = group, planes, iterations
-        self.scale = torch.zeros(groups, planes, out, device=device)
+        self.scale = torch.zeros(groups, planes, out, dtype=torch.float32, device=device)
         self._tables: dict[int, Levels | Greedy | OddMultiples] = {}
 
     def fit(self, g: int, weight: Tensor, importance: Tensor | None) -> None:

@@ -24,8 +24,8 @@ class IntRounding:
         self.segment = Ints(columns, bits, group, symmetric)
         self.group, self.symmetric, self.clip = group, symmetric, clip
         self.top = 2**bits - 1
-        self.scale = torch.ones(groups, out, device=device)
-        self.zero = torch.zeros(groups, out, device=device)
+        self.scale = torch.ones(groups, out, dtype=torch.float32, device=device)
+        self.zero = torch.zeros(groups, out, dtype=torch.float32, device=device)
 
     def fit(self, g: int, weight: Tensor, importance: Tensor | None) -> None:
         low, high = weight.amin(0).clamp_max(0), weight.amax(0).clamp_min(0)  # [out]

@@ -23,8 +23,8 @@ class PartlyBinary:
         self.high = IntRounding(out, columns, bits, None, False, False, device)
         self.high.fit(0, weight.T, None)
         groups = group_count(columns, group)
-        self.mean = torch.zeros(groups, out, device=device)
-        self.scale = torch.zeros(groups, out, device=device)
+        self.mean = torch.zeros(groups, out, dtype=torch.float32, device=device)
+        self.scale = torch.zeros(groups, out, dtype=torch.float32, device=device)
 
     def fit(self, g: int, weight: Tensor, importance: Tensor | None) -> None:
         start = g * (self.group or 0)
