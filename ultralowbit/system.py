@@ -24,7 +24,7 @@ def pick_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         where = torch.device(device)
-        torch.empty(0, device=where)
+        torch.empty(0, dtype=torch.float32, device=where)
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"device {device!r} cannot be used here ({str(e).splitlines()[0]}): try --device cpu") from e
     return where

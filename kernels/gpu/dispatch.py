@@ -160,7 +160,9 @@ def _small_product_is_exact(device: torch.device) -> bool:
     format = Format((Planes(512, 1),))
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(2, (1, 64, 512), generator=generator, device="cpu").bool()
-    packed = PackedWeight.encode(format, {"bits": bits, "scale": torch.ones(1, 64, 1, device="cpu")})
+    packed = PackedWeight.encode(
+        format, {"bits": bits, "scale": torch.ones(1, 64, 1, device="cpu", dtype=torch.float32)}
+    )
     x = torch.randint(-8, 9, (8, 512), generator=generator, device="cpu").to(torch.float16)
     tensors = {name: tensor.to(device) for name, tensor in packed.tensors.items()}
     launches, y = product(x.to(device), tensors, format, tuning_of(device))

@@ -84,7 +84,7 @@ def cache_bytes() -> int:
 
 def bandwidth(clock: Clock, repeat: int = 10) -> tuple[float, float]:
     """GB/s that this thread reads, and that it copies (bytes read and written), from memory."""
-    source = torch.ones(1 << 25)  # 128 MB
+    source = torch.ones(1 << 25, dtype=torch.float32)  # 128 MB
     target = torch.empty_like(source)
     read = min(_seconds(source.sum, clock) for _ in range(repeat))
     copy = min(_seconds(lambda: target.copy_(source), clock) for _ in range(repeat))
@@ -110,7 +110,9 @@ def _copies(tensors: Sequence[Tensor], enough: int) -> list[list[Tensor]]:
 
 
 def _dense(out: int, columns: int, x: Tensor, dtype: torch.dtype, enough: int) -> Case:
-    weight = (torch.randn(out, columns, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    weight = (torch.randn(out, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float32) * 0.02).to(
+        dtype
+    )
     x = x.to(dtype)
     calls = [lambda w=w: F.linear(x, w) for (w,) in _copies([weight], enough)]
     name = "F.linear " + {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
@@ -122,7 +124,7 @@ def _int4(out: int, columns: int, x: Tensor, enough: int) -> Case:
     """torch's own kernel for 4-bit integers in groups of 128, bf16 scales and zero points."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(16, (out, columns), generator=generator, dtype=torch.int32)
-    scale_zero = torch.rand(columns // 128, out, 2, generator=generator).mul_(0.02).bfloat16()
+    scale_zero = torch.rand(columns // 128, out, 2, generator=generator, dtype=torch.float32).mul_(0.02).bfloat16()
     words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
     x = x.bfloat16()
     multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
@@ -148,7 +150,7 @@ def _packed(format: Format, out: int, x: Tensor, int8: bool, enough: int) -> Cas
 
 def cases(out: int, columns: int, tokens: int, enough: int) -> list[Case]:
     """torch's products first, then each format exactly and with activations of 8 bits."""
-    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1), dtype=torch.float32).bfloat16()
     cases = [_dense(out, columns, x, dtype, enough) for dtype in (torch.bfloat16, torch.float32)]
     cases.append(_int4(out, columns, x, enough))
     return cases + [_packed(f, out, x, int8, enough) for f in formats(columns) for int8 in (False, True)]

@@ -148,7 +148,9 @@ def measure_product(
 ) -> Row:
     """Time x [tokens, in] in bf16 times `weights`, which are the same product in other places of the memory."""
     packed, (out, columns) = weights[0], weights[0].shape
-    x = torch.randn(tokens, columns, generator=torch.Generator(device).manual_seed(1), device=device).bfloat16()
+    x = torch.randn(
+        tokens, columns, generator=torch.Generator(device).manual_seed(1), dtype=torch.float32, device=device
+    ).bfloat16()
     layout = json.dumps(packed.format.to_dict())
     calls = [lambda w=w: packed_matmul(x, list(w.tensors.values()), layout) for w in weights]
     error = error_of(calls[0](), x, packed)

@@ -89,7 +89,7 @@ def write_model(
     generator = torch.Generator().manual_seed(seed)
 
     def random(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator).div_(math.sqrt(columns)).bfloat16()
+        return torch.randn(rows, columns, generator=generator, dtype=torch.float32).div_(math.sqrt(columns)).bfloat16()
 
     def linear(rows: int, columns: int) -> dict[str, Tensor]:
         if segment is None:

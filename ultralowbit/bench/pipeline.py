@@ -133,15 +133,15 @@ def unavoidable(shape: Shape, samples: int, length: int) -> dict[str, float]:
     Both forward passes, a Hessian for each input group, its factor, and the GPTQ updates as one large product a Linear.
     Softmax, norms, rounding, packing, measuring the error and files are not in it.
     """
-    batches, rows, _ = batched(torch.empty(samples, length)).shape
+    batches, rows, _ = batched(torch.empty(samples, length, dtype=torch.float32)).shape
     tokens = rows * length
 
     def forward(out: int, m: int) -> float:
-        x, weight = torch.randn(tokens, m), torch.randn(out, m)
+        x, weight = torch.randn(tokens, m, dtype=torch.float32), torch.randn(out, m, dtype=torch.float32)
         return 2 * batches * best_of(lambda: F.linear(x, weight))
 
     def hessian(m: int) -> float:
-        x, H = torch.randn(tokens, m), torch.zeros(m, m)
+        x, H = torch.randn(tokens, m, dtype=torch.float32), torch.zeros(m, m, dtype=torch.float32)
         return batches * best_of(lambda: H.addmm_(x.T, x))
 
     def factor(m: int) -> float:
@@ -151,7 +151,11 @@ def unavoidable(shape: Shape, samples: int, length: int) -> dict[str, float]:
 
     def update(out: int, m: int) -> float:
         # by halves: out * m^2 flops in all, half of them in the first product
-        done, rest, U = torch.randn(m // 2, out), torch.randn(m // 2, out), torch.randn(m // 2, m // 2)
+        done, rest, U = (
+            torch.randn(m // 2, out, dtype=torch.float32),
+            torch.randn(m // 2, out, dtype=torch.float32),
+            torch.randn(m // 2, m // 2, dtype=torch.float32),
+        )
         return 2 * best_of(lambda: rest.addmm_(U.T, done, alpha=-1))
 
     groups = [shape.hidden, shape.hidden, shape.hidden, shape.inter]  # of q/k/v, o, gate/up, down
@@ -169,7 +173,7 @@ def packing_bench(out: int = 2048, columns: int = 2048) -> list[dict[str, Any]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        weight = torch.zeros(out, columns)
+        weight = torch.zeros(out, columns, dtype=torch.float32)
         gigabytes = weight.nbytes / 1e9
         copy = gigabytes / best_of(weight.clone)
         rows = [{"what": "copy", "pack": copy, "unpack": copy}]
@@ -192,9 +196,13 @@ def _random_codes(segment: Planes | Ints, out: int) -> dict[str, Tensor]:
     groups = group_count(segment.columns, segment.group)
     if isinstance(segment, Planes):
         bits = torch.randint(2, (segment.planes, out, segment.columns), generator=generator, dtype=torch.uint8)
-        return {"bits": bits.bool(), "scale": torch.ones(segment.planes, out, groups)}
+        return {"bits": bits.bool(), "scale": torch.ones(segment.planes, out, groups, dtype=torch.float32)}
     codes = torch.randint(2**segment.bits, (out, segment.columns), generator=generator, dtype=torch.uint8)
-    return {"codes": codes, "scale": torch.ones(out, groups), "zero": torch.ones(out, groups)}
+    return {
+        "codes": codes,
+        "scale": torch.ones(out, groups, dtype=torch.float32),
+        "zero": torch.ones(out, groups, dtype=torch.float32),
+    }
 
 
 if __name__ == "__main__":

@@ -32,13 +32,19 @@ def quantize_bench(
     shape = shape or Shape()
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     generator = torch.Generator().manual_seed(0)
-    weights = {name: torch.randn(size, generator=generator) / size[1] ** 0.5 for name, size in shape.linears.items()}
+    weights = {
+        name: torch.randn(size, generator=generator, dtype=torch.float32) / size[1] ** 0.5
+        for name, size in shape.linears.items()
+    }
     inputs = {}  # Linears that see the same, by their first: a Hessian for each
     for leader, names in (("q", "qkv"), ("o", "o"), ("gate", ("gate", "up")), ("down", ("down",))):
         members = [name for name in weights if name.split(".")[1].removesuffix("_proj") in names]
         m = weights[members[0]].shape[1]
         inputs[leader] = InputStats(m, needs=Need.HESSIAN | Need.MAGNITUDES), members
-        inputs[leader][0].add(torch.randn(2 * m, m, generator=generator) * torch.rand(m, generator=generator))
+        inputs[leader][0].add(
+            torch.randn(2 * m, m, generator=generator, dtype=torch.float32)
+            * torch.rand(m, generator=generator, dtype=torch.float32)
+        )
     methods = {name: Recipe.load(name).quantize for name in recipes}
     seconds = dict.fromkeys(methods, math.inf)
     for _ in range(repeat):

@@ -75,7 +75,9 @@ class IndexedOutliers(Outliers):
 
     def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """Replace what out [rows, columns] fp32 holds at the stored columns."""
-        first = [torch.full((entries, 1), start, device=out.device) for start, _, entries in self.blocks]
+        first = [
+            torch.full((entries, 1), start, device=out.device, dtype=torch.int64) for start, _, entries in self.blocks
+        ]
         out.scatter_(1, (parts["_index"] + torch.cat(first)).T, _grid_values(parts))
 
     def faults(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
@@ -89,7 +91,7 @@ class IndexedOutliers(Outliers):
     def random(self, out_features: int, generator: torch.Generator) -> dict[str, Tensor]:
         index = []
         for _, size, entries in self.blocks:
-            order = torch.rand(size, out_features, generator=generator, device=generator.device, dtype=torch.float32)
+            order = torch.rand(size, out_features, generator=generator, dtype=torch.float32, device=generator.device)
             index.append(order.argsort(0)[:entries].sort(0).values.to(torch.uint8))
         return {**super().random(out_features, generator), "_index": torch.cat(index)}
 

@@ -130,5 +130,9 @@ def unknown_fields(cls: type, entry: Mapping[str, Any]) -> set[str]:
 
 def random_marks(rows: int, columns: int, counts: Tensor | int, generator: torch.Generator) -> Tensor:
     """Words [rows, words] int16 in which `counts` (one number, or [rows, 1]) random columns of each row are marked."""
-    order = torch.rand(rows, columns, generator=generator, device=generator.device).argsort(1).argsort(1)
+    order = (
+        torch.rand(rows, columns, generator=generator, dtype=torch.float32, device=generator.device)
+        .argsort(1)
+        .argsort(1)
+    )
     return pack_fields((order < counts).to(torch.uint8), 1)

@@ -54,7 +54,7 @@ def shared_inputs(decoder: Decoder) -> dict[str, str] | None:
     linears = {name: module for i in range(len(decoder.blocks)) for name, module in decoder.linears(i).items()}
     ids = torch.zeros(1, 8, dtype=torch.int64, device="meta")
     # most models read their mask's values unless it comes ready made
-    for mask in (torch.zeros(1, 1, 8, 8, device="meta"), None):
+    for mask in (torch.zeros(1, 1, 8, 8, device="meta", dtype=torch.float32), None):
         with suppress(Exception), torch.no_grad():
             groups = watch_inputs(
                 linears,

@@ -89,7 +89,7 @@ def _timed(f: Callable[[], object], device: torch.device) -> float:
 
 
 def random(rows: int, columns: int, device: torch.device) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(device)
 
 
 def _product_rate(dtype: torch.dtype, device: torch.device) -> float:

@@ -164,7 +164,7 @@ class _Fit:
         """Optimizer step number `step`; raises `_NotFinite` before any parameter has changed."""
         rows = self._rows(step)
         self.optimizer.zero_grad()
-        loss = torch.zeros((), device=self.device)
+        loss = torch.zeros((), dtype=torch.float32, device=self.device)
         for start in range(0, len(rows), self.spec.batch):
             batch = rows[start : start + self.spec.batch]
             with self._autocast():

@@ -303,7 +303,9 @@ def _basis(hidden: Tensor, rank: float, seed: int) -> Basis:
     rows = rows * (limit / norms.maximum(limit))
     rows = rows - rows.mean(0)
     width = max(1, round(rank * rows.shape[1]))
-    start = torch.randn(rows.shape[1], width, generator=torch.Generator().manual_seed(seed)).to(rows)
+    start = torch.randn(rows.shape[1], width, generator=torch.Generator().manual_seed(seed), dtype=torch.float32).to(
+        rows
+    )
     V = torch.linalg.qr(start).Q
     for _ in range(3):  # a start and two iterations
         V = torch.linalg.qr(rows.T @ (rows @ V)).Q

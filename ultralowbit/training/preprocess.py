@@ -40,15 +40,15 @@ class Adapted(nn.Module):
         self.linear, self.spec = linear, spec
         device = linear.weight.device
         bound = in_features**-0.5  # as Kaiming's uniform with a = sqrt(5), which LoRA's code starts A from
-        start = torch.empty(spec.rank, in_features).uniform_(-bound, bound, generator=generator)
+        start = torch.empty(spec.rank, in_features, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
         self.A = nn.Parameter(start.to(device))
-        self.B = nn.Parameter(torch.zeros(out_features, spec.rank, device=device))
+        self.B = nn.Parameter(torch.zeros(out_features, spec.rank, dtype=torch.float32, device=device))
         self.generator = generator
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
         if self.training and self.spec.dropout:
-            keep = torch.rand(x.shape, generator=self.generator).to(x.device) >= self.spec.dropout
+            keep = torch.rand(x.shape, generator=self.generator, dtype=torch.float32).to(x.device) >= self.spec.dropout
             x = x * keep / (1 - self.spec.dropout)
         return y + F.linear(F.linear(x, self.A), self.B) * (self.spec.alpha / self.spec.rank)
 

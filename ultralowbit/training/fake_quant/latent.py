@@ -152,7 +152,7 @@ class LatentDual(LatentPlanes):
     ) -> None:
         super().__init__(segment, parts, train, keep, estimator)
         mirrored = (self.scale[:, 0] < self.scale[:, 1])[..., None]  # [out, groups, 1]
-        self.register_buffer("mirror", torch.where(mirrored, -1.0, 1.0) if mirrored.any() else None)
+        self.register_buffer("mirror", 1 - 2 * mirrored.float() if mirrored.any() else None)
         with torch.no_grad():
             self._follow(latent, parts, "latent" in train)
 

@@ -91,7 +91,7 @@ class FakeQuantLinear(nn.Module):
             keep = None if self.keep is None else self.keep[:, columns].bool()
             start = Start(train, own, keep, estimator or STE(), scales, planes)
             self.parts.append(fake_quant(segment, parts, start))
-        row = torch.ones(self.out_features, device=self.device) if planes else None
+        row = torch.ones(self.out_features, dtype=torch.float32, device=self.device) if planes else None
         register(self, "row", row if "row" in train else None, True)
         if not self.by_kind():
             raise InputError(f"{format.summary} has none of what is to be trained: {', '.join(sorted(train))}")
@@ -102,7 +102,7 @@ class FakeQuantLinear(nn.Module):
         self.register_buffer("keep", None)
         self.register_buffer("values", None)
         if outliers is not None:
-            values = torch.full(self.packed.shape, torch.nan, device=self.device)
+            values = torch.full(self.packed.shape, torch.nan, dtype=torch.float32, device=self.device)
             outliers.decode({suffix: tensors[f"weight_outliers{suffix}"] for suffix in outliers.tensors(1)}, values)
             self.keep, self.values = values.isnan().to(torch.uint8), values.nan_to_num_()
 

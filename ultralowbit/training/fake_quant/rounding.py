@@ -51,7 +51,7 @@ class Permute(torch.autograd.Function):
 
 
 def decoded(segment: Segment, parts: Mapping[str, Tensor]) -> Tensor:
-    weight = torch.empty(parts[""].shape[-2], segment.columns, device=parts[""].device)
+    weight = torch.empty(parts[""].shape[-2], segment.columns, device=parts[""].device, dtype=torch.float32)
     segment.decode(parts, weight)
     return weight
 

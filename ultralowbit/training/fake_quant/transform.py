@@ -30,7 +30,7 @@ class FakeQuantTransform(nn.Module):
         segments = packed.format.segments
         # Ints beside planes are not trained, so neither are the factors of their columns
         kind = next((kind for kind in (Planes, Ints) if any(isinstance(s, kind) for s in segments)), ())
-        trained = torch.cat([torch.full((s.columns,), isinstance(s, kind)) for s in segments])
+        trained = torch.cat([torch.full((s.columns,), isinstance(s, kind), dtype=torch.bool) for s in segments])
         column = parts["_scale"].float() if "_scale" in parts else None
         train = train and column is not None and bool(trained.any())
         register(self, "column", column, train)
