@@ -110,7 +110,7 @@ struct Kernel {
 
   static void input(const Plan& plan, void* const* tensors, const void* x, int64_t dtype, float* out, float* scratch) {
     const int64_t n = plan.columns;
-    float* first = plan.partition < 0 ? out : scratch;
+    float* first = plan.channel_order < 0 ? out : scratch;
     load(x, dtype, n, first);
     if (plan.hadamard) {
       int64_t size = plan.hadamard;
@@ -119,8 +119,8 @@ struct Kernel {
         walsh(first + at, size);
       }
     }
-    if (plan.partition >= 0) {
-      const uint16_t* words = halves_at(tensors, plan.partition);
+    if (plan.channel_order >= 0) {
+      const uint16_t* words = halves_at(tensors, plan.channel_order);
       float *marked = out, *others = out + plan.first;
       for (int64_t k = 0; k < n; k++) *(code_at(words, n, 1, k) ? marked : others)++ = first[k];
     }
@@ -532,11 +532,11 @@ struct Kernel {
         }
       }
     }
-    for (int64_t i = 0; i < plan.overlays; i++) overlay(plan.overlay[i], tensors, plan.columns, out, row, weight);
+    for (int64_t i = 0; i < plan.outlier_parts; i++) replace(plan.outliers[i], tensors, plan.columns, out, row, weight);
     save(weight, dtype, plan.columns, to, 0);
   }
 
-  static void overlay(const Overlay& o, void* const* tensors, int64_t columns, int64_t out, int64_t row, float* weight) {
+  static void replace(const Outliers& o, void* const* tensors, int64_t columns, int64_t out, int64_t row, float* weight) {
     const float scale = half_at(halves_at(tensors, o.scale) + row);
     const float zero = static_cast<const uint8_t*>(tensors[o.zero])[row];
     const auto* value = static_cast<const uint8_t*>(tensors[o.values]) + row;

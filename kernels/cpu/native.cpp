@@ -198,7 +198,7 @@ int ultralowbit_product(int64_t isa_index, const Plan* plan, void* const* tensor
   return 1;
 }
 
-// Rows [row, row + count) of the weight that the segments and the overlay store -> to [count, columns] in dtype.
+// Rows [row, row + count) of the weight that the segments and the outliers store -> to [count, columns] in dtype.
 int ultralowbit_decode(int64_t isa_index, const Plan* plan, void* const* tensors, int64_t out, int64_t row,
                        int64_t count, int64_t dtype, void* to, int64_t threads) try {
   const Isa& isa = *isa_at(isa_index);

@@ -29,17 +29,17 @@ struct Offset {
 
 // Single weights of a row in the place of the others: `count` by index in each block, or at most `count` in all, where
 // mask words have bits.
-struct Overlay {
+struct Outliers {
   int64_t index, mask, values, scale, zero, count, block;
 };
 
 struct Plan {
-  int64_t columns, hadamard, partition, first, column_scale;
-  int64_t tables, streams, offsets, overlays;
+  int64_t columns, hadamard, channel_order, first, column_scale;
+  int64_t tables, streams, offsets, outlier_parts;
   const Table* table;
   const Stream* stream;
   const Offset* offset;
-  const Overlay* overlay;
+  const Outliers* outliers;
 };
 }
 

@@ -121,7 +121,7 @@ def test_the_budget_is_the_file(packed, model):
             {"sign planes": 10 * 14, "scales and offsets": 10 * 2, "input transform": 14 + 200},
         ),
     ],
-    ids=["ints, planes, masked", "zones, outliers", "transform"],
+    ids=["ints, planes, masked", "salient split, outliers", "transform"],
 )  # fmt: skip
 def test_every_part_has_its_kind(format, expected):
     tensors = {f"x.{name}": spec for name, spec in format.tensors(10, 100).items()}

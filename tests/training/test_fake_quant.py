@@ -1,5 +1,5 @@
-"""Trainable views: their values are the packed ones bit for bit, their gradients those of the formulas, and training
-them helps."""
+"""Fake-quantized Linears: their values are the packed ones bit for bit, their gradients those of the formulas, and
+training them helps."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ultralowbit.errors import FormatError, InputError
+from ultralowbit.format import testing
 from ultralowbit.format.ints import Ints
 from ultralowbit.format.outliers import IndexedOutliers, MaskedOutliers
 from ultralowbit.format.planes import Planes
@@ -37,65 +38,50 @@ def groups_of(segment) -> int:
     return 1 if segment.group is None else -(-segment.columns // segment.group)
 
 
-def random_parts(part, rows: int, generator: torch.Generator, first: int = 0) -> dict[str, Tensor | None]:
-    """What `encode` takes: scales falling from plane to plane, dual planes as DB-LLM starts them, some mirrored."""
+def random_packed(format: Format, rows: int, seed: int = 0) -> PackedWeight:
+    """Random codes under scales as methods leave them: falling from plane to plane, dual ones as DB-LLM starts them."""
+    packed = testing.random_packed(format, rows, seed)
+    generator = torch.Generator().manual_seed(seed)
 
     def size(*shape: int) -> Tensor:
-        return (0.02 * (torch.rand(*shape, generator=generator) + 0.5)).half().float()
+        return 0.02 * (torch.rand(shape, generator=generator) + 0.5)
 
-    if isinstance(part, IndexedOutliers | MaskedOutliers):
-        score = torch.rand(rows, part.columns, generator=generator)
-        mask = score.argsort(1).argsort(1) < getattr(part, "capacity", 0)
-        for start, width, entries in getattr(part, "blocks", []):
-            mask[:, start : start + width] = score[:, start : start + width].argsort(1).argsort(1) < entries
-        codes = torch.randint(256, (rows, part.columns), generator=generator).to(torch.uint8)
-        return {"mask": mask, "codes": codes, "scale": size(rows), "zero": torch.full((rows,), 100.0)}
-    if isinstance(part, InputTransform):
-        channel_order = torch.zeros(part.columns, dtype=torch.bool)
-        channel_order[torch.randperm(part.columns, generator=generator)[:first]] = True
-        return {"channel_order": channel_order, "scale": 50 * size(part.columns)}
-    groups = groups_of(part)
-    if isinstance(part, Ints):
-        codes = torch.randint(2**part.bits, (rows, part.columns), generator=generator).to(torch.uint8)
-        zero = None if part.symmetric else torch.randint(2**part.bits, (rows, groups), generator=generator).float()
-        return {"codes": codes, "scale": size(rows, groups), "zero": zero}
-    scale = size(part.planes, rows, groups) * 0.4 ** torch.arange(part.planes)[:, None, None]
-    if part.alphabet == "01" and part.planes == 2:
-        sign = torch.where(torch.rand(rows, groups, generator=generator) < 0.3, -1.0, 1.0)
-        scale = torch.stack([sign * scale[0], -sign * scale[1]])
-    bits = torch.randint(2, (part.planes, rows, part.columns), generator=generator).bool()
-    offset = {"offset": (0.01 * torch.randn(rows, groups, generator=generator)).half().float()} if part.offset else {}
-    return {"bits": bits, "scale": scale.half().float(), **offset}
+    for prefix, _, part in format.parts:
+        if f"{prefix}_scale" in packed.tensors:
+            scale = size(*packed.tensors[f"{prefix}_scale"].shape)
+            if isinstance(part, Planes):
+                scale *= 0.4 ** torch.arange(part.planes)[:, None, None]
+                if part.alphabet == "01" and part.planes == 2:  # every third group is mirrored
+                    sign = torch.where(torch.rand(scale.shape[1:], generator=generator) < 0.3, -1.0, 1.0)
+                    scale = torch.stack([sign * scale[0], -sign * scale[1]])
+            packed.tensors[f"{prefix}_scale"] = (50 * scale if isinstance(part, InputTransform) else scale).half()
+        if f"{prefix}_offset" in packed.tensors:
+            offset = torch.randn(packed.tensors[f"{prefix}_offset"].shape, generator=generator)
+            packed.tensors[f"{prefix}_offset"] = (0.01 * offset).half()
+    return packed
 
 
-def random_packed(format: Format, rows: int, seed: int = 0) -> PackedWeight:
-    generator = torch.Generator().manual_seed(seed)
-    parts = [*format.segments, *filter(None, (format.outliers, format.transform))]
-    first = format.segments[0].columns
-    return PackedWeight.encode(format, *(random_parts(part, rows, generator, first) for part in parts))
-
-
-def disturb(view: nn.Module, seed: int = 0, size: float = 0.3) -> None:
+def disturb(linear: nn.Module, seed: int = 0, size: float = 0.3) -> None:
     """As after many steps: each parameter a good deal elsewhere, some scales through zero."""
     with torch.no_grad():
-        for i, p in enumerate(view.parameters()):
+        for i, p in enumerate(linear.parameters()):
             p += size * (p.abs().mean() + 1e-3) * normal(*p.shape, seed=seed + i)
 
 
-def bits_of(view: FakeQuantLinear) -> list[Tensor]:
+def bits_of(linear: FakeQuantLinear) -> list[Tensor]:
     """[out, groups, group] of each plane of the only segment."""
-    planes = view.parts[0]
+    planes = linear.parts[0]
     with torch.no_grad():
         return planes.codes({**dict(planes.named_parameters()), **dict(planes.named_buffers())}, 0)[0]
 
 
-def agrees(view: FakeQuantLinear) -> None:
+def agrees(linear: FakeQuantLinear) -> None:
     with torch.no_grad():
-        dense = view.dense()
-    packed = view.pack()
-    assert packed.format == view.packed.format
+        dense = linear.dense()
+    packed = linear.pack()
+    assert packed.format == linear.packed.format
     assert torch.equal(dense, packed.dequantize())
-    again = FakeQuantLinear(packed, set(view.by_kind()) - {"latent"} or {"scale"})
+    again = FakeQuantLinear(packed, set(linear.by_kind()) - {"latent"} or {"scale"})
     assert torch.equal(again.dense(), dense)
 
 
@@ -134,22 +120,22 @@ def formats(draw) -> Format:
     st.sampled_from([STE(), Clip(), ReSTE(), BiPer()]),
     st.integers(0, 2**20),
 )
-def test_a_view_is_what_it_packs_to(format, rows, train, estimator, seed):
+def test_a_fake_quantized_linear_is_what_it_packs_to(format, rows, train, estimator, seed):
     """At the start the packed weight itself, and after any training the one that it packs to, bit for bit."""
     packed = random_packed(format, rows, seed)
     latent = packed.dequantize() + 0.003 * normal(*packed.shape, seed=seed)
     try:
-        view = FakeQuantLinear(packed, train, latent=latent if "latent" in train else None, estimator=estimator)
+        linear = FakeQuantLinear(packed, train, latent=latent if "latent" in train else None, estimator=estimator)
     except InputError as e:
         assert format.summary in str(e)
         return
     if "latent" not in train:
-        assert torch.equal(view.dense(), packed.dequantize())
-        assert all(torch.equal(view.pack().tensors[name], t) for name, t in packed.tensors.items())
-    agrees(view)
+        assert torch.equal(linear.dense(), packed.dequantize())
+        assert all(torch.equal(linear.pack().tensors[name], t) for name, t in packed.tensors.items())
+    agrees(linear)
     for step in range(2):
-        disturb(view, seed + step)
-        agrees(view)
+        disturb(linear, seed + step)
+        agrees(linear)
 
 
 WEIGHTS = {
@@ -180,13 +166,13 @@ def test_training_a_latent_weight_starts_from_the_packed_one(method, weight):
     """Whatever the original weight is: its own code differs from that of a method that compensates."""
     packed = method.quantize(weight, None)
     for latent in (weight, weight.flip(0) * 0.7 + 1e-4 * normal(*weight.shape)):
-        view = FakeQuantLinear(packed, {"latent", "scale"}, latent=latent)
-        assert torch.equal(view.dense(), packed.dequantize())
-        agrees(view)
-        disturb(view)
-        agrees(view)
+        linear = FakeQuantLinear(packed, {"latent", "scale"}, latent=latent)
+        assert torch.equal(linear.dense(), packed.dequantize())
+        agrees(linear)
+        disturb(linear)
+        agrees(linear)
         with torch.no_grad():
-            weight = view.dense()
+            weight = linear.dense()
         assert weight.isfinite().all()
 
 
@@ -212,12 +198,12 @@ def test_planes_in_any_order_become_serial(group):
     scale = (0.05 * torch.randn(2, 6, groups, generator=generator)).half().float()
     bits = torch.randint(2, (2, 6, 50), generator=generator).bool()
     packed = PackedWeight.encode(Format((segment,)), {"bits": bits, "scale": scale})
-    view = FakeQuantLinear(packed, {"latent", "scale"}, latent=0.02 * normal(6, 50))
-    assert torch.equal(view.dense(), packed.dequantize())
-    first, second = view.parts[0].scale.detach().unbind(1)
+    linear = FakeQuantLinear(packed, {"latent", "scale"}, latent=0.02 * normal(6, 50))
+    assert torch.equal(linear.dense(), packed.dequantize())
+    first, second = linear.parts[0].scale.detach().unbind(1)
     assert (first >= second).all() and (second >= 0).all()
-    disturb(view)
-    agrees(view)
+    disturb(linear)
+    agrees(linear)
 
 
 def dual(weight: Tensor, group: int | None = None, mirror: bool = False) -> PackedWeight:
@@ -239,20 +225,20 @@ def dual(weight: Tensor, group: int | None = None, mirror: bool = False) -> Pack
 def test_dual_planes_follow_the_latent_weight(group, mirror, train):
     weight = 0.02 * normal(6, 100)
     packed = dual(weight, group, mirror)
-    view = FakeQuantLinear(packed, train, latent=weight)
-    assert torch.equal(view.dense(), packed.dequantize())
-    assert torch.equal(view.pack().tensors["weight"], packed.tensors["weight"])
-    disturb(view, size=0.1)
-    agrees(view)
+    linear = FakeQuantLinear(packed, train, latent=weight)
+    assert torch.equal(linear.dense(), packed.dequantize())
+    assert torch.equal(linear.pack().tensors["weight"], packed.tensors["weight"])
+    disturb(linear, size=0.1)
+    agrees(linear)
     # the bits are those of the paper's rule at the new scales
-    planes = view.parts[0]
+    planes = linear.parts[0]
     a1, a2 = (a.repeat_interleave(group or 100, 1)[:, :100] for a in planes.scale.detach().unbind(1))
     w, sign = planes.latent.detach(), -1 if mirror else 1
     b1 = (sign * (w - (a1 + a2) / 2) >= 0).float()
     b2 = (sign * -(w - a1 * b1 - a2 / 2) >= 0).float()
-    bits = torch.stack([bits.flatten(1)[:, :100] for bits in bits_of(view)])
+    bits = torch.stack([bits.flatten(1)[:, :100] for bits in bits_of(linear)])
     assert torch.equal(bits, torch.stack([b1, b2]))
-    assert view.pack().sparsity == pytest.approx((1 - bits.mean((1, 2))).tolist())
+    assert linear.pack().sparsity == pytest.approx((1 - bits.mean((1, 2))).tolist())
 
 
 def test_sparsity_is_of_bool_planes_only():
@@ -265,14 +251,14 @@ def test_sparsity_is_of_bool_planes_only():
 def test_row_factors_scale_what_is_stored():
     """PTQ1.61: r (a sign(w - c) + c), stored as r a and r c."""
     packed = random_packed(Format((Planes(30, 1, None, offset=True), Ints(10, 4))), 4)
-    view = FakeQuantLinear(packed, {"row"})
-    assert torch.equal(view.dense(), packed.dequantize())
+    linear = FakeQuantLinear(packed, {"row"})
+    assert torch.equal(linear.dense(), packed.dequantize())
     with torch.no_grad():
-        view.row.copy_(torch.tensor([2.0, 0.5, -1.0, 4.0]))
+        linear.row.copy_(torch.tensor([2.0, 0.5, -1.0, 4.0]))
     expected = packed.dequantize()
-    expected[:, :30] *= view.row.detach()[:, None]
-    assert torch.equal(view.dense(), expected)
-    agrees(view)
+    expected[:, :30] *= linear.row.detach()[:, None]
+    assert torch.equal(linear.dense(), expected)
+    agrees(linear)
 
 
 def ptq161(rows: int = 5, salient: int = 8, columns: int = 40, hadamard: int | None = None) -> PackedWeight:
@@ -285,19 +271,19 @@ def ptq161(rows: int = 5, salient: int = 8, columns: int = 40, hadamard: int | N
 
 def test_column_factors_are_those_of_the_planes():
     packed = ptq161()
-    view = FakeQuantLinear(packed, {"column", "row", "scale"})
-    assert {kind: len(ps) for kind, ps in view.by_kind().items()} == {"column": 1, "row": 1, "scale": 1}
+    linear = FakeQuantLinear(packed, {"column", "row", "scale"})
+    assert {kind: len(ps) for kind, ps in linear.by_kind().items()} == {"column": 1, "row": 1, "scale": 1}
     G = normal(5, 40)
-    (G * view.dense()).sum().backward()
+    (G * linear.dense()).sum().backward()
     order = packed.format.transform.order({"_channel_order": packed.tensors["weight_input_channel_order"]})
     stored = packed.format.untransformed.decode(packed.tensors)
-    grad = view.input.column.grad
+    grad = linear.input.column.grad
     assert (grad[:8] == 0).all()
     torch.testing.assert_close(grad[8:], (G[:, order] * stored).sum(0)[8:], rtol=1e-4, atol=1e-6)
-    disturb(view)  # also what is not trained, as a decay of weights would
-    agrees(view)
-    assert (view.pack().tensors["weight_input_scale"][:8] == 1).all()
-    assert torch.equal(view.dense()[:, order[:8]], packed.dequantize()[:, order[:8]])
+    disturb(linear)  # also what is not trained, as a decay of weights would
+    agrees(linear)
+    assert (linear.pack().tensors["weight_input_scale"][:8] == 1).all()
+    assert torch.equal(linear.dense()[:, order[:8]], packed.dequantize()[:, order[:8]])
 
 
 @pytest.mark.parametrize("hadamard", [None, 16])
@@ -306,46 +292,46 @@ def test_the_latent_weight_is_in_the_stored_columns(hadamard, train):
     """A weight near the packed one in x's basis has its bits in the stored one."""
     packed = ptq161(hadamard=hadamard)
     near = packed.dequantize() + 1e-5 * normal(5, 40)
-    view = FakeQuantLinear(packed, train, latent=near)
-    assert torch.equal(view.dense(), packed.dequantize())
-    far = (view.parts[1].latent - packed.format.untransformed.decode(packed.tensors)[:, 8:]).abs().max()
+    linear = FakeQuantLinear(packed, train, latent=near)
+    assert torch.equal(linear.dense(), packed.dequantize())
+    far = (linear.parts[1].latent - packed.format.untransformed.decode(packed.tensors)[:, 8:]).abs().max()
     assert 0 < far < 1e-4
-    disturb(view)
-    agrees(view)
+    disturb(linear)
+    agrees(linear)
 
 
 def test_gradients_of_a_rotated_weight():
     """Against the same product with rotated inputs, which autograd goes through by itself."""
     packed, x, target = ptq161(hadamard=16), normal(30, 40), normal(30, 5)
-    view = FakeQuantLinear(packed, {"scale", "column"})
-    F.mse_loss(view(x), target).backward()
+    linear = FakeQuantLinear(packed, {"scale", "column"})
+    F.mse_loss(linear(x), target).backward()
     scale = packed.tensors["weight_1_scale"].float()[0, 0, :, None].requires_grad_()
-    offset, bits = packed.tensors["weight_1_offset"].float().T, view.parts[1].bits[:, 0, 0].float()
+    offset, bits = packed.tensors["weight_1_offset"].float().T, linear.parts[1].bits[:, 0, 0].float()
     column = packed.tensors["weight_input_scale"].float().requires_grad_()
     stored = torch.cat([packed.format.untransformed.decode(packed.tensors)[:, :8], bits * scale + offset], dim=1)
     moved = packed.format.transform.apply(
         {"_channel_order": packed.tensors["weight_input_channel_order"], "_scale": torch.ones(40)}, x
     )
     F.mse_loss((moved * column) @ stored.T, target).backward()
-    torch.testing.assert_close(view.parts[1].scale.grad[..., 0], scale.grad, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(view.input.column.grad[8:], column.grad[8:], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(linear.parts[1].scale.grad[..., 0], scale.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(linear.input.column.grad[8:], column.grad[8:], rtol=1e-4, atol=1e-6)
 
 
 def test_analytic_scales_are_those_of_the_latent_weight():
     """PB-LLM: mean |w - c| over the binarised weights of the group, whatever the packed scale was."""
     weight = 0.02 * normal(8, 100)
     packed = PBLLM(group=32, ratio=0.1).quantize(weight, None)
-    view = FakeQuantLinear(packed, {"latent"}, latent=weight, scales="analytic")
-    assert view.by_kind().keys() == {"latent"}
-    disturb(view)
-    agrees(view)
-    c, latent = packed.tensors["weight_offset"].float(), view.parts[0].latent.detach()
+    linear = FakeQuantLinear(packed, {"latent"}, latent=weight, scales="analytic")
+    assert linear.by_kind().keys() == {"latent"}
+    disturb(linear)
+    agrees(linear)
+    c, latent = packed.tensors["weight_offset"].float(), linear.parts[0].latent.detach()
     for g in range(4):
         columns = slice(32 * g, min(100, 32 * g + 32))
-        low = view.keep[:, columns].bool()
+        low = linear.keep[:, columns].bool()
         size = (latent[:, columns] - c[g][:, None]).abs()
         expected = torch.stack([s[k].double().mean() for s, k in zip(size, low, strict=True)])
-        torch.testing.assert_close(view.pack().tensors["weight_scale"][0, g].double(), expected, rtol=1e-3, atol=0)
+        torch.testing.assert_close(linear.pack().tensors["weight_scale"][0, g].double(), expected, rtol=1e-3, atol=0)
     with pytest.raises(InputError, match="analytic scales"):
         FakeQuantLinear(packed, {"scale"}, latent=weight, scales="analytic")
 
@@ -353,33 +339,33 @@ def test_analytic_scales_are_those_of_the_latent_weight():
 def test_replaced_weights_stay():
     weight = 0.02 * normal(8, 300)
     packed = PBLLM(ratio=0.2).quantize(weight, None)
-    view = FakeQuantLinear(packed, {"scale", "offset", "row", "latent"}, latent=weight)
-    view.dense().square().sum().backward()
-    replaced, grad = view.keep == 0, view.parts[0].latent.grad
+    linear = FakeQuantLinear(packed, {"scale", "offset", "row", "latent"}, latent=weight)
+    linear.dense().square().sum().backward()
+    replaced, grad = linear.keep == 0, linear.parts[0].latent.grad
     assert (grad[replaced] == 0).all() and (grad[~replaced] != 0).all()
-    disturb(view)
-    assert torch.equal(view.dense()[replaced], packed.dequantize()[replaced])
-    after = view.pack().tensors
+    disturb(linear)
+    assert torch.equal(linear.dense()[replaced], packed.dequantize()[replaced])
+    after = linear.pack().tensors
     assert all(torch.equal(after[n], t) for n, t in packed.tensors.items() if n.startswith("weight_outliers"))
 
 
 def test_scales_of_integers_stay_positive():
     packed = random_packed(Format((Ints(20, 4, 8),)), 3)
-    view = FakeQuantLinear(packed, {"scale"})
+    linear = FakeQuantLinear(packed, {"scale"})
     with torch.no_grad():
-        view.parts[0].scale[0] = -1.0
-    assert (view.pack().tensors["weight_scale"][:, 0].float() == MIN_SCALE).all()
-    agrees(view)
-    view.dense().sum().backward()  # the gradient still reaches it
-    assert view.parts[0].scale.grad.isfinite().all()
+        linear.parts[0].scale[0] = -1.0
+    assert (linear.pack().tensors["weight_scale"][:, 0].float() == MIN_SCALE).all()
+    agrees(linear)
+    linear.dense().sum().backward()  # the gradient still reaches it
+    assert linear.parts[0].scale.grad.isfinite().all()
 
 
 def test_a_scale_beyond_fp16_is_an_error_and_not_a_packed_infinity():
-    view = FakeQuantLinear(random_packed(Format((Planes(20, 1),)), 3), {"scale"})
+    linear = FakeQuantLinear(random_packed(Format((Planes(20, 1),)), 3), {"scale"})
     with torch.no_grad():
-        view.parts[0].scale[0, 0] = 1e5
+        linear.parts[0].scale[0, 0] = 1e5
     with pytest.raises(FormatError, match="65504"):
-        view.pack()
+        linear.pack()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
@@ -390,13 +376,13 @@ def test_a_few_rows_at_a_time_change_nothing(rows, scales, monkeypatch):
     found = []
     for tile in (1 << 20, rows * 300):
         monkeypatch.setattr("ultralowbit.training.fake_quant.tiles._TILE", tile)
-        view = FakeQuantLinear(
+        linear = FakeQuantLinear(
             PBLLM(group=128).quantize(weight, None), {"scale", "latent", "row"}, latent=weight, scales=scales
         )
-        disturb(view)
-        agrees(view)
-        view.dense().square().sum().backward()
-        found.append([view.dense().detach(), *(p.grad for p in view.parameters())])
+        disturb(linear)
+        agrees(linear)
+        linear.dense().square().sum().backward()
+        found.append([linear.dense().detach(), *(p.grad for p in linear.parameters())])
     assert len(found[0]) == (4 if scales == "free" else 3)
     for whole, tiled in zip(*found, strict=True):
         torch.testing.assert_close(tiled, whole, rtol=1e-5, atol=1e-7)
@@ -409,16 +395,16 @@ def test_the_gradients_of_scales_and_offsets_are_the_exact_ones():
     """d sum(G W) / da of the packed weight in fp64, groups that do not divide, two planes."""
     segment = Planes(50, 2, 16, offset=True)
     packed, G = random_packed(Format((segment,)), 4), normal(4, 50)
-    view = FakeQuantLinear(packed, {"scale", "offset"})
-    (G * view.dense()).sum().backward()
-    bits = view.parts[0].bits.flatten(2)[..., :50].double()  # [4, planes, 50]
+    linear = FakeQuantLinear(packed, {"scale", "offset"})
+    (G * linear.dense()).sum().backward()
+    bits = linear.parts[0].bits.flatten(2)[..., :50].double()  # [4, planes, 50]
     for g in range(4):
         columns = slice(16 * g, 16 * g + 16)
         part = G[:, columns].double()
         close = {"rtol": 1e-5, "atol": 1e-6}
-        found = view.parts[0].scale.grad[..., g].double()
+        found = linear.parts[0].scale.grad[..., g].double()
         torch.testing.assert_close(found, (bits[..., columns] * part[:, None]).sum(-1), **close)
-        torch.testing.assert_close(view.parts[0].offset.grad[:, g].double(), part.sum(-1), **close)
+        torch.testing.assert_close(linear.parts[0].offset.grad[:, g].double(), part.sum(-1), **close)
 
 
 def test_the_latent_gradient_is_nearly_the_identity_with_any_number_of_planes():
@@ -426,33 +412,33 @@ def test_the_latent_gradient_is_nearly_the_identity_with_any_number_of_planes():
     weight = 0.02 * normal(6, 200)
     for planes in (1, 2, 3):
         packed = Sign(planes=planes, iterations=0).quantize(weight, None)
-        view = FakeQuantLinear(packed, {"latent"}, latent=weight)
-        view.dense().sum().backward()
-        torch.testing.assert_close(view.parts[0].latent.grad, torch.ones(6, 200), rtol=0, atol=2e-3)
+        linear = FakeQuantLinear(packed, {"latent"}, latent=weight)
+        linear.dense().sum().backward()
+        torch.testing.assert_close(linear.parts[0].latent.grad, torch.ones(6, 200), rtol=0, atol=2e-3)
 
 
 def test_serial_planes_pass_the_gradient_that_the_clip_stops_to_the_next_plane():
     weight = torch.tensor([[0.5, -1.0, 1.2, -3.0, 2.0, -0.1]]) * 0.02
     packed = Sign(planes=2, iterations=0).quantize(weight, None)
-    view = FakeQuantLinear(packed, {"latent"}, latent=weight, estimator=Clip())
-    view.dense().sum().backward()
-    (u1, u2), x = view.parts[0].units[..., 0].unbind(1), weight
+    linear = FakeQuantLinear(packed, {"latent"}, latent=weight, estimator=Clip())
+    linear.dense().sum().backward()
+    (u1, u2), x = linear.parts[0].units[..., 0].unbind(1), weight
     a1, a2 = packed.tensors["weight_scale"].float()[:, 0]
     d1 = (x.abs() <= u1).float() / u1
     rest = x - a1[:, None] * torch.where(x >= 0, 1.0, -1.0)
     d2 = (rest.abs() <= u2).float() / u2
     expected = a1 * d1 + a2 * d2 * (1 - a1 * d1)
-    torch.testing.assert_close(view.parts[0].latent.grad, expected)
+    torch.testing.assert_close(linear.parts[0].latent.grad, expected)
 
 
 def test_the_gradients_of_dual_scales_are_the_papers_with_one_unit_of_slope():
     """H straight-through in units of the range of the levels, dH(x)/dx = 1 / 2 |a_1 - a_2|, in sum and thresholds."""
     weight = 0.02 * normal(3, 64)
     packed, G = dual(weight), normal(3, 64)
-    view = FakeQuantLinear(packed, {"scale", "latent"}, latent=weight)
-    (G * view.dense()).sum().backward()
+    linear = FakeQuantLinear(packed, {"scale", "latent"}, latent=weight)
+    (G * linear.dense()).sum().backward()
     a1, a2 = (a.double() for a in packed.tensors["weight_scale"].float()[:, 0, :, None])
-    b1, b2 = (b.flatten(1).double() for b in bits_of(view))
+    b1, b2 = (b.flatten(1).double() for b in bits_of(linear))
     h = 0.5 / (a1 - a2)
     # x2 = a1 b1 + a2 / 2 - w
     for parameter, db1, dx2, direct in (
@@ -461,7 +447,9 @@ def test_the_gradients_of_dual_scales_are_the_papers_with_one_unit_of_slope():
         ("w", h, a1 * h - 1, 0.0),
     ):
         expected = G.double() * (direct + a1 * db1 + a2 * h * dx2)
-        found = view.parts[0].latent.grad if parameter == "w" else view.parts[0].scale.grad[:, int(parameter == "a2")]
+        found = (
+            linear.parts[0].latent.grad if parameter == "w" else linear.parts[0].scale.grad[:, int(parameter == "a2")]
+        )
         expected = expected if parameter == "w" else expected.sum(1, keepdim=True)
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -470,18 +458,18 @@ def test_the_gradients_of_integers_are_lsq():
     """dw^/dw = 1 inside the range and 0 outside; dw^/ds = q - w/s inside and q outside."""
     packed = random_packed(Format((Ints(40, 3, 16),)), 5)
     weight = packed.dequantize() * 1.3 + 0.004 * normal(5, 40)
-    view = FakeQuantLinear(packed, {"scale", "latent"}, latent=weight)
+    linear = FakeQuantLinear(packed, {"scale", "latent"}, latent=weight)
     G = normal(5, 40)
-    (G * view.dense()).sum().backward()
+    (G * linear.dense()).sum().backward()
     scale = packed.tensors["weight_scale"].float().T.repeat_interleave(16, 1)[:, :40]
-    zero = view.parts[0].zero.repeat_interleave(16, 1)[:, :40]
-    v = view.parts[0].latent.detach() / scale
+    zero = linear.parts[0].zero.repeat_interleave(16, 1)[:, :40]
+    v = linear.parts[0].latent.detach() / scale
     inside = (v.round() >= -zero) & (v.round() <= 7 - zero)
     q = v.round().maximum(-zero).minimum(7 - zero)
-    torch.testing.assert_close(view.parts[0].latent.grad, torch.where(inside, G, 0))
+    torch.testing.assert_close(linear.parts[0].latent.grad, torch.where(inside, G, 0))
     expected = G * torch.where(inside, q - v, q)
     expected = torch.stack([expected[:, s : s + 16].sum(1) for s in (0, 16, 32)], dim=1)
-    torch.testing.assert_close(view.parts[0].scale.grad, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(linear.parts[0].scale.grad, expected, rtol=1e-4, atol=1e-4)
 
 
 # --- what is trained ------------------------------------------------------------------------------------------------
@@ -508,14 +496,14 @@ def test_what_there_is_to_train():
 
 
 def test_nothing_to_train_is_an_error_that_names_the_format():
-    zones = BiLLM().quantize(normal(4, 200), None)
-    assert isinstance(zones.format.segments[0], SalientSplit)
-    with pytest.raises(InputError, match=r"200xzones.* none of what is to be trained: offset, scale"):
-        FakeQuantLinear(zones, {"scale", "offset"})
+    split = BiLLM().quantize(normal(4, 200), None)
+    assert isinstance(split.format.segments[0], SalientSplit)
+    with pytest.raises(InputError, match=r"200xsalient.* none of what is to be trained: offset, scale"):
+        FakeQuantLinear(split, {"scale", "offset"})
     with pytest.raises(InputError, match=r"20xint2/row .*: row"):
         FakeQuantLinear(random_packed(Format((Ints(20, 2),)), 2), {"row"})
     with pytest.raises(InputError, match="cannot train gain, scales"):
-        FakeQuantLinear(zones, {"scales", "gain"})
+        FakeQuantLinear(split, {"scales", "gain"})
     planes = random_packed(Format((Planes(20, 1),)), 2)
     with pytest.raises(ValueError, match="original weight"):
         FakeQuantLinear(planes, {"latent"})
@@ -532,7 +520,7 @@ def scaled(weight: Tensor) -> PackedWeight:
 
 
 def block() -> tuple[nn.Module, nn.Module, Tensor]:
-    """A block of two Linears with biases, the same with views of its packed weights, and inputs."""
+    """A block of two Linears with biases, the same with its weights fake-quantized, and inputs."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         teacher = nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 48)).requires_grad_(False)
@@ -582,7 +570,7 @@ def test_training_lowers_the_error_of_the_packed_block(method, train, lr, gain):
 
 
 def test_the_loop_fits_what_is_packed(tmp_path):
-    """A block of views through `fit`: the objective it reports is that of the packed block, to the last digit."""
+    """A fake-quantized block through `fit`: the objective it reports is that of the packed block, to the last digit."""
     teacher, student, x = block()
     for i in (0, 2):
         packed = Sign(planes=2).quantize(teacher[i].weight, None)
@@ -616,11 +604,11 @@ def test_analytic_scales_train():
 
 def test_forward_follows_the_inputs_dtype_and_leads():
     weight, bias = 0.1 * normal(6, 40), normal(6)
-    view = FakeQuantLinear(Sign(planes=2).quantize(weight, None), {"scale"}, bias=bias)
+    linear = FakeQuantLinear(Sign(planes=2).quantize(weight, None), {"scale"}, bias=bias)
     x = normal(2, 3, 40)
     for dtype in (torch.float32, torch.bfloat16):
-        y = view(x.to(dtype))
-        assert torch.equal(y, F.linear(x.to(dtype), view.dense().to(dtype), bias.to(dtype)))
-    assert torch.equal(view.dense().bfloat16(), view.pack().dequantize(torch.bfloat16))
+        y = linear(x.to(dtype))
+        assert torch.equal(y, F.linear(x.to(dtype), linear.dense().to(dtype), bias.to(dtype)))
+    assert torch.equal(linear.dense().bfloat16(), linear.pack().dequantize(torch.bfloat16))
     with torch.autocast("cpu", torch.bfloat16):
-        assert view(x).dtype == torch.bfloat16
+        assert linear(x).dtype == torch.bfloat16
