@@ -82,7 +82,7 @@ def test_pb_llm_hessian_salience(tmp_path):
     model, text = SHARED / "models/babyllama-361", STORIES.read_text(encoding="utf-8")
     (tmp_path / "calibration.txt").write_text(text[:400_000])
     tokens = token_stream(open_tokenizer(model), text[400_000:])[:4096]
-    found = {}
+    summed = {}
     for salience in ("hessian", "magnitude"):
         calibration = {"source": str(tmp_path / "calibration.txt"), "samples": 64, "length": 256}
         recipes = [
@@ -98,8 +98,8 @@ def test_pb_llm_hessian_salience(tmp_path):
             compress(str(model), r, tmp_path / f"{salience}-{i}", device="cpu").folder for i, r in enumerate(recipes)
         ]  # fmt: skip
         nets = [ultralowbit.load(folder, dtype=torch.float32).dequantize() for folder in folders]
-        found[salience] = sum(perplexity(net, tokens, context=256).perplexity for net in nets)
-    assert found["hessian"] < found["magnitude"]
+        summed[salience] = sum(perplexity(net, tokens, context=256).perplexity for net in nets)
+    assert summed["hessian"] < summed["magnitude"]
 
 
 def test_db_llm_free_scales(measured):

@@ -44,8 +44,8 @@ def test_the_gradient_is_the_derivative_of_the_surrogate(estimator, progress):
     unit = torch.tensor([[0.02]], dtype=torch.float64)
     step = 1e-6
     slope = (estimator.surrogate(z + step, progress) - estimator.surrogate(z - step, progress)) / (2 * step)
-    found = gradient(z * unit, unit, estimator, progress) * unit
-    torch.testing.assert_close(found[far], slope[far], rtol=1e-5, atol=1e-8)
+    measured = gradient(z * unit, unit, estimator, progress) * unit
+    torch.testing.assert_close(measured[far], slope[far], rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("estimator", ALL, ids=ESTIMATORS)

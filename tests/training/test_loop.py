@@ -74,12 +74,12 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 def test_training_lowers_the_objective_and_says_so():
     problem = Problem()
     start, before = problem.values, problem.evaluate()
-    found = problem.fit(spec())
-    assert found.before == before and found.accepted and not found.notes
-    assert found.after < 0.7 * before and found.after == problem.evaluate()
-    assert found.steps == 6 * 7 and [entry["step"] for entry in found.history] == [7, 14, 21, 28, 35, 42]
-    assert found.after == min(entry["objective"] for entry in found.history)
-    assert found.history[-1]["loss"] < found.history[0]["loss"]
+    fitted = problem.fit(spec())
+    assert fitted.before == before and fitted.accepted and not fitted.notes
+    assert fitted.after < 0.7 * before and fitted.after == problem.evaluate()
+    assert fitted.steps == 6 * 7 and [entry["step"] for entry in fitted.history] == [7, 14, 21, 28, 35, 42]
+    assert fitted.after == min(entry["objective"] for entry in fitted.history)
+    assert fitted.history[-1]["loss"] < fitted.history[0]["loss"]
     assert not same(start, problem.values) and problem.hidden.grad is None
 
 
@@ -90,7 +90,7 @@ def test_it_is_adamw_with_a_rate_for_each_kind():
         lr={"scale": 0.02, "row": 0.003}, warmup=0.2, clip_norm=2.5, weight_decay=0.01, betas=(0.8, 0.9),
         accumulation=2, epochs=3, evaluations=1,
     )  # fmt: skip
-    found = problem.fit(settings)
+    fitted = problem.fit(settings)
     optimizer = torch.optim.AdamW(
         [{"params": [again.hidden]}, {"params": [again.out]}], 0, (0.8, 0.9), weight_decay=0.01
     )
@@ -106,7 +106,7 @@ def test_it_is_adamw_with_a_rate_for_each_kind():
         again.error(rows).backward()
         norms.append(torch.nn.utils.clip_grad_norm_([again.hidden, again.out], 2.5).item())
         optimizer.step()
-    assert found.steps == 12 and min(norms) < 2.5 < max(norms)
+    assert fitted.steps == 12 and min(norms) < 2.5 < max(norms)
     for a, b in zip(problem.values, again.values, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -151,14 +151,14 @@ def test_the_start_is_kept_where_nothing_was_better():
     """An absurd rate, and a held-out objective that has nothing to do with what is trained."""
     problem = Problem()
     start = problem.values
-    found = problem.fit(spec(lr={"scale": 1e3, "row": 1e3}))
+    fitted = problem.fit(spec(lr={"scale": 1e3, "row": 1e3}))
     assert same(start, problem.values)
-    assert not found.accepted and found.after == found.before == problem.evaluate() and found.best_step == 0
-    assert found.notes[-1].startswith("the start was kept: the held-out objective was ")
+    assert not fitted.accepted and fitted.after == fitted.before == problem.evaluate() and fitted.best_step == 0
+    assert fitted.notes[-1].startswith("the start was kept: the held-out objective was ")
     problem = Problem()
     objectives = iter([1.0, *[1.0 + k for k in range(6)]])
-    found = problem.fit(spec(), evaluate=lambda: next(objectives))
-    assert same(start, problem.values) and not found.accepted and found.steps == 42  # a tie is no gain
+    fitted = problem.fit(spec(), evaluate=lambda: next(objectives))
+    assert same(start, problem.values) and not fitted.accepted and fitted.steps == 42  # a tie is no gain
 
 
 def test_the_best_parameters_are_kept_and_not_the_last():
@@ -169,18 +169,18 @@ def test_the_best_parameters_are_kept_and_not_the_last():
         kept.append(problem.values)
         return next(objectives)
 
-    found = problem.fit(spec(), evaluate=evaluate)
-    assert (found.before, found.after, found.best_step, found.accepted) == (5.0, 2.0, 14, True)
+    fitted = problem.fit(spec(), evaluate=evaluate)
+    assert (fitted.before, fitted.after, fitted.best_step, fitted.accepted) == (5.0, 2.0, 14, True)
     assert same(problem.values, kept[2]) and not same(problem.values, kept[-1])
-    assert [entry["objective"] for entry in found.history] == [4.0, 2.0, 3.0, 2.5, 9.0, 8.0]
+    assert [entry["objective"] for entry in fitted.history] == [4.0, 2.0, 3.0, 2.5, 9.0, 8.0]
 
 
 def test_patience():
     problem = Problem()
     objectives = iter([5.0, 4.0, 4.5, 3.0, 3.5, 3.2, 1.0])
-    found = problem.fit(spec(patience=2), evaluate=lambda: next(objectives))
-    assert (found.steps, found.best_step, found.after) == (35, 21, 3.0)
-    assert found.notes == ("training ended at step 35: 2 evaluations in a row were no better",)
+    fitted = problem.fit(spec(patience=2), evaluate=lambda: next(objectives))
+    assert (fitted.steps, fitted.best_step, fitted.after) == (35, 21, 3.0)
+    assert fitted.notes == ("training ended at step 35: 2 evaluations in a row were no better",)
 
 
 # --- what is not finite ---------------------------------------------------------------------------------------------
@@ -219,22 +219,22 @@ def test_one_infinity_costs_half_the_rate_and_a_second_ends_it(caplog, where, ba
         kept[len(problem.seen)] = problem.values
         return bad if len(kept) - 1 in bad_evaluations[:times] else problem.evaluate()
 
-    found = problem.fit(spec(), loss=loss, evaluate=evaluate)
-    assert all(v.isfinite().all() for v in problem.values) and math.isfinite(found.after)
-    assert same(problem.values, kept[found.best_step]) and found.accepted
+    fitted = problem.fit(spec(), loss=loss, evaluate=evaluate)
+    assert all(v.isfinite().all() for v in problem.values) and math.isfinite(fitted.after)
+    assert same(problem.values, kept[fitted.best_step]) and fitted.accepted
     first, second = (17, 30) if where != "objective" else (21, 35)
     what = {"loss": "the loss was", "gradient": "the gradient's norm was", "objective": "the held-out objective was"}
     assert re.match(
         rf"at step {first} {what[where]} (inf|nan): the parameters of step 14 were restored and training went on from "
         "them at half the learning rates$",
-        found.notes[0],
+        fitted.notes[0],
     )
-    assert caplog.messages == [f"training: {note}" for note in found.notes]
+    assert caplog.messages == [f"training: {note}" for note in fitted.notes]
     if times == 1:
-        assert len(found.notes) == 1 and found.steps == 42 and found.best_step > 14
+        assert len(fitted.notes) == 1 and fitted.steps == 42 and fitted.best_step > 14
     else:
-        assert len(found.notes) == 2 and found.steps == second
-        assert found.notes[1].endswith("were restored and training ended with them")
+        assert len(fitted.notes) == 2 and fitted.steps == second
+        assert fitted.notes[1].endswith("were restored and training ended with them")
 
 
 def test_rates_are_halved_once_and_moments_start_anew():
@@ -247,16 +247,16 @@ def test_rates_are_halved_once_and_moments_start_anew():
         return p.sum() * (math.inf if calls["loss"] == 4 else 1)
 
     settings = TrainSpec(lr={"scale": 0.1}, steps=8, batch=1, final_lr=1, evaluations=8, clip_norm=None)
-    found = fit({"scale": [p]}, loss, settings, 1, lambda: p.item())
+    fitted = fit({"scale": [p]}, loss, settings, 1, lambda: p.item())
     assert values == pytest.approx([0, -0.1, -0.2, -0.3, -0.3, -0.35, -0.4, -0.45], abs=1e-5)
-    assert found.after == pytest.approx(-0.5) and len(found.notes) == 1
+    assert fitted.after == pytest.approx(-0.5) and len(fitted.notes) == 1
 
 
 def test_a_start_that_cannot_be_judged_is_left_for_one_that_can():
     problem = Problem()
     objectives = iter([math.nan, *[float(k) for k in range(6)]])
-    found = problem.fit(spec(), evaluate=lambda: next(objectives))
-    assert math.isnan(found.before) and found.after == 0.0 and found.best_step == 7
+    fitted = problem.fit(spec(), evaluate=lambda: next(objectives))
+    assert math.isnan(fitted.before) and fitted.after == 0.0 and fitted.best_step == 7
 
 
 # --- going on after a kill --------------------------------------------------------------------------------------------
@@ -314,10 +314,10 @@ def test_a_killed_run_ends_with_the_same_bytes(name, save_seconds, tmp_path, mon
         for attempt in (die, ("loss", 2), None):  # killed, killed again soon after, then left alone
             again = Problem()
             try:
-                found = run(again, attempt, file)
+                fitted = run(again, attempt, file)
             except Killed:
                 continue
-        assert found == whole and same(again.values, problem.values)
+        assert fitted == whole and same(again.values, problem.values)
         assert content(file) == content(tmp_path / "whole")
 
 
@@ -330,8 +330,8 @@ def content(file) -> tuple[dict, dict]:
 
 def test_a_finished_run_is_not_made_again(tmp_path):
     problem, again = Problem(), Problem()
-    found = problem.fit(spec(), state=tmp_path / "state")
-    assert again.fit(spec(), state=tmp_path / "state", evaluate=None) == found
+    fitted = problem.fit(spec(), state=tmp_path / "state")
+    assert again.fit(spec(), state=tmp_path / "state", evaluate=None) == fitted
     assert not again.seen and same(again.values, problem.values)
 
 

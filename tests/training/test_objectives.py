@@ -45,9 +45,9 @@ def value(objective, student: Outputs, teacher: Outputs | None, tokens: Tensor) 
     return objective.preprocess(teacher)(student, teacher, tokens)
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    assert found.dtype == torch.float32 and found.ndim == 0
-    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=1e-7)
+def close(loss: Tensor, expected: Tensor) -> None:
+    assert loss.dtype == torch.float32 and loss.ndim == 0
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=1e-7)
 
 
 # --- references in fp64 ---------------------------------------------------------------------------------------------
@@ -117,8 +117,8 @@ def test_lowrank(pair):
         basis = torch.linalg.svd(t - t.mean(0)).Vh[:2].T
         terms.append(((s - t) @ basis).square().sum() / (t @ basis).square().sum())
     expected = kl_rows(student.logits, teacher.logits).mean() + 0.2 * torch.stack(terms).mean()
-    found = value(LowRank(rank=0.25, weight=0.2), student, teacher, tokens)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+    loss = value(LowRank(rank=0.25, weight=0.2), student, teacher, tokens)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
 
 
 def test_block_objectives():
@@ -221,10 +221,10 @@ def test_a_massive_token_does_not_take_the_directions():
     teacher = normal(4, 300, D, seed=1) * torch.tensor([3.0, 2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])
     massive = teacher.clone()
     massive[0, 0] = massive[2, 10] = 1e4 * torch.eye(D)[7]
-    plain, found = (LowRank().preprocess(Outputs(torch.empty(0), (h,))).bases[0] for h in (teacher, massive))
-    assert found.V.shape == (D, 2)
+    plain, robust = (LowRank().preprocess(Outputs(torch.empty(0), (h,))).bases[0] for h in (teacher, massive))
+    assert robust.V.shape == (D, 2)
     # cosines of the angles between the planes
-    assert torch.linalg.svdvals(plain.V.T @ found.V).min() > 0.99
+    assert torch.linalg.svdvals(plain.V.T @ robust.V).min() > 0.99
 
 
 def test_full_rank_is_the_relative_squared_error():
@@ -261,10 +261,10 @@ def test_gradients_against_differences(pair, objective):
 
     leaves = [t.clone().requires_grad_() for t in points]
     at(leaves).backward()
-    found = sum((leaf.grad * d).sum().item() for leaf, d in zip(leaves, directions, strict=True))
+    slope = sum((leaf.grad * d).sum().item() for leaf, d in zip(leaves, directions, strict=True))
     step = 1e-2
     ahead, behind = (at([t + h * d for t, d in zip(points, directions, strict=True)]) for h in (step, -step))
-    assert found == pytest.approx((ahead - behind).item() / (2 * step), rel=1e-2, abs=1e-4)
+    assert slope == pytest.approx((ahead - behind).item() / (2 * step), rel=1e-2, abs=1e-4)
 
 
 def test_no_gradient_reaches_the_teacher_or_the_weights_of_positions(pair):
