@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,13 @@ from ultralowbit.bench.models import Shape, write_model, write_text
 from ultralowbit.checkpoint.storage import sha256_file
 from ultralowbit.cli.app import app
 from ultralowbit.errors import InputError
+from ultralowbit.eval.metric import METRICS
+from ultralowbit.eval.schema import read_file
 from ultralowbit.pipeline.verify import verify
 from ultralowbit.report import card
+from ultralowbit.report.markdown import public_command
+from ultralowbit.report.schema import RunReport
+from ultralowbit.report.tables import render
 
 SHAPE = Shape(hidden=64, inter=96, heads=4, kv_heads=2, vocab=96)
 
@@ -45,46 +51,58 @@ def compress(source, tmp_path, monkeypatch):
 def test_a_card_is_read_back(compress, source, tmp_path):
     result, folder = compress()
     assert result.exit_code == 0, result.output
-    report = json.loads((folder / "report.json").read_text())
-    assert report["card"] == {"path": "README.md", "sha256": sha256_file(folder / "README.md")}
+    report = read_file(folder / "report.json", RunReport, "")
     found = ModelCard.load(folder / "README.md")
     data = found.data.to_dict()
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
     assert {"ultralowbit", "rtn", "rtn-4bit"} <= {*data["tags"]} and data["recipe"] == "rtn-4bit"
     assert "base_model" not in data and "license" not in data  # a folder says neither
-    (measured,) = found.data.eval_results
-    stored = report["packed"]["perplexity"][0]
-    assert measured.metric_value == pytest.approx(stored["perplexity"], abs=1e-4)
-    assert "12 windows of 32 tokens, float32" in measured.metric_name
-    size = report["packed"]["size"]
+    measured = {result.metric_type: result for result in found.data.eval_results}
+    assert measured.keys() == {"perplexity", "fidelity"}
+    (stored,) = report.packed.metrics["perplexity"]
+    assert measured["perplexity"].metric_value == pytest.approx(stored.perplexity, abs=1e-4)
+    assert "12 windows of 32 tokens, float32" in measured["perplexity"].metric_name
+    size = report.packed.size
     for part in (
-        f"{size['linear_bits_per_weight']:.3f}",
-        f"{size['model_bits_per_weight']:.3f}",
-        stored["sha256"][:12],
-        report["manifest"]["sha256"],
+        f"{size.linear_bits_per_weight:.3f}",
+        f"{size.model_bits_per_weight:.3f}",
+        stored.sha256[:12],
         sha256_file(folder / "manifest.json"),
         "import ultralowbit",
         'from_pretrained("packed")',
-        "No calibration text was used.",
+        "It needed no calibration text",
     ):  # fmt: skip
         assert part in found.text
-    for private in (str(tmp_path), str(source.parent)):
-        assert private not in found.content
     assert verify(folder) == []
+
+
+def test_nothing_that_is_pushed_names_a_folder(compress, source, tmp_path):
+    """Not of the model, the texts, the output or the command."""
+    text = source.parent / "text.txt"
+    options = ["--recipe", "gptq-4bit", "--calib", str(text), "--samples", "4", "--length", "32"]
+    result, _ = compress(*options, "--out", str(tmp_path / "deep/packed"))
+    assert result.exit_code == 0, result.output
+    pushed = [path for path in (tmp_path / "deep/packed").iterdir() if not path.name.startswith(".")]
+    assert {"README.md", "report.json", "report.md", "manifest.json", "recipe.yaml"} <= {path.name for path in pushed}
+    for path in pushed:
+        for private in (tmp_path, source.parent, Path.home(), Path.cwd()):
+            assert str(private) == "/" or str(private).encode() not in path.read_bytes(), path
+    report = read_file(tmp_path / "deep/packed/report.json", RunReport, "")
+    assert (report.model, report.folder, report.calibration.source) == ("tiny", "packed", "text.txt")
+    assert "--calib text.txt" in report.command and "--out packed" in report.command
 
 
 def test_an_edited_card_is_left_alone(compress):
     _, folder = compress()
     text = (folder / "README.md").read_text()
-    first = json.loads((folder / "report.json").read_text())
     assert compress()[0].exit_code == 0 and (folder / "README.md").read_text() == text
-    (folder / "README.md").write_text(text + "\nMine.\n")
-    for _ in range(2):
-        assert compress()[0].exit_code == 0
-        assert (folder / "README.md").read_text() == text + "\nMine.\n"
+    for mine in (text + "\nMine.\n", text.replace("rtn-4bit", "mine", 1), "# Mine\n", ""):
+        (folder / "README.md").write_text(mine)
+        for _ in range(2):
+            assert compress()[0].exit_code == 0
+            assert (folder / "README.md").read_text() == mine
     (folder / "README.md").unlink()
     assert compress()[0].exit_code == 0 and (folder / "README.md").read_text() == text
-    assert json.loads((folder / "report.json").read_text())["card"] == first["card"]
 
 
 def test_the_licence_is_passed_on(tmp_path):
@@ -101,9 +119,61 @@ def test_the_licence_is_passed_on(tmp_path):
     front = "license: llama3.2\nlanguage: [en, de]\ndatasets: [a]\nmodel-index: 5\n"
     (tmp_path / "README.md").write_text(f"---\n{front}---\n# Model\n")
     assert card.passed_on(tmp_path) == {"license": "llama3.2", "language": ["en", "de"]}
-    for broken in ("---\nlicense: [\n---\n", "---\n- a\n---\n", b"\xff\xfe"):
-        (tmp_path / "README.md").write_bytes(broken if isinstance(broken, bytes) else broken.encode())
-        assert card.passed_on(tmp_path) == {"license": "apache-2.0"}
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefg", "bcdefgh", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        "license: [", "- a", "7", "license: 0x1", "license: {a: b}",
+        "license: [a, b]", "license: true", "license: .nan", "license: ''", "language: {en: 1}", "language: [en, 1]",
+        "language: [[en]]", "pipeline_tag: [a]", "license: *a", "license: !!python/object:os.system x", "? [a]\n: b",
+        "license: " + "x" * 300, "x: " + "[" * 5000 + "]" * 5000, BOMB + "license: *h",
+        "language: [" + "en, " * 400 + "]", "license: 1" + "0" * 5000, "a: 1_000:59:59:59",
+    ],
+)  # fmt: skip
+def test_any_front_matter_is_passed_over(tmp_path, front):
+    """What is no licence, language or task as the hub knows them is none, and costs no time."""
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n")
+    assert card.passed_on(tmp_path) == {}
+
+
+@pytest.mark.parametrize("date", ["2020-13-45", "2020-01-01"])
+def test_a_date_is_a_text(build, tmp_path, date):
+    (tmp_path / "README.md").write_text(f"---\nlicense: {date}\n---\n")
+    text = card.card_text(build.report(), str(tmp_path), tmp_path, "packed")
+    assert ModelCard(text).data.to_dict()["license"] == date
+
+
+@pytest.mark.parametrize(
+    "data", [b"\xff\xfe---\n", b"---\nlicense: \xff\n---\n", b"\x00" * 10, b"---\nlicense: x" * 99_999]
+)
+def test_any_bytes_are_passed_over(tmp_path, data):
+    (tmp_path / "README.md").write_bytes(data)
+    assert card.passed_on(tmp_path).keys() <= {"license"}
+    (tmp_path / "README.md").unlink()
+    (tmp_path / "README.md").mkdir()
+    assert card.passed_on(tmp_path) == {}
+
+
+def test_names_are_escaped_for_markdown_and_for_a_shell(build, tmp_path):
+    """What others called their files is text: no link, no heading, no second command."""
+    name = "it's `x`; $(touch y) <b>|[a](b)"
+    report = build.report(model="[m](javascript:x)", folder=name, command="ultralowbit compress x\n# heading")
+    report.recipe = report.recipe.model_copy(update={"summary": "*bold* <script>x</script>\n# heading"})
+    text = card.card_text(report, "[m](javascript:x)", tmp_path, name)
+    page = render("report.md.j2", **dict(report))
+    for written in (ModelCard(text).text, page):
+        assert "<script>" not in written.replace("\\<script\\>", "") and "\n# heading" not in written
+        assert "](javascript:" not in written.replace("\\](javascript:", "")
+        assert f"generate {shlex.quote(name)}" in written
+        assert f"({json.dumps(name)})" in written  # a string of Python
+        assert "\\*bold\\*" in written
+    assert ModelCard(text).data.to_dict()["recipe"] == "sign-2"
 
 
 def test_names_on_the_hub(tmp_path):
@@ -114,11 +184,22 @@ def test_names_on_the_hub(tmp_path):
     assert card.hub_id(str(tmp_path), tmp_path) is None
 
 
-def test_losses_in_words():
-    nll = lambda p: {"nll": math.log(p) if p > 0 else str(p)}  # noqa: E731
-    assert card.loss(nll(10.0), nll(12.5)) == "+25 %, +0.223 nats a token"
-    assert card.loss(nll(10.0), nll(9.0)).startswith("-10 %")
-    assert card.loss(nll(10.0), {"nll": "nan"}) == "the model is broken"
+def test_losses_in_words(build):
+    change = METRICS["perplexity"].change
+    ten, more, less = (build.perplexity(value) for value in (10.0, 12.5, 9.0))
+    assert change(ten, more).endswith("went from 10.000 to 12.500: +25 %, +0.223 nats a token")
+    assert "-10 %" in change(ten, less) and change(ten, build.perplexity(math.nan)).endswith(": the model is broken")
+
+
+def test_commands_name_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org/name").mkdir(parents=True)
+    command = (
+        "ultralowbit compress /a/b/model --set calibration.source=/c/d.txt --calib org/name --out ../x --eval wiki/y"
+    )
+    assert public_command(command) == (
+        "ultralowbit compress model --set calibration.source=d.txt --calib name --out x --eval wiki/y"
+    )
 
 
 # -- pushing

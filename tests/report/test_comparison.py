@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -15,121 +16,48 @@ from urllib.parse import unquote
 import pytest
 from typer.testing import CliRunner
 
-from ultralowbit.checkpoint.size import KINDS, PART_KINDS
 from ultralowbit.checkpoint.storage import sha256_file
 from ultralowbit.cli.app import app
 from ultralowbit.errors import InputError
-from ultralowbit.report import plots
+from ultralowbit.eval.fidelity import Depth
+from ultralowbit.eval.schema import Evaluation, ModelResults, read_file, to_json, write_file
+from ultralowbit.eval.scores import Score, averages
+from ultralowbit.eval.zeroshot import ZeroShot
+from ultralowbit.report import labels, plots, style
 from ultralowbit.report.columns import cell
 from ultralowbit.report.comparison import collect, front, write_comparison
 from ultralowbit.report.figures import pictures
 from ultralowbit.report.runs import read_run
-from ultralowbit.report.schema import strict
+from ultralowbit.report.schema import ComparedRow, Comparison, Section
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def perplexity(value: float, text: str = "novels.txt", tokens: str = "a", **changes) -> dict:
-    found = {
-        "source": f"/some/where/{text}", "perplexity": value, "nll": math.log(value) if value > 0 else value,
-        "windows": 62, "context": 256, "tokens": 15810, "dtype": "float32", "bos": "text", "sha256": tokens * 64,
-    }  # fmt: skip
-    return {**found, **changes}
-
-
-def fidelity(value: float) -> dict:
-    measured = {key: v for key, v in perplexity(1.0).items() if key not in ("perplexity", "nll")}
-    kl = {"kl_mean": value, "kl_median": value / 2, "kl_p99": 5 * value, "top1": math.exp(-value)}
-    return {**measured, **kl, "base_dtype": "float32"}
-
-
-def tasks(value: float) -> dict:
-    score = {"metric": "acc", "stderr": 0.01, "documents": 100, "of": 200, "shots": 0, "version": "1.0"}
-    scores = [{**score, "task": name, "value": value + i / 50, "chance": 0.25} for i, name in enumerate("ab")]
-    average = {"metrics": {"a": "acc", "b": "acc"}, "value": value + 0.01, "chance": 0.25}
-    return {"scores": scores, "averages": [average], "lm_eval": {"results": {"a": {"acc,none": 0}}}}
-
-
-def evaluation(**models: tuple[float, float, float]) -> dict:
-    """What `ultralowbit eval --fidelity models/tiny --json` writes: perplexity, divergence and accuracy by model."""
-    results = []
-    for name, (p, kl, accuracy) in models.items():
-        found = {"fidelity": [fidelity(kl)], "noise_floor": []}
-        if name == "tiny":
-            found = {"fidelity": [], "noise_floor": [{**fidelity(kl), "dtype": "bfloat16"}]}
-        results.append({"model": name, "perplexity": [perplexity(p)], **found, "tasks": tasks(accuracy)})
-    return {"schema_version": 1, "fidelity_to": "models/tiny", "results": results}
-
-
-def size(bits: float | None) -> dict:
-    weights, embeddings = 3_145_728, 2 * 1_048_576
-    linear = int(weights * (bits or 16) / 8)
-    budget = dict.fromkeys((*PART_KINDS, *KINDS, "file headers"), 0)
-    budget |= {"embeddings": embeddings, "file headers": 1000}
-    budget["unquantized linears" if bits is None else "sign planes"] = linear
-    total = linear + embeddings
-    return {
-        "linear_bits_per_weight": bits, "claimed_bits": bits and math.floor(bits), "linear_bytes": linear,
-        "linear_weights": weights if bits else 0, "total_weights": weights + embeddings // 2, "total_bytes": total,
-        "model_bits_per_weight": 8 * total / (weights + embeddings // 2), "file_bytes": total + 1000,
-        "header_bytes": 1000, "fp16_bytes": 2 * weights + embeddings, "compression": 8.4e6 / total, "budget": budget,
-        "other": {},
-    }  # fmt: skip
+def tasks(value: float) -> ZeroShot:
+    score = Score("", "acc", 0.0, 0.01, 0.25, documents=100, of=200, shots=0, version="1.0", higher_is_better=True)
+    scores = [replace(score, task=name, value=value + i / 50) for i, name in enumerate("ab")]
+    return ZeroShot(scores, averages(scores), 0, 200, 1.0, {"results": {"a": {"acc,none": 0}}})
 
 
 @pytest.fixture
-def run(tmp_path):
-    """run(folder, recipe, bits, [measured]) writes what `compress` leaves behind, but for the weights."""
+def evaluation(build):
+    """evaluation(name=(perplexity, divergence, accuracy)): what `ultralowbit eval --fidelity models/tiny` writes."""
 
-    def write(name: str, recipe: str, bits: float, measured: list[dict], *, model="tiny", seed=0, **more) -> Path:
-        folder = tmp_path / name
-        folder.mkdir(parents=True)
-        calibration = {"source": "c.txt", "samples": 8, "length": 256, "seed": seed}
-        names = [f"model.layers.{i}.{kind}" for i in range(3) for kind in ("mlp.up_proj", "self_attn.q_proj")]
-        layers = {
-            n: {
-                "name": n, "shape": [64, 96], "format": "96x1sign/row", "bits_per_weight": bits, "fallback": None,
-                "error": None if more.get("no_text") else 0.02 * (i + 1) / bits + 0.001 * seed,
-            }
-            for i, n in enumerate(names)
-        }  # fmt: skip
-        manifest = {
-            "fingerprint": {
-                "model": {"model.safetensors": model},
-                "recipe": {"quantize": {"bits": bits}, "calibration": calibration},
-                "calibration": {"sha256": f"{seed}"}, "software": {}, "compute": {},
-            },
-            "layers": layers,
-        }  # fmt: skip
-        if more.get("trained_on"):
-            manifest["fingerprint"]["recipe"]["finetune"] = {"data": more["trained_on"]}
-        if more.get("no_text"):
-            del manifest["fingerprint"]["recipe"]["calibration"]
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-        original = [{**p, "perplexity": 50.0, "nll": math.log(50)} for p in measured]
-        row = {"label": recipe, "perplexity": measured, "not_measured": None}
-        report = {
-            "schema_version": 1, "model": f"models/{model}", "vocabulary": 4096, "fallbacks": more.get("fallbacks", {}),
-            "recipe": {"name": recipe, "calibration": calibration}, "calibration": {**calibration, "sha256": "f" * 64},
-            "manifest": {"path": "manifest.json", "sha256": sha256_file(folder / "manifest.json")},
-            "original": {**row, "size": size(None), "perplexity": original, "seconds": None, "peak_memory_bytes": None},
-            "packed": {**row, "size": size(bits), "seconds": 60.0 * bits + seed, "peak_memory_bytes": 10**9},
-            "collapsed": more.get("collapsed", []), "layers": [*layers.values()], "command": "ultralowbit compress x",
-            "environment": dict.fromkeys(("ultralowbit", "torch", "transformers", "device", "threads"), "1"),
-        }  # fmt: skip
-        (folder / "report.md").write_text("")
-        report["packed"]["fidelity"] = more.get("fidelity", [])
-        report["packed"]["divergence_by_depth"] = more.get("by_depth")
-        (folder / "report.json").write_text(json.dumps(strict(report)))
-        if more.get("evaluated"):
-            (folder / "eval.json").write_text(json.dumps(more["evaluated"]))
-        return folder
+    def make(**models: tuple[float, float, float]) -> Evaluation:
+        results = []
+        for name, (p, kl, accuracy) in models.items():
+            near = {"metrics": {"perplexity": [build.perplexity(p)], "fidelity": [build.fidelity(kl)]}}
+            if name == "tiny":
+                floor = build.fidelity(kl, dtype="bfloat16")
+                near = {"metrics": {"perplexity": [build.perplexity(p)]}, "noise_floor": {"fidelity": [floor]}}
+            results.append(ModelResults(model=name, **near, tasks=tasks(accuracy)))
+        return Evaluation(created="", fidelity_to="models/tiny", results=results)
 
-    return write
+    return make
 
 
-def rows(section: dict) -> dict[str, dict]:
-    return {row["label"]: row for row in section["rows"]}
+def rows(section: Section) -> dict[str, ComparedRow]:
+    return {row.label: row for row in section.rows}
 
 
 class Page(HTMLParser):
@@ -166,9 +94,9 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
-def test_the_page_is_whole_in_itself(run, tmp_path):
-    a = run("runs/a<b>&c", "sign-<2>", 2.1, [perplexity(62.5)])
-    b = run("runs/b", "gptq", 3.15, [perplexity(55.25)])
+def test_the_page_is_whole_in_itself(run, build, tmp_path):
+    a = run("runs/a<b>&c", "sign-<2>", 2.1, [build.perplexity(62.5)])
+    b = run("runs/b", "gptq", 3.15, [build.perplexity(55.25)])
     out = tmp_path / "deep/out"
     write_comparison([a, b], out, command="ultralowbit compare <a>")
     text = (out / "report.html").read_text()
@@ -182,7 +110,7 @@ def test_the_page_is_whole_in_itself(run, tmp_path):
     assert {"62.500", "55.250", "2.100", "50.000"} <= {*page.cells}
     for folder in (a, b):
         assert sha256_file(folder / "manifest.json") in text
-    colours = {name: set(re.findall(rf"var\(--{name}\)", text)) for name in plots.COLOURS}
+    colours = {name: set(re.findall(rf"var\(--{name}\)", text)) for name in style.COLOURS}
     assert all(colours[name] for name in ("ink", "muted", "paper", "accent", "s1"))
     drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     assert len(drawings) == 2 * len({*(out / "plots").glob("*.png")}) > 6
@@ -193,161 +121,167 @@ def test_the_page_is_whole_in_itself(run, tmp_path):
     assert any("<text" in d and ">gptq</text>" in d for d in drawings)  # text is text
 
 
-def test_the_same_numbers_in_json_and_markdown(run, tmp_path):
-    folders = [run("a", "sign-2", 2.1, [perplexity(62.5)]), run("b", "g|ptq", 3.15, [perplexity(math.inf)])]
+def test_the_same_numbers_in_json_and_markdown(run, build, tmp_path):
+    folders = [run("a", "sign-2", 2.1, [build.perplexity(62.5)]), run("b", "g|ptq", 3.15, [build.perplexity(math.inf)])]
     write_comparison(folders, tmp_path / "out")
     stored = json.loads((tmp_path / "out/report.json").read_text(), parse_constant=pytest.fail)
-    (section,) = stored["sections"]
-    quality = section["columns"][0]["key"]
-    found = {row["label"]: row["metrics"] for row in section["rows"]}
-    assert found["sign-2"][quality]["mean"] == 62.5 and found["g|ptq"][quality]["mean"] == "inf"
-    assert found["original"]["linear_bits"]["mean"] == 8 * (2 * 3145728 + 2097152) / 4194304
+    assert stored["sections"][0]["columns"][0]["group"] == "perplexity"
+    (section,) = read_file(tmp_path / "out/report.json", Comparison, "").sections
+    quality = section.columns[0].key
+    means = {row.label: row.mean(quality) for row in section.rows}
+    assert means == {"original": 50.0, "g|ptq": math.inf, "sign-2": 62.5}
+    assert rows(section)["original"].mean("linear_bits") == 16
     markdown = (tmp_path / "out/report.md").read_text()
     header = next(line for line in markdown.splitlines() if line.startswith("|  |"))
     for line in markdown.splitlines():
         if "62.500" in line or "g\\|ptq |" in line:
             assert line.replace("\\|", "").count("|") == header.count("|")
-    assert all((tmp_path / "out" / path).exists() for path in section["plots"])
+    assert all((tmp_path / "out" / path).exists() for path in section.plots)
     assert "Triangles at the edge are off the scale: g|ptq (inf)." in (tmp_path / "out/report.html").read_text()
 
 
-def test_seeds_are_one_row(run, tmp_path):
+def test_seeds_are_one_row(run, build, tmp_path):
     for seed, value in enumerate((60.0, 62.0, 64.0)):
-        run(f"runs/{seed}", "sign-2", 2.1, [perplexity(value)], seed=seed)
-    run("runs/other", "sign-2", 2.25, [perplexity(58.0)])
+        run(f"runs/{seed}", "sign-2", 2.1, [build.perplexity(value)], seed=seed)
+    run("runs/other", "sign-2", 2.25, [build.perplexity(58.0)])
     (section,) = collect([tmp_path / "runs"], tmp_path)
     found = rows(section)
-    (seeds,) = (row for row in found.values() if len(row["runs"]) == 3)
-    quality = section["columns"][0]
-    assert seeds["metrics"][quality["key"]] == {"mean": 62.0, "std": 2.0, "values": [60.0, 62.0, 64.0]}
-    assert [entry["seed"] for entry in seeds["runs"]] == [0, 1, 2]
+    (seeds,) = (row for row in found.values() if len(row.runs) == 3)
+    quality = section.columns[0]
+    value = seeds.metrics[quality.key]
+    assert (value.mean, value.std, value.values) == (62.0, 2.0, [60.0, 62.0, 64.0])
+    assert [run.seed for run in seeds.runs] == [0, 1, 2]
     assert len({*found}) == 3  # the two are told apart by their folders
     assert cell(seeds, quality) == "62.000 ± 2.000"
 
 
-def test_the_seed_of_what_is_trained_on_is_a_seed_too(run, tmp_path):
+def test_the_seed_of_what_is_trained_on_is_a_seed_too(run, build, tmp_path):
     for seed in (0, 1):
         data = {"source": "c.txt", "seed": seed}
-        run(f"runs/{seed}", "db-llm", 2.5, [perplexity(60.0)], seed=seed, trained_on=data)
-    run("runs/more", "db-llm", 2.5, [perplexity(60.0)], trained_on={"source": "d.txt", "seed": 0})
+        run(f"runs/{seed}", "db-llm", 2.5, [build.perplexity(60.0)], seed=seed, trained_on=data)
+    run("runs/more", "db-llm", 2.5, [build.perplexity(60.0)], trained_on={"source": "d.txt", "seed": 0})
     (section,) = collect([tmp_path / "runs"], tmp_path)
-    assert sorted(len(row["runs"]) for row in rows(section).values() if row["kind"] == "run") == [1, 2]
+    assert sorted(len(row.runs) for row in rows(section).values() if row.kind == "run") == [1, 2]
 
 
-def test_divergence_by_depth_is_drawn_for_those_on_the_same_windows(run, tmp_path):
-    depth = {"source": "w.txt", "kl": [0.1, 0.3], "tokens": 10, "windows": 1, "context": 11, "dtype": "float32"}
-    for seed, kl in ((0, [0.1, 0.3]), (1, [0.3, 0.5])):
-        by_depth = {**depth, "kl": kl, "sha256": "a"}
-        run(f"runs/{seed}", "sign-2", 2.1, [perplexity(60.0)], seed=seed, by_depth=by_depth)
-    run("runs/other", "sign-1", 1.1, [perplexity(80.0)], by_depth={**depth, "sha256": "b"})
-    run("runs/without", "gptq", 3.1, [perplexity(55.0)])
+def test_divergence_by_depth_is_drawn_for_those_on_the_same_windows(run, build, tmp_path):
+    depth = Depth(source="w.txt", kl=(0.1, 0.3), tokens=10, windows=1, context=11, dtype="float32", sha256="a")
+    for seed, kl in ((0, (0.1, 0.3)), (1, (0.3, 0.5))):
+        by_depth = replace(depth, kl=kl)
+        run(f"runs/{seed}", "sign-2", 2.1, [build.perplexity(60.0)], seed=seed, by_depth=by_depth)
+    run("runs/other", "sign-1", 1.1, [build.perplexity(80.0)], by_depth=replace(depth, sha256="b"))
+    run("runs/without", "gptq", 3.1, [build.perplexity(55.0)])
     (section,) = collect([tmp_path / "runs"], tmp_path)
     found = rows(section)
-    assert found["sign-2"]["by_depth"]["kl"] == pytest.approx([0.2, 0.4]) and found["gptq"]["by_depth"] is None
+    assert found["sign-2"].by_depth.kl == pytest.approx((0.2, 0.4)) and found["gptq"].by_depth is None
     drawn = [plot.name for plot in pictures(section) if plot.name.startswith("divergence-by-depth")]
     assert drawn == ["divergence-by-depth", "divergence-by-depth-2"]
 
 
-def test_the_same_run_twice_is_no_second_seed(run, tmp_path):
-    folder = run("a", "sign-2", 2.1, [perplexity(62.5)])
+def test_the_same_run_twice_is_no_second_seed(run, build, tmp_path):
+    folder = run("a", "sign-2", 2.1, [build.perplexity(62.5)])
     shutil.copytree(folder, tmp_path / "copy")
     (section,) = collect([folder, folder, tmp_path / "copy"], tmp_path)
-    assert len(rows(section)["sign-2"]["runs"]) == 1
-    assert "is the same run as" in section["notes"][0]
+    assert len(rows(section)["sign-2"].runs) == 1
+    assert "is the same run as" in section.notes[0]
 
 
 @pytest.mark.parametrize("change", [{"sha256": "b" * 64, "context": 512}, {"dtype": "bfloat16"}, {"bos": "none"}])
-def test_other_windows_stand_apart(run, tmp_path, change):
-    a = run("a", "sign-2", 2.1, [perplexity(62.5)])
-    b = run("b", "gptq", 3.15, [perplexity(55.0, **change)])
+def test_other_windows_stand_apart(run, build, tmp_path, change):
+    a = run("a", "sign-2", 2.1, [build.perplexity(62.5)])
+    b = run("b", "gptq", 3.15, [build.perplexity(55.0, **change)])
     (section,) = collect([a, b], tmp_path)
-    one, other = [column["key"] for column in section["columns"] if column["group"] == "perplexity"]
+    one, other = [column.key for column in section.columns if column.group == "perplexity"]
     found = rows(section)
-    assert one in found["sign-2"]["metrics"] and other not in found["sign-2"]["metrics"]
-    assert other in found["gptq"]["metrics"] and one not in found["gptq"]["metrics"]
-    assert "several ways that do not compare" in section["notes"][0]
-    assert "(1) is of sign-2:" in section["notes"][1] and "(2) is of gptq:" in section["notes"][2]
+    assert one in found["sign-2"].metrics and other not in found["sign-2"].metrics
+    assert other in found["gptq"].metrics and one not in found["gptq"].metrics
+    assert "several ways that do not compare" in section.notes[0]
+    assert "(1) is of sign-2:" in section.notes[1] and "(2) is of gptq:" in section.notes[2]
     assert len([plot for plot in pictures(section) if "perplexity" in plot.name]) == 2
 
 
-def test_the_same_windows_by_another_path_are_one_column(run, tmp_path):
-    a = run("a", "sign-2", 2.1, [perplexity(62.5)])
-    b = run("b", "gptq", 3.15, [perplexity(55.0, source="../copy/of/novels.txt")])
+def test_the_same_windows_under_another_name_are_one_column(run, build, tmp_path):
+    a = run("a", "sign-2", 2.1, [build.perplexity(62.5)])
+    b = run("b", "gptq", 3.15, [build.perplexity(55.0, source="copy.txt")])
     (section,) = collect([a, b], tmp_path)
-    assert [column["group"] for column in section["columns"]].count("perplexity") == 1
+    assert [column.group for column in section.columns].count("perplexity") == 1
 
 
-def test_other_models_stand_apart_and_references_beside(run, tmp_path):
-    a = run("a", "sign-2", 2.1, [perplexity(62.5)])
-    b = run("b", "gptq", 4.15, [perplexity(58.0)], model="small")
-    assert [section["slug"] for section in collect([a, b], tmp_path)] == ["tiny", "small"]
+def test_other_models_stand_apart_and_references_beside(run, build, tmp_path):
+    a = run("a", "sign-2", 2.1, [build.perplexity(62.5)])
+    b = run("b", "gptq", 4.15, [build.perplexity(58.0)], model="small")
+    assert [section.slug for section in collect([a, b], tmp_path)] == ["tiny", "small"]
     (section,) = collect([a], tmp_path, references=[b])
     reference = rows(section)["small, gptq"]
-    assert reference["kind"] == "reference"
-    assert reference["metrics"][section["columns"][0]["key"]]["mean"] == 58.0
+    assert reference.kind == "reference" and reference.mean(section.columns[0].key) == 58.0
 
-    c = run("c", "gptq", 4.15, [perplexity(9.0, tokens="c")], model="other")
+    c = run("c", "gptq", 4.15, [build.perplexity(9.0, tokens="c")], model="other")
     with pytest.raises(InputError, match="measured in other ways than every run"):
         collect([a], tmp_path, references=[c])
 
 
-def test_fidelity_and_tasks_come_from_eval_json(run, tmp_path):
-    a = run("a", "sign-2", 2.1, [perplexity(62.5)], evaluated=evaluation(a=(62.5, 0.3, 0.4), tiny=(50.0, 0.001, 0.5)))
-    b = run("b", "gptq", 3.15, [perplexity(55.0)], evaluated=evaluation(whatever=(55.0, 0.1, 0.5)))
+def test_fidelity_and_tasks_come_from_eval_json(run, build, evaluation, tmp_path):
+    a = run(
+        "a", "sign-2", 2.1, [build.perplexity(62.5)], evaluated=evaluation(a=(62.5, 0.3, 0.4), tiny=(50.0, 0.001, 0.5))
+    )
+    b = run("b", "gptq", 3.15, [build.perplexity(55.0)], evaluated=evaluation(whatever=(55.0, 0.1, 0.5)))
     (section,) = collect([a, b], tmp_path)
-    columns = {(c["group"], c["title"]): c["key"] for c in section["columns"]}
+    columns = {(c.group, c.title): c.key for c in section.columns}
     assert [*columns][:5] == [
         ("perplexity", "novels.txt"),
-        *(("fidelity on novels.txt", title) for title in ("KL, nats", "median", "p99", "same top-1")),
+        *(("fidelity on novels.txt", title) for title in ("KL mean, nats", "median", "p99", "same top-1")),
     ]
     row = rows(section)["sign-2"]
-    found = row["metrics"]
-    assert found[columns["fidelity on novels.txt", "p99"]]["mean"] == 1.5
-    assert found[columns["accuracy", "a acc"]]["mean"] == 0.4
-    assert found[columns["accuracy", "mean"]]["mean"] == pytest.approx(0.41)
+    assert row.mean(columns["fidelity on novels.txt", "p99"]) == 1.5
+    assert row.mean(columns["accuracy", "a acc"]) == 0.4
+    assert row.mean(columns["accuracy", "mean"]) == pytest.approx(0.41)
     assert {"kl-divergence-on-novels-txt-nats", "mean-accuracy"} <= {plot.name for plot in pictures(section)}
-    assert {"74.1 %", "0.3"} <= {cell(row, column) for column in section["columns"]}
-    original = rows(section)["original"]["metrics"]
-    assert original[columns["fidelity on novels.txt", "KL, nats"]]["mean"] == 0.001  # of rounding it
-    assert original[columns["accuracy", "a acc"]]["mean"] == 0.5
-    assert any("chance 25.0%" in (column["protocol"] or "") for column in section["columns"])
+    assert {"74.1 %", "0.3"} <= {cell(row, column) for column in section.columns}
+    original = rows(section)["original"]
+    assert original.mean(columns["fidelity on novels.txt", "KL mean, nats"]) == 0.001  # what rounding it costs
+    assert original.mean(columns["accuracy", "a acc"]) == 0.5
+    assert any("chance 25.0%" in (column.protocol or "") for column in section.columns)
 
 
-def test_fidelity_comes_from_the_report_too(run, tmp_path):
-    a = run("a", "sign-2", 2.1, [perplexity(62.5)], fidelity=[fidelity(0.3)])
-    b = run("b", "gptq", 3.15, [perplexity(55.0)], evaluated=evaluation(whatever=(55.0, 0.1, 0.5)))
+def test_fidelity_comes_from_the_report_too(run, build, evaluation, tmp_path):
+    a = run("a", "sign-2", 2.1, [build.perplexity(62.5)], fidelity=[build.fidelity(0.3)])
+    b = run("b", "gptq", 3.15, [build.perplexity(55.0)], evaluated=evaluation(whatever=(55.0, 0.1, 0.5)))
     (section,) = collect([a, b], tmp_path)
-    (column,) = (column for column in section["columns"] if column["title"] == "KL, nats")
-    assert [rows(section)[name]["metrics"][column["key"]]["mean"] for name in ("sign-2", "gptq")] == [0.3, 0.1]
+    (column,) = (column for column in section.columns if column.title == "KL mean, nats")
+    assert [rows(section)[name].mean(column.key) for name in ("sign-2", "gptq")] == [0.3, 0.1]
 
 
-def test_eval_json_of_many_models_is_read_by_name(run, tmp_path):
+def test_eval_json_of_many_models_is_read_by_name(run, build, tmp_path):
     values = {"models/tiny": 40.0, "a/": 44.0, "../b": 48.0}
-    measured = evaluation()
-    for name, value in values.items():
-        row = {"model": name, "perplexity": [perplexity(value, "wiki", "d")], "fidelity": [], "noise_floor": []}
-        measured["results"].append({**row, "tasks": None})
-    a = run("a", "sign-2", 2.1, [perplexity(62.5)], evaluated=measured)
+    results = [
+        ModelResults(model=name, metrics={"perplexity": [build.perplexity(value, "d", source="wiki")]})
+        for name, value in values.items()
+    ]
+    measured = Evaluation(created="", results=results)
+    a = run("a", "sign-2", 2.1, [build.perplexity(62.5)], evaluated=measured)
     found = read_run(a)
     assert sorted(value for _, value in found.readings.values()) == [44.0, 62.5]
     assert sorted(value for _, value in found.original.values()) == [40.0, 50.0]
-    c = run("c", "sign-2", 2.2, [perplexity(62.5)], evaluated=measured)
+    c = run("c", "sign-2", 2.2, [build.perplexity(62.5)], evaluated=measured)
     with pytest.raises(InputError, match="none of which is this folder"):
         read_run(c)
 
 
-def test_runs_that_were_not_measured_are_refused(run, tmp_path):
-    folder = run("a", "sign-2", 2.1, [perplexity(62.5)])
-    report = json.loads((folder / "report.json").read_text())
+def test_runs_that_were_not_measured_are_refused(run, build, tmp_path):
+    folder = run("a", "sign-2", 2.1, [build.perplexity(62.5)])
+    report = read_run(folder).report
 
     def refused(match: str) -> None:
         with pytest.raises(InputError, match=match):
             write_comparison([folder], tmp_path / "out")
 
-    (folder / "report.json").write_text(json.dumps({**report, "manifest": {"sha256": "0"}}))
+    other = report.manifest.model_copy(update={"sha256": "0"})
+    write_file(folder / "report.json", report.model_copy(update={"manifest": other}))
     refused("is of another checkpoint")
-    (folder / "report.json").write_text(json.dumps({**report, "schema_version": 0}))
+    (folder / "report.json").write_text(json.dumps({**to_json(report), "schema_version": 1}))
     refused("another release")
+    (folder / "report.json").write_text(json.dumps({**to_json(report), "packed": {"label": 5}}))
+    refused(r"report\.json is damaged, or of something else \(packed\.label: ")
     (folder / "report.json").unlink()
     refused("nothing in it is measured: run the `ultralowbit compress` command")
     (folder / "manifest.json").write_text("{}")
@@ -361,21 +295,22 @@ def test_runs_that_were_not_measured_are_refused(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_other_reports_are_not_overwritten(run, tmp_path):
-    folder = run("a", "sign-2", 2.1, [perplexity(62.5)])
+def test_other_reports_are_not_overwritten(run, build, tmp_path):
+    folder = run("a", "sign-2", 2.1, [build.perplexity(62.5)])
     with pytest.raises(InputError, match="choose another --out"):
         write_comparison([folder], folder)
-    (tmp_path / "report.json").write_text('{"schema_version": 1}')
-    with pytest.raises(InputError, match="choose another --out"):
-        write_comparison([folder], tmp_path)
+    for text in ('{"schema_version": 1}', '{"kind": "demo"}', "[", "[" * 100_000, '{"kind": ["comparison"]}'):
+        (tmp_path / "report.json").write_text(text)
+        with pytest.raises(InputError, match="choose another --out"):
+            write_comparison([folder], tmp_path)
     (tmp_path / "report.json").write_text('{"kind": "comparison"}')  # its own are
     with pytest.raises(InputError, match="no such folder"):
         write_comparison(["nowhere"], tmp_path)
 
 
-def test_the_command(run, tmp_path, monkeypatch):
-    run("a", "sign-2", 2.1, [perplexity(62.5)])
-    run("b", "gptq", 3.15, [perplexity(5000.0)], collapsed=["novels.txt"], fallbacks={"x": "y"}, no_text=True)
+def test_the_command(run, build, tmp_path, monkeypatch):
+    run("a", "sign-2", 2.1, [build.perplexity(62.5)])
+    run("b", "gptq", 3.15, [build.perplexity(5000.0)], fallbacks={"x": "y"}, no_text=True)
     monkeypatch.chdir(tmp_path)
     result = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["compare", "a", "b", "--out", "c"])
     assert result.exit_code == 0, result.output
@@ -386,10 +321,10 @@ def test_the_command(run, tmp_path, monkeypatch):
     assert missing.exit_code == 2 and missing.stderr.count("\n") == 1
 
 
-def test_matplotlib_is_asked_for_in_one_sentence(run, tmp_path, monkeypatch):
+def test_matplotlib_is_asked_for_in_one_sentence(run, build, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(InputError, match=r"pip install 'ultralowbit\[report\]'"):
-        write_comparison([run("a", "sign-2", 2.1, [perplexity(62.5)])], tmp_path / "out")
+        write_comparison([run("a", "sign-2", 2.1, [build.perplexity(62.5)])], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -407,11 +342,11 @@ def test_front(points, expected):
 
 
 def test_spread_moves_little_and_enough():
-    assert plots.spread([0.0, 100.0], 14) == [0.0, 100.0]
-    assert plots.spread([5.0, 5.0], 14) == [-2.0, 12.0]
-    found = plots.spread([30.0, 0.0, 1.0, 2.0], 10)
+    assert labels.spread([0.0, 100.0], 14) == [0.0, 100.0]
+    assert labels.spread([5.0, 5.0], 14) == [-2.0, 12.0]
+    found = labels.spread([30.0, 0.0, 1.0, 2.0], 10)
     assert sorted(found) == [-9.0, 1.0, 11.0, 30.0] and found[0] == 30.0
-    chain = sorted(plots.spread([0.0, 1.0, 12.0, 13.0, 20.0], 10))
+    chain = sorted(labels.spread([0.0, 1.0, 12.0, 13.0, 20.0], 10))
     assert all(b - a >= 10 - 1e-9 for a, b in itertools.pairwise(chain))
 
 
@@ -421,11 +356,11 @@ def test_ticks_are_few_and_inside(span):
     assert 1 <= len(ticks) <= 6 and all(span[0] <= tick <= span[1] for tick in ticks)
 
 
-@pytest.mark.parametrize("width", [plots.WIDE, plots.NARROW])
+@pytest.mark.parametrize("width", [style.WIDE, style.NARROW])
 def test_names_of_points_do_not_overlap(width):
     """Twenty runs, most of them close together."""
-    points = [plots.Point(f"recipe-{i}", 1.9 + 0.02 * i, 34 + (7 * i % 5), 33, 40, i % 3 == 0) for i in range(16)]
-    points += [plots.Point(f"far-{i}", 1 + i, 110 - 10 * i, 100, 110, True) for i in range(4)]
+    points = [labels.Point(f"recipe-{i}", 1.9 + 0.02 * i, 34 + (7 * i % 5), 33, 40, i % 3 == 0) for i in range(16)]
+    points += [labels.Point(f"far-{i}", 1 + i, 110 - 10 * i, 100, 110, True) for i in range(4)]
     figure = plots.scatter([("file, MB", points)], "perplexity", ("original 30", 30.0))(width)
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     covered = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.padded(-1).overlaps(b.padded(-1))]
@@ -434,7 +369,7 @@ def test_names_of_points_do_not_overlap(width):
     assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)
 
 
-@pytest.mark.parametrize("width", [plots.WIDE, plots.NARROW])
+@pytest.mark.parametrize("width", [style.WIDE, style.NARROW])
 @pytest.mark.parametrize("count", [1, 5, 8, 9, 13, 14])
 def test_legends_fit(width, count):
     labels = [("sign-2-g128", "gptq-3bit", "billm", "arb-rc")[i % 4] + str(i) for i in range(count)]
@@ -447,40 +382,31 @@ def test_legends_fit(width, count):
     assert box.y0 >= figure.axes[0].bbox.y1 - 1
 
 
-def test_blocks_without_a_packed_linear_are_gaps(run, tmp_path):
-    folder = run("a", "sign-2", 2.1, [perplexity(62.5)])
-    for name in ("manifest.json", "report.json"):
-        stored = json.loads((folder / name).read_text())
-        if name == "manifest.json":
-            stored["layers"] = {n: layer for n, layer in stored["layers"].items() if ".1." not in n}
-            (folder / name).write_text(json.dumps(stored))
-        else:
-            stored["layers"] = [layer for layer in stored["layers"] if ".1." not in layer["name"]]
-            stored["manifest"]["sha256"] = sha256_file(folder / "manifest.json")
-            (folder / name).write_text(json.dumps(stored))
+def test_blocks_without_a_packed_linear_are_gaps(run, build, tmp_path):
+    folder = run("a", "sign-2", 2.1, [build.perplexity(62.5)], without=".1.")
     (section,) = collect([folder], tmp_path)
     (plot,) = (plot for plot in pictures(section) if plot.name == "error-by-depth")
-    (axes,) = plot.draw(plots.WIDE).axes
+    (axes,) = plot.draw(style.WIDE).axes
     first, gap, last = axes.get_lines()[0].get_ydata()
     assert math.isnan(gap) and axes.get_ylim()[0] < first < last < axes.get_ylim()[1]
 
 
 def test_long_names_leave_room():
     name = "a-recipe-with-a-very-long-name-" * 4
-    assert plots.short("sign-2", 6) == "sign-2"
-    assert plots.short("sign-2-g128-x", 9) == "sign…28-x"
-    figure = plots.bars([("seconds", [(name + str(i), 5.0, "5 s") for i in range(3)])])(plots.NARROW)
+    assert labels.short("sign-2", 6) == "sign-2"
+    assert labels.short("sign-2-g128-x", 9) == "sign…28-x"
+    figure = plots.bars([("seconds", [(name + str(i), 5.0, "5 s") for i in range(3)])])(style.NARROW)
     figure.draw_without_rendering()
-    assert figure.axes[0].bbox.width > plots.NARROW / 2
+    assert figure.axes[0].bbox.width > style.NARROW / 2
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a browser")
-def test_a_browser_draws_it(run, tmp_path):
+def test_a_browser_draws_it(run, build, tmp_path):
     """At the width of a phone, in both themes: nothing sticks out, the paper has the theme's colour, sorting works."""
     for i, bits in enumerate((1.1, 2.1, 3.15)):
         run(
             f"runs/{i}", "a-recipe-with-a-very-long-name-that-nobody-should-use-" * 2 + str(i), bits,
-            [perplexity(120 / bits, "a_text_with_a_long_name_and_no_spaces_at_all_in_it.txt")],
+            [build.perplexity(120 / bits, source="a_text_with_a_long_name_and_no_spaces_at_all_in_it.txt")],
         )  # fmt: skip
     write_comparison([tmp_path / "runs"], tmp_path / "out")
     script = """<iframe id=f style="width:390px;height:800px;border:0"></iframe><script>
@@ -507,5 +433,5 @@ def test_a_browser_draws_it(run, tmp_path):
         assert page["sticksOut"] == 0
         assert page["bits"] == sorted(page["bits"], key=float)
         assert page["shown"] == page["figures"] > 3
-        paper = plots.COLOURS["paper"][dark]
+        paper = style.COLOURS["paper"][dark]
         assert page["paper"] == f"rgb({', '.join(str(int(paper[i : i + 2], 16)) for i in (1, 3, 5))})"

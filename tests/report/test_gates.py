@@ -11,13 +11,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ultralowbit.recipe import Recipe, shipped
-from ultralowbit.report.gates import LADDER, Continuation, Limits, advice, continuation, exceeded
+from ultralowbit.report.gates import LADDER, Continuation, advice, collapsed, continuation, exceeded
+from ultralowbit.report.schema import Limits
 
 
-def rows(before: float | None, after: float, kl: float | None) -> tuple[dict, dict]:
-    original = {"perplexity": [] if before is None else [{"source": "a", "perplexity": before}]}
-    fidelity = [] if kl is None else [{"source": "a", "kl_mean": kl}]
-    return original, {"perplexity": [{"source": "a", "perplexity": after}], "fidelity": fidelity}
+def rows(build, before: float | None, after: float, kl: float | None) -> tuple[dict, dict]:
+    original = {} if before is None else {"perplexity": [build.perplexity(before)]}
+    near = {} if kl is None else {"fidelity": [build.fidelity(kl)]}
+    return original, {"perplexity": [build.perplexity(after)], **near}
 
 
 @pytest.mark.parametrize(
@@ -25,9 +26,9 @@ def rows(before: float | None, after: float, kl: float | None) -> tuple[dict, di
     [
         (Limits(), (10, math.nan, math.nan), []),
         (Limits(ppl_ratio=3), (10, 30, None), []),
-        (Limits(ppl_ratio=3), (10, 30.1, None), ["3.01 times the original's, --max-ppl-ratio allows 3"]),
+        (Limits(ppl_ratio=3), (10, 30.1, None), ["3.01 times that of the original, --max-ppl-ratio allows 3"]),
         (Limits(ppl_ratio=3), (10, math.nan, None), ["nan times"]),
-        (Limits(ppl_ratio=3), (10, "inf", None), ["inf times"]),  # as report.json holds it
+        (Limits(ppl_ratio=3), (10, math.inf, None), ["inf times"]),
         (Limits(ppl_ratio=3), (None, 30, None), ["cannot be checked"]),
         (Limits(kl=0.5), (10, 99, 0.5), []),
         (Limits(kl=0.5), (10, 10, 0.51), ["0.51 nats a token, --max-kl allows 0.5"]),
@@ -36,10 +37,18 @@ def rows(before: float | None, after: float, kl: float | None) -> tuple[dict, di
         (Limits(ppl_ratio=1, kl=0.5), (10, 20, 1), ["2.00 times", "1 nats"]),
     ],
 )
-def test_limits(limits, measured, said):
-    found = exceeded(limits, *rows(*measured))
-    assert len(found) == len(said) and all(part in line for part, line in zip(said, found, strict=True))
+def test_limits(build, limits, measured, said):
+    lines = exceeded(limits, *rows(build, *measured))
+    assert len(lines) == len(said) and all(part in line for part, line in zip(said, lines, strict=True))
     assert bool(limits) == (limits != Limits())
+
+
+@pytest.mark.parametrize(
+    ("value", "vocabulary", "gone"),
+    [(95.9, 96, False), (96.5, 96, True), (1e9, None, False), (math.inf, None, True), (math.nan, 96, True)],
+)
+def test_worse_than_a_guess_is_a_collapse(build, value, vocabulary, gone):
+    assert collapsed({"perplexity": [build.perplexity(value)]}, vocabulary) == ["novels.txt"] * gone
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -104,4 +113,3 @@ def test_a_repeated_token_is_seen(llama):
     found = continuation(broken, Words(), torch.arange(20))
     assert (found.share, found.repeats) == (1, True)
     assert not replace(found, share=0.4).repeats and Continuation("", "", 0.5).repeats
-    assert found.to_dict()["repeats"] is True

@@ -1,4 +1,4 @@
-"""Reports: strict JSON, a table that fits a terminal, and a collapse that nobody can miss."""
+"""Reports: strict JSON, tables that fit a terminal, a collapse that nobody can miss, figures that outlive a kill."""
 
 from __future__ import annotations
 
@@ -6,80 +6,135 @@ import io
 import json
 import math
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
+from transformers import LlamaConfig
+from typer.testing import CliRunner
 
+from ultralowbit.cli.app import app
 from ultralowbit.cli.console import Pace
 from ultralowbit.cli.render import show
+from ultralowbit.eval.schema import read_file, write_file
+from ultralowbit.progress import Silent
 from ultralowbit.recipe import Recipe
-from ultralowbit.report.run import collapsed, default_source, write
-from ultralowbit.report.schema import stored_perplexity
-from ultralowbit.report.tables import grid, table
+from ultralowbit.report.card import CARD, is_edited
+from ultralowbit.report.run import default_source, write_texts
+from ultralowbit.report.schema import RunReport
+from ultralowbit.report.tables import grid, terminal_table
 from ultralowbit.units import format_bytes, format_seconds
 
-
-def row(label: str, perplexity: float, packed: bool = True) -> dict:
-    measured = {
-        "source": "/some/where/python-docs", "perplexity": perplexity, "nll": math.log(perplexity), "windows": 20,
-        "context": 2048, "tokens": 40940, "dtype": "float32", "bos": "text", "sha256": "a" * 64,
-    }  # fmt: skip
-    size = {
-        "linear_bits_per_weight": 2.008 if packed else None, "claimed_bits": 2.0 if packed else None,
-        "model_bits_per_weight": 5.584, "file_bytes": 2_939_160, "compression": 2.86,
-    }  # fmt: skip
-    return {
-        "label": label, "size": size, "perplexity": [measured], "not_measured": None, "fidelity": [],
-        "seconds": 3725.0 if packed else None, "peak_memory_bytes": 10**10 if packed else None,
-    }  # fmt: skip
+CONFIG = LlamaConfig(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+    max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+)  # fmt: skip
 
 
-def whole(perplexity: float) -> dict:
-    layer = {
-        "name": "model.layers.0.q", "shape": [64, 64], "format": "64x1sign/row", "bits_per_weight": 1.25, "error": 0.1,
-        "fallback": None,
-    }  # fmt: skip
-    names = ("ultralowbit", "torch", "transformers", "python", "device")
-    return {
-        "schema_version": 1, "created": "", "command": None, "folder": "out", "model": "m", "vocabulary": 96,
-        "recipe": {"name": "sign-2", "summary": "two planes"}, "manifest": {"path": "manifest.json", "sha256": "b"},
-        "calibration": None, "original": row("original", 7.25, packed=False), "packed": row("sign-2", perplexity),
-        "collapsed": ["python-docs"] if collapsed(perplexity, 96) else [], "fallbacks": {}, "notes": {},
-        "continuation": None, "exceeded": [], "advice": "Try more bits.", "layers": [layer],
-        "environment": dict.fromkeys(names, "1"),
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("perplexity", [math.nan, math.inf])
-def test_json_is_strict(tmp_path, perplexity):
-    write(tmp_path, whole(perplexity))
-    stored = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
-    assert stored["packed"]["perplexity"][0]["perplexity"] == str(perplexity)
-    assert str(stored_perplexity(stored["packed"]["perplexity"][0]).perplexity) == str(perplexity)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_model_is_read_back_from_strict_json(build, tmp_path, value):
+    report = build.report(value)
+    write_file(tmp_path / "report.json", report)
+    write_texts(report, "tiny", tmp_path, tmp_path, "tiny", Silent())
+    json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    (measured,) = read_file(tmp_path / "report.json", RunReport, "").packed.metrics["perplexity"]
+    assert str(measured.perplexity) == str(value)
     assert "**Collapsed.**" in (tmp_path / "report.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "**It does not work.**" in card and ": the model is broken." in card
 
 
-@pytest.mark.parametrize(("perplexity", "gone"), [(95.9, False), (96.5, True), (math.inf, True), (math.nan, True)])
-def test_collapse_is_shouted(capsys, perplexity, gone):
-    assert collapsed(perplexity, 96) is gone
-    show(whole(perplexity))
+@pytest.mark.parametrize(("value", "gone"), [(95.9, False), (96.5, True), (math.nan, True)])
+def test_collapse_is_shouted(build, capsys, value, gone):
+    show(build.report(value, vocabulary=96), Path("out"))
     assert ("COLLAPSED" in capsys.readouterr().out) is gone
 
 
-def test_the_table_fits_80_columns():
+def test_the_table_fits_80_columns(build):
+    report = build.report(123456.0, bits=2.008, recipe=build.recipe("sign-2-g128"))
     terminal = Console(width=80, file=io.StringIO())
-    terminal.print(table([row("original", 7.25, packed=False), row("sign-2-g128", 123456.0)]))
+    terminal.print(terminal_table([report.original, report.packed]))
     text = terminal.file.getvalue()
-    for part in ("original", "sign-2-g128", "7.250", "123,456", "2.008", "2.00", "2.94 MB", "1:02:05", "10.0 GB"):
+    for part in ("original", "sign-2-g128", "50.000", "123,456", "2.008", "2.00", "2.89 MB", "1:02:05", "10.0 GB"):
         assert part in text
     assert "…" not in text
 
 
-def test_columns_that_say_nothing_are_left_out():
-    rows = [row("a", 2.0), row("b", 3.0)]
-    for entry in rows:
-        entry["peak_memory_bytes"] = None
+def test_columns_that_say_nothing_are_left_out(build):
+    report = build.report()
+    rows = [report.original, report.packed.model_copy(update={"peak_memory_bytes": None})]
     assert "peak memory" not in grid(rows)[0] and "time" in grid(rows)[0]
+
+
+def test_two_texts_are_two_columns(build):
+    texts = [build.perplexity(60.0), build.perplexity(70.0, "b", source="wiki.txt")]
+    report = build.report(metrics={"perplexity": texts})
+    report.original.metrics = {"perplexity": [replace(texts[1], perplexity=40.0)]}
+    headers, original, packed = grid([report.original, report.packed])
+    at = [headers.index(f"perplexity {name}") for name in ("novels.txt", "wiki.txt")]
+    assert [original[i] for i in at] == ["-", "40.000"] and [packed[i] for i in at] == ["60.000", "70.000"]
+
+
+@pytest.fixture
+def compress(save_model, text, tmp_path, monkeypatch):
+    """compress(*options) runs the command into `packed`; returns its result and the folder."""
+    model = save_model(CONFIG, tmp_path / "deep/tiny")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*options: str):
+        command = ["compress", str(model), "--recipe", "rtn-4bit", "--out", "packed", "--device", "cpu", "-q"]
+        result = CliRunner().invoke(app, [*command, "--eval", text, "--max-tokens", "640", *options])
+        return result, tmp_path / "packed"
+
+    return run
+
+
+def stop(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        "measure.measure_beside", "measure.measure_alone", "measure.measure_depth", "measure.continuation",
+        "run.write_texts", "run.card_text", "run.render",
+    ],
+)  # fmt: skip
+def test_a_kill_after_compressing_costs_no_figure(compress, monkeypatch, at):
+    """Wherever it comes, the same command makes up for it: with the memory, and with a card that is its own."""
+    with monkeypatch.context() as patch:
+        patch.setattr(f"ultralowbit.report.{at}", stop)
+        result, folder = compress()
+        assert result.exit_code == 130, result.output
+        first = read_file(folder / "report.json", RunReport, "")
+        assert first.packed.peak_memory_bytes > 0
+    result, folder = compress()
+    assert result.exit_code == 0, result.output
+    report = read_file(folder / "report.json", RunReport, "")
+    assert report.packed.peak_memory_bytes == first.packed.peak_memory_bytes
+    assert report.packed.metrics.keys() == {"perplexity", "fidelity"} and report.continuation
+    assert (folder / CARD).exists() and not is_edited(folder / CARD)
+    assert "edited" not in result.output and (folder / "report.md").exists()
+
+
+def test_a_new_card_replaces_the_one_of_before(compress):
+    """Our own card of another report, left there by a kill before the new one was written, is no edited one."""
+    _, folder = compress()
+    before = (folder / CARD).read_text()
+    assert compress("--max-tokens", "320")[0].exit_code == 0
+    after = (folder / CARD).read_text()
+    assert "5 windows of 64" in after and after != before and not is_edited(folder / CARD)
+
+
+@pytest.mark.parametrize("damage", ["", '{"schema_version": 1}', '{"packed": 7}', "[" * 100_000])
+def test_a_damaged_report_is_measured_again(compress, damage):
+    _, folder = compress()
+    whole = read_file(folder / "report.json", RunReport, "")
+    (folder / "report.json").write_text(damage)
+    assert compress()[0].exit_code == 0
+    again = read_file(folder / "report.json", RunReport, "")
+    assert again.packed.metrics == whole.packed.metrics and again.original == whole.original
 
 
 @pytest.mark.parametrize(

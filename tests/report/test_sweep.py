@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,12 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from ultralowbit.cli.app import app
-from ultralowbit.report import sweep as bench_methods
+from ultralowbit.eval.schema import Evaluation, ModelResults, read_file, write_file
+from ultralowbit.eval.scores import Score
+from ultralowbit.eval.zeroshot import ZeroShot
+from ultralowbit.report import sweep_runs, sweep_tracks
+from ultralowbit.report.schema import Comparison, RunReport
+from ultralowbit.report.sweep_tracks import task_accuracies
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +36,7 @@ def model(save_model, tmp_path_factory) -> Path:
 def bench(model, text, tmp_path, monkeypatch):
     """bench(*options) runs the command into `out`; a recipe `broken` is there beside the shipped ones."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ultralowbit.report.plots.save", lambda plot, folder: {"wide": "", "narrow": ""})  # slow
+    monkeypatch.setattr("ultralowbit.report.style.save", lambda plot, folder: {"wide": "", "narrow": ""})  # slow
     Path("broken.yaml").write_text(
         "quantize: {method: rtn}\noverrides: [{match: '*.nothing', quantize: {method: rtn}}]\n"
     )
@@ -52,33 +58,32 @@ def test_seeds_failures_and_tracks_in_one_table(bench, monkeypatch, tmp_path):
     runs = sorted(path.parent.relative_to(tmp_path / "out/runs/tiny") for path in tmp_path.glob("out/**/manifest.json"))
     expected = ["rtn-4bit/seed-0", "sign-2/calibrated-on-other.txt", "sign-2/seed-0", "sign-2/seed-3"]
     assert [path.as_posix() for path in runs] == expected  # no seed for what reads no text
-    comparison = json.loads(Path("out/report.json").read_text(), parse_constant=pytest.fail)
-    (section,) = comparison["sections"]
-    found = {row["label"]: row for row in section["rows"]}
+    json.loads(Path("out/report.json").read_text(), parse_constant=pytest.fail)
+    comparison = read_file(Path("out/report.json"), Comparison, "")
+    (section,) = comparison.sections
+    found = {row.label: row for row in section.rows}
     assert [*found] == ["original", "rtn-4bit", "sign-2"]
-    assert [run["seed"] for run in found["sign-2"]["runs"]] == [0, 3]
-    quality = next(column["key"] for column in section["columns"] if column["group"] == "perplexity")
-    stored = [
-        json.loads(Path(f"out/runs/tiny/sign-2/seed-{s}/report.json").read_text())["packed"]["perplexity"][0]
-        for s in (0, 3)
-    ]
-    assert found["sign-2"]["metrics"][quality]["values"] == [p["perplexity"] for p in stored]
-    failed = comparison["failed"]
-    assert {entry["label"] for entry in failed} == {"broken/seed-0", "broken/seed-3", "broken/calibrated-on-other.txt"}
-    assert all("matches no Linear" in entry["error"] for entry in failed) and "matches no Linear" in result.stdout
+    assert [run.seed for run in found["sign-2"].runs] == [0, 3]
+    quality = next(column.key for column in section.columns if column.group == "perplexity")
+    reports = [read_file(Path(f"out/runs/tiny/sign-2/seed-{s}/report.json"), RunReport, "") for s in (0, 3)]
+    stored = [report.packed.metrics["perplexity"][0] for report in reports]
+    assert found["sign-2"].metrics[quality].values == [p.perplexity for p in stored]
+    failed = comparison.failed
+    assert {failure.label for failure in failed} == {"broken/seed-0", "broken/seed-3", "broken/calibrated-on-other.txt"}
+    assert all("matches no Linear" in failure.error for failure in failed) and "matches no Linear" in result.stdout
 
-    (of_model,) = comparison["tracks"]["models"]
+    (of_model,) = comparison.tracks["models"]
     tracks = {row["label"]: row["tracks"] for row in of_model["rows"]}
     sign = {name: track["ratios"] for name, track in tracks["sign-2"].items()}
-    original = found["original"]["metrics"][quality]["mean"]
-    nll = sum(p["nll"] for p in stored) / 2
+    original = found["original"].mean(quality)
+    nll = sum(p.nll for p in stored) / 2
     assert [*sign["language"].values()] == [pytest.approx(math.log(original) / nll)]
     assert sign["cost"].keys() == {"time", "seeds"} and tracks["rtn-4bit"]["cost"]["ratios"].keys() == {"time"}
     assert {"typos", "casing", "whitespace", "calibration on other.txt"} <= sign["robustness"].keys()
-    bits = found["sign-2"]["metrics"]
-    assert sign["complexity"] == {"linear": 16 / bits["linear_bits"]["mean"], "model": 16 / bits["model_bits"]["mean"]}
+    bits = found["sign-2"].mean
+    assert sign["complexity"] == {"linear": 16 / bits("linear_bits"), "model": 16 / bits("model_bits")}
     assert sign["inference"].keys() == {"prompt", "decoding"} and not sign["tasks"]
-    assert comparison["tracks"]["across"] == []
+    assert comparison.tracks["across"] == []
     page, markdown = Path("out/report.html").read_text(), Path("out/report.md").read_text()
     for part in ("gave no result", "matches no Linear", "calibration on other.txt"):
         assert part in page
@@ -86,12 +91,12 @@ def test_seeds_failures_and_tracks_in_one_table(bench, monkeypatch, tmp_path):
 
     # again: nothing is run or measured
     monkeypatch.setattr("ultralowbit.eval.runner.open_model", lambda *a, **k: pytest.fail("measured again"))
-    monkeypatch.setattr(bench_methods, "open_model", lambda *a, **k: pytest.fail("measured again"))
+    monkeypatch.setattr(sweep_tracks, "open_model", lambda *a, **k: pytest.fail("measured again"))
     monkeypatch.setattr("ultralowbit.pipeline.stream.quantize_linear", lambda *a, **k: pytest.fail("packed again"))
     assert bench(*options).exit_code == 1
-    again = json.loads(Path("out/report.json").read_text())
-    assert again["tracks"] == comparison["tracks"]
-    assert [s["rows"] for s in again["sections"]] == [s["rows"] for s in comparison["sections"]]
+    again = read_file(Path("out/report.json"), Comparison, "")
+    assert again.tracks == comparison.tracks
+    assert [section.rows for section in again.sections] == [section.rows for section in comparison.sections]
 
 
 @pytest.fixture
@@ -115,22 +120,21 @@ def tasks_dir(tmp_path) -> Path:
 def test_tasks_are_asked_once_and_stand_in_the_table(bench, tasks_dir, monkeypatch):
     options = ["--recipes", "rtn-4bit,sign-2", "--seeds", "0,3", "--tasks-dir", str(tasks_dir), "--limit", "10"]
     asked = []
-    evaluate = bench_methods.evaluation.run
+    evaluate = sweep_runs.evaluate_models
     monkeypatch.setattr(
-        bench_methods.evaluation, "run", lambda models, *a, **k: asked.extend(models) or evaluate(models, *a, **k)
+        sweep_runs, "evaluate_models", lambda models, *a, **k: asked.extend(models) or evaluate(models, *a, **k)
     )
     result = bench(*options, "--tasks", "toy")
     assert result.exit_code == 0, result.output
     assert [Path(model).name for model in asked] == ["tiny", "seed-0", "seed-0"]  # the original once
-    comparison = json.loads(Path("out/report.json").read_text())
-    (section,) = comparison["sections"]
-    column = next(c for c in section["columns"] if c["group"] == "accuracy" and c["title"].startswith("toy"))
-    assert "10 of 12 documents" in column["protocol"]
-    scores = {row["label"]: row["metrics"][column["key"]]["values"] for row in section["rows"]}
+    (section,) = read_file(Path("out/report.json"), Comparison, "").sections
+    column = next(c for c in section.columns if c.group == "accuracy" and c.title.startswith("toy"))
+    assert "10 of 12 documents" in column.protocol
+    scores = {row.label: row.metrics[column.key].values for row in section.rows}
     assert scores.keys() == {"original", "rtn-4bit", "sign-2"} and all(len(values) == 1 for values in scores.values())
     for label in ("rtn-4bit", "sign-2"):
-        kept = json.loads(Path(f"out/runs/tiny/{label}/seed-0/eval-tasks.json").read_text())
-        assert [row["tasks"]["scores"][0]["value"] for row in kept["results"]] == [*scores[label], *scores["original"]]
+        kept = read_file(Path(f"out/runs/tiny/{label}/seed-0/eval-tasks.json"), Evaluation, "")
+        assert [row.tasks.scores[0].value for row in kept.results] == [*scores[label], *scores["original"]]
 
     asked.clear()
     assert bench(*options, "--tasks", "toy").exit_code == 0 and not asked
@@ -140,17 +144,14 @@ def test_tasks_are_asked_once_and_stand_in_the_table(bench, tasks_dir, monkeypat
 
 
 def test_tasks_are_taken_from_eval_json(tmp_path):
-    def row(model: str, value: float) -> dict:
-        score = {"task": "a", "metric": "acc", "value": value, "stderr": None, "chance": 0.5, "documents": 9, "of": 9}
-        score |= {"shots": 0, "version": "1"}
-        tasks = {"scores": [score, {**score, "metric": "acc_norm", "value": value + 0.1}], "averages": []}
-        return {"model": model, "perplexity": [], "fidelity": [], "noise_floor": [], "tasks": tasks}
+    def row(model: str, value: float) -> ModelResults:
+        score = Score("a", "acc", value, None, 0.5, documents=9, of=9, shots=0, version="1", higher_is_better=True)
+        scores = [score, replace(score, metric="acc_norm", value=value + 0.1)]
+        return ModelResults(model=model, tasks=ZeroShot(scores, [], 0, 9, 1.0, {}))
 
-    found = {"fidelity_to": None, "results": [row("models/tiny", 0.7), row(str(tmp_path), 0.6)]}
-    (tmp_path / "eval.json").write_text(json.dumps(found))
-    seen = bench_methods._Seen.__new__(bench_methods._Seen)
-    seen.one = bench_methods._Results(folders=[tmp_path])
-    packed, original = seen._tasks("tiny")
+    evaluation = Evaluation(created="", results=[row("models/tiny", 0.7), row(str(tmp_path), 0.6)])
+    write_file(tmp_path / "eval.json", evaluation)
+    packed, original = task_accuracies(tmp_path, "tiny")
     assert packed == {"a": (pytest.approx(0.7), 0.5)} and original == {"a": (pytest.approx(0.8), 0.5)}
 
 
@@ -170,6 +171,6 @@ def test_an_interrupt_is_no_failure(bench, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench_methods, "compress_and_measure", stop)
+    monkeypatch.setattr(sweep_runs, "compress_and_measure", stop)
     result = bench("--recipes", "rtn-4bit")
     assert result.exit_code == 130 and "to go on, run:" in result.stderr

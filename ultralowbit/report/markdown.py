@@ -21,7 +21,7 @@ def code(text: object) -> str:
     line = " ".join(str(text).split())
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     room = " " if line.startswith("`") or line.endswith("`") else ""
-    return f"{fence}{room}{line}{room}{fence}".replace("|", "\\|")
+    return f"{fence}{room}{line}{room}{fence}"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

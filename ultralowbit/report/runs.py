@@ -52,13 +52,17 @@ class Run:
     def but_for_the_seed(self) -> str:
         """Digest of all that its bytes depend on, except the seed of the texts that it reads."""
         fingerprint = self.manifest["fingerprint"]
-        recipe = dict(fingerprint["recipe"])
-        if "calibration" in recipe:  # not of those that read no text
-            recipe["calibration"] = {**recipe["calibration"], "seed": None}
+        recipe = fingerprint["recipe"]
+        texts = {"calibration": _seedless(recipe.get("calibration"))}
         for stage in ("preprocess", "finetune"):
-            if (recipe.get(stage) or {}).get("data"):
-                recipe[stage] = {**recipe[stage], "data": {**recipe[stage]["data"], "seed": None}}
+            if isinstance(recipe.get(stage), dict):
+                texts[stage] = {**recipe[stage], "data": _seedless(recipe[stage].get("data"))}
+        recipe = {**recipe, **texts}
         return digest_of([{**fingerprint, "recipe": recipe, "calibration": None}, self.recipe])
+
+
+def _seedless(text: Any) -> Any:
+    return {**text, "seed": None} if isinstance(text, dict) else text
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,11 +106,8 @@ def read_run(folder: Path) -> Run:
     again = "run the `ultralowbit compress` command that made it once more, which measures what is there"
     try:
         manifest = read_manifest(folder)
-        _ = manifest["fingerprint"]["model"], {**manifest["fingerprint"]["recipe"]}
     except CheckpointError as error:
         raise InputError(str(error)) from error
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder / MANIFEST} is not one that `ultralowbit compress` wrote: copy it again") from error
     if not (folder / REPORT).is_file():
         raise InputError(f"{folder} has no {REPORT}, so nothing in it is measured: {again}")
     report, digest = read_file(folder / REPORT, RunReport, again), sha256_file(folder / MANIFEST)
