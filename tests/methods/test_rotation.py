@@ -17,7 +17,6 @@ from ultralowbit.methods.statistics import InputStats
 )
 def test_a_block_divides_the_columns_where_one_of_some_size_does(columns, block):
     assert Rotate().block(columns) == block
-    assert Rotate(inputs="off").block(columns) is None
 
 
 @pytest.mark.parametrize("columns", [64, 100])

@@ -24,14 +24,14 @@ SMALLEST = 32
 
 @fields
 class Rotate:
-    """inputs: `online` multiplies the inputs of every packed Linear by a block Hadamard matrix, `off` does not."""
+    """inputs: `online` multiplies the inputs of every packed Linear by a block Hadamard matrix where they enter it."""
 
-    inputs: Literal["online", "off"] = "online"
+    inputs: Literal["online"] = "online"
 
     def block(self, in_features: int) -> int | None:
         """Columns of a block: the largest power of two that divides `in_features`, up to 512. Where that is less than
-        32 it is the largest that fits, and smaller blocks follow for the rest. None where nothing is rotated."""
-        if self.inputs == "off" or in_features < 2:
+        32 it is the largest that fits, and smaller blocks follow for the rest. None for a single column."""
+        if in_features < 2:
             return None
         divides = min(LARGEST, in_features & -in_features)
         return divides if divides >= SMALLEST else min(LARGEST, 1 << in_features.bit_length() - 1)

@@ -191,6 +191,8 @@ def _memory(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     outside, outside_computed = sizes(decoder.names_outside_blocks())
     widest = max((m for block in work.hessians for m in block), default=0)
     hessians = 8 * widest**2 + 4 * work.outliers * widest  # one group at a time: fp32 sum, factor, tokens held back
+    if work.paired:  # the sum against the original's inputs, a factor of its own, the residual's sum
+        hessians += 8 * widest**2 + 4 * max(n * m for n, m in work.shapes.values())
     factorise = 5 * 4 * widest**2  # beside the sum: the fp64 matrix, its flipped copy or factor, a product of halves
     solving = (12 if compute == 4 else 16) * max(n * m for n, m in work.shapes.values())  # fp32 copies of one weight
     forward = work.batch * compute * (8 * work.hidden + 3 * max(max(shape) for shape in work.shapes.values()))
@@ -199,7 +201,7 @@ def _memory(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     mapped = {ACTIVATIONS: work.files * work.activations} if work.tokens else {}
     blockwise = {"block as stored": stored}
     on_device = {
-        "block": computed,
+        "block": computed * (2 if work.paired else 1),
         "Hessian and its factor": hessians,
         "working memory": forward + max(factorise, solving, gather),  # allocators keep the small pieces of a forward
     }
