@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["Recipe", "__version__", "compress", "load"]
 
 _HOMES = {"load": "ultralowbit.nn.hf", "compress": "ultralowbit.pipeline.compress", "Recipe": "ultralowbit.recipe"}
-_REGISTRY = "transformers.quantizers.auto"
+_REGISTERED_AFTER = {
+    "transformers.quantizers.auto": "ultralowbit.nn.quantizer",
+    "peft.tuners.lora.model": "ultralowbit.nn.lora",
+}
+"""Another package's module -> ours that registers what it should know, imported right after it."""
 
 
 def __getattr__(name: str) -> Any:
@@ -42,12 +46,15 @@ def __dir__() -> list[str]:
 
 
 class _Registering(importlib.abc.MetaPathFinder):
-    """Registers the packed format right after transformers has imported its table of formats."""
+    """Imports one of our modules right after the module of another package that it registers something with."""
+
+    def __init__(self, theirs: str, ours: str) -> None:
+        self.theirs, self.ours = theirs, ours
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != _REGISTRY:
+        if name != self.theirs:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -56,13 +63,14 @@ class _Registering(importlib.abc.MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 run(module)
-                importlib.import_module("ultralowbit.nn.quantizer")
+                importlib.import_module(self.ours)
 
             spec.loader.exec_module = exec_module  # of this one module's own loader
         return spec
 
 
-if _REGISTRY in sys.modules:
-    importlib.import_module("ultralowbit.nn.quantizer")
-else:
-    sys.meta_path.insert(0, _Registering())
+for _theirs, _ours in _REGISTERED_AFTER.items():
+    if _theirs in sys.modules:
+        importlib.import_module(_ours)
+    else:
+        sys.meta_path.insert(0, _Registering(_theirs, _ours))

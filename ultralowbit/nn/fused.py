@@ -80,6 +80,11 @@ class StackedLinear(PackedLinear):
         y = self._shared[0].product(self._member, x, self.int8)
         return y if self.bias is None else y + self.bias
 
+    @property
+    def weight(self) -> Tensor:
+        """Its rows of the stack's main tensor: others ask a Linear's weight for its device."""
+        return self._tensors()["weight"]
+
     def _tensors(self) -> dict[str, Tensor]:
         return self._shared[0].member(self._member)
 
