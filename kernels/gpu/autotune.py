@@ -34,6 +34,6 @@ def tune(cost: Cost, dense: Callable[[int], float], start: Tuning, say: Callable
 
 def entry(name: str, tuning: Tuning) -> str:
     """What `tuning.json` takes for the GPU of this name."""
-    found = asdict(tuning)
-    del found["processors"]
-    return f"{json.dumps(name)}: {json.dumps(found, indent=2)}"
+    values = asdict(tuning)
+    del values["processors"]
+    return f"{json.dumps(name)}: {json.dumps(values, indent=2)}"

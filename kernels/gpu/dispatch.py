@@ -66,16 +66,17 @@ class Tuning:
 
 @lru_cache
 def tuning_of(device: torch.device) -> Tuning:
-    found = torch.cuda.get_device_properties(device)
-    return read_tuning(found.name, found.multi_processor_count)
+    """The tuning of the GPU that this is."""
+    properties = torch.cuda.get_device_properties(device)
+    return read_tuning(properties.name, properties.multi_processor_count)
 
 
 def read_tuning(name: str, processors: int) -> Tuning:
     """Of a GPU by its name; what `tuning.json` does not list has the values of `default`."""
     table = json.loads(Path(__file__).with_name("tuning.json").read_text())
-    found = table["default"] | table.get(name, {})
-    tiles = {int(size): Tile(**tile) for size, tile in found.pop("tiles").items() if int(size) >= NARROWEST_DOT}
-    return Tuning(**found, tiles=tiles, processors=processors)
+    values = table["default"] | table.get(name, {})
+    tiles = {int(size): Tile(**tile) for size, tile in values.pop("tiles").items() if int(size) >= NARROWEST_DOT}
+    return Tuning(**values, tiles=tiles, processors=processors)
 
 
 def choose(format: Format, device: torch.device, dtype: torch.dtype, tokens: int) -> Callable[..., Tensor] | None:
@@ -183,17 +184,17 @@ def product(
     digits = 2 if x.dtype == torch.float32 else 1
     y = x.new_empty(tokens, out_rows)
     launches, x = transformed(x, tensors, format, torch.float32)
-    found = matrices(format)
+    whole = matrices(format)
     lines = digits * tokens
     size, tile = tuning.tile(lines)
     tiles = cdiv(lines, size) * cdiv(out_rows, tile.rows)
     wanted = tuning.programs * tuning.processors  # of each matrix: they run one after the other
-    parts = [m.planes * min(m.blocks, cdiv(wanted, tiles * m.planes)) for m in found]
+    parts = [m.planes * min(m.blocks, cdiv(wanted, tiles * m.planes)) for m in whole]
     if format.outliers is not None:
         parts.append(min(OUTLIER_SPLITS, cdiv(len(tensors["weight_outliers_value"]), OUTLIER_ENTRIES)))
     partial = x.new_empty(sum(parts), lines, out_rows, dtype=torch.float32)
     partials = partial.split(parts)
-    for matrix, out in zip(found, partials, strict=False):
+    for matrix, out in zip(whole, partials, strict=False):
         x16 = x.new_empty(lines, matrix.blocks * matrix.block, dtype=torch.float16)
         sums = x.new_empty(lines, matrix.blocks * matrix.groups_in_block, dtype=torch.float32)
         units = x.new_empty(lines, matrix.blocks, dtype=torch.float32)

@@ -143,14 +143,14 @@ def _matrices_of(prefix: str, column: int, part: Segment) -> Iterator[Matrix]:
 def matrices(format: Format) -> tuple[Matrix, ...] | None:
     """The matrices whose products add up to that of the format's segments; None where a segment is no such sum or has
     groups that end inside a field."""
-    found: list[Matrix] = []
+    whole: list[Matrix] = []
     column = 0
     for i, part in enumerate(format.segments):
         if not isinstance(part, Planes | TiedPlanes | Ints):
             return None
-        found += _matrices_of(f"weight_{i}" if i else "weight", column, part)
+        whole += _matrices_of(f"weight_{i}" if i else "weight", column, part)
         column += part.columns
-    return tuple(found) if all(m.fits for m in found) else None
+    return tuple(whole) if all(m.fits for m in whole) else None
 
 
 @triton.jit
@@ -197,7 +197,6 @@ def _levels(
     return s, k
 
 
-# an alignment that does not help would only mean more variants to compile
 @triton.jit
 def _rows(out_rows, few_rows: tl.constexpr, BN: tl.constexpr):
     """The rows [BN] that a program writes, and those that it reads for them."""
@@ -220,20 +219,11 @@ def _add_group(acc, part, sum, s, k, z: tl.constexpr, zero_width: tl.constexpr, 
     return acc
 
 
-@triton.jit(
-    do_not_specialize=["tokens"],
-    do_not_specialize_on_alignment=[
-        "planes",
-        "plane_stride",
-        "row_stride",
-        "blocks",
-        "full",
-        "lanes",
-        "groups",
-        "blocks_in_group",
-        "splits",
-    ],
-)  # fmt: skip
+# an alignment that does not help would only mean more variants to compile
+_UNALIGNED = ["planes", "plane_stride", "row_stride", "blocks", "full", "lanes", "groups", "blocks_in_group", "splits"]
+
+
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=_UNALIGNED)
 def multiply(
     x16, sums, units, words, scale, zero, offset, partial, tokens, out_rows, planes, plane_stride, row_stride, blocks,
     full, lanes, groups, blocks_in_group, splits, width: tl.constexpr, fields_in_group: tl.constexpr,

@@ -141,13 +141,13 @@ def prologue_ref(x: Tensor, matrix: Matrix, digits: int) -> tuple[Tensor, Tensor
     e = (exponent - 7 << 23).view(torch.float32)
     field = torch.arange(matrix.fields, device=x.device).repeat_interleave(LANES)
     factor = 2.0 ** (8 - matrix.width - field * matrix.width % 8)
-    v, found = v / e, []
+    v, pieces = v / e, []
     for _ in range(digits):
         x16 = (v * factor).half()
         kept = x16.float() / factor
         sums = kept.unflatten(-1, (matrix.groups_in_block, -1)).sum(-1)
         sums[:, matrix.full :] = F.pad(kept[:, matrix.full :].sum(-1, keepdim=True), (0, matrix.groups_in_block - 1))
-        found.append((x16, sums * e, e[..., 0]))
+        pieces.append((x16, sums * e, e[..., 0]))
         v, e = (v - kept) * 2048, e / 2048
-    x16, sums, units = (torch.cat(parts) for parts in zip(*found, strict=True))
+    x16, sums, units = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     return x16, sums, units

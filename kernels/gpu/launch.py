@@ -52,6 +52,7 @@ def run(launches: Sequence[Launch], device: torch.device) -> None:
 
 
 def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 

@@ -190,7 +190,7 @@ class Stop(Silent):
     "stage, stop, steps",
     [
         ({"blockwise": TUNE}, "blocks", (1, 5, 9)),
-        ({"finetune": DISTILL}, "distilling", (1, 7)),
+        ({"finetune": DISTILL}, "fine-tuning", (1, 7)),
         ({"preprocess": PREPARE}, "training adapters", (1, 7)),
         ({"preprocess": PREPARE}, "blocks", (2, 3)),
     ],

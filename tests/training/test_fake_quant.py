@@ -24,10 +24,10 @@ from ultralowbit.methods.gptq import GPTQ
 from ultralowbit.methods.pb_llm import PBLLM
 from ultralowbit.methods.sign import Sign
 from ultralowbit.training.estimators import STE, BiPer, Clip, ReSTE
-from ultralowbit.training.fake_quant.linear import KINDS, FakeQuantLinear, parameter_groups, set_progress
+from ultralowbit.training.fake_quant.linear import FakeQuantLinear, parameter_groups, set_progress
 from ultralowbit.training.loop import fit
 from ultralowbit.training.objectives import MSE
-from ultralowbit.training.specs import TrainSpec
+from ultralowbit.training.specs import KINDS, TrainSpec
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -15,8 +15,8 @@ from ultralowbit.format.words import TensorSpec, group_count, pack_fields, unpac
 
 @dataclass(frozen=True)
 class SalientSplit(Segment):
-    """`columns` inputs as signs s, t = -1 or +1 whose scales depend on the zone of a weight: is its column one of the
-    `salient` ones, which all rows share, and is it in group g = 0 or 1 by a bit of its own?
+    """`columns` inputs as signs s, t = -1 or +1 whose scales depend on two things: whether the column is one of the
+    `salient` ones, which all rows share, and in which group g = 0 or 1 a weight is by a bit of its own.
 
         other columns                   w = a[g] s + c[g]
         salient columns, two planes     w = a[2] s + a[3] t + c[2]             the second plane holds t, there is no g
@@ -111,12 +111,12 @@ class SalientSplit(Segment):
         others, salient = (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
         g, t, u, v = second[:, salient], second[:, salient], parts.get("_column"), parts.get("_third_column")
 
-        def of_block(values: Tensor, columns: Tensor) -> Tensor:  # [zones, blocks, rows] -> [zones, rows, columns or 1]
+        def of_block(values: Tensor, columns: Tensor) -> Tensor:  # [., blocks, rows] -> [., rows, columns or 1]
             values = values.float()
             return (values if values.shape[1] == 1 else values[:, columns // self.block]).transpose(1, 2)
 
-        def term(sign: Tensor, zones: slice, g: Tensor, columns: Tensor, factor: Tensor | None) -> Tensor:
-            level = of_block(parts["_scale"][zones], columns)
+        def term(sign: Tensor, scales: slice, g: Tensor, columns: Tensor, factor: Tensor | None) -> Tensor:
+            level = of_block(parts["_scale"][scales], columns)
             return _of_group(level if factor is None else level * factor.float()[:, None], g) * (2 * sign - 1)
 
         out[:, others] = term(s[:, others], slice(0, 2), second[:, others], others, u if u is None else u[:, others])

@@ -1,8 +1,8 @@
-"""Block-wise tuning: the parameters of a block's packed Linears, fitted to what the original block puts out.
+"""Block-wise training: the parameters of a block's packed Linears are fitted to what the original block puts out.
 
 Two streams of activations, as in PTQ1.61 (arXiv 2502.13179): X of the original model, Xq of the packed one. With F the
-original block and Q the packed one, Q(Xq) is brought near Y1 = F(X), which makes up for the blocks before, and near
-Y2 = F(Xq), which does not ask for more than this block can give.
+original block and Q the packed one, Q(Xq) is brought near Y1 = F(X), which makes up for the errors of the blocks
+before, and near Y2 = F(Xq), which asks for no more than this block can give.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from ultralowbit.training.specs import Blockwise, Finetune
 
 
 class Streams(NamedTuple):
-    """What a block is tuned on: how it is called, and X, Xq, Y1, Y2 [batches, batch, length, d], often mapped files."""
+    """What a block is trained on: how it is called, and X, Xq, Y1, Y2 [batches, batch, length, d], often mapped
+    files."""
 
     call: BlockCall
     original: Tensor
@@ -46,10 +47,10 @@ def train_block(
     state: Path,
     progress: Progress,
 ) -> tuple[dict[str, PackedWeight], Fitted]:
-    """Tune the packed Linears of a block, which are named as in `model`; weights: the original ones, as stored.
+    """Train the packed Linears of a block and return those that are better for it, with how the training went.
 
-    Returns those that training has made better. `state` is the file that a killed run goes on from. The block is left
-    as it was found.
+    weights, packed: the original weights as their modules store them, and the packed ones, by names in `model`.
+    state: the file that a killed run goes on from. The block itself is left as it was.
     """
     device = next(block.parameters()).device
     batches = range(len(streams.inputs))
@@ -78,8 +79,10 @@ def train_block(
 def fake_quantized(
     model: nn.Module, packed: Mapping[str, PackedWeight], weights: Mapping[str, Tensor], spec: Blockwise | Finetune
 ) -> Iterator[dict[str, FakeQuantLinear]]:
-    """Fake-quantized Linears in the place of the named ones, on their devices, as far as their formats have what is
-    trained; all else in the model is frozen meanwhile. Raises `InputError` where none has."""
+    """Put fake-quantized Linears in the place of the named ones while the context lasts, and freeze all else.
+
+    A Linear whose format has nothing of what is trained is packed instead. Raises `InputError` where none has any.
+    """
     required = {p: p.requires_grad for p in model.parameters()}
     replaced = {name: model.get_submodule(name) for name in packed}
     model.requires_grad_(False)

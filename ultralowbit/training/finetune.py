@@ -1,7 +1,7 @@
-"""End-to-end training of a packed model, with the original as a frozen teacher or on the next token alone.
+"""Fine-tuning: a packed model is trained end to end, with the original as a frozen teacher or on the next token alone.
 
-Teacher and student share everything but the packed Linears. The whole model is in memory once, and of what is trained
-the gradient and two moments beside it.
+Teacher and student share everything but the packed Linears: the whole model is in memory once, beside the gradients and
+two moments of what is trained.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ultralowbit.training.objectives import Outputs
 from ultralowbit.training.specs import Finetune
 
 SEEN = 8
-"""Windows that an objective sees of the teacher's hidden states before training."""
+"""Windows whose hidden states in the teacher an objective sees before training."""
 
 
 def finetune(
@@ -37,10 +37,10 @@ def finetune(
     trust_remote_code: bool,
     progress: Progress,
 ) -> tuple[dict[str, PackedWeight], Fitted]:
-    """Train the packed Linears of the model in `folder` on windows of tokens [windows, length].
+    """Train the packed Linears of the model in `folder` on tokens [windows, length] and return those that are better
+    for it, with how the training went.
 
-    weights: what latent weights start from, by Linear. Returns those that training has made better. `state` is the file
-    that a killed run goes on from.
+    weights: what latent weights start from, by Linear; state: the file that a killed run goes on from.
     """
     teacher = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
@@ -72,6 +72,6 @@ def finetune(
     with fake_quantized(student, packed, weights, spec) as linears:
         fitted = fit(
             parameter_groups(student), loss, spec.training, len(training), evaluate, state=state, progress=progress,
-            what="distilling", on_progress=lambda share: set_progress(student, share),
+            what="fine-tuning", on_progress=lambda share: set_progress(student, share),
         )  # fmt: skip
         return {name: linear.pack() for name, linear in linears.items()} if fitted.accepted else {}, fitted

@@ -50,6 +50,7 @@ class Fitted:
 
     @property
     def accepted(self) -> bool:
+        """Whether training has made anything better."""
         return self.best_step > 0
 
 

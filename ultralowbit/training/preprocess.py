@@ -70,11 +70,11 @@ def preprocess(
     trust_remote_code: bool,
     progress: Progress,
 ) -> tuple[Path, dict[str, Any]]:
-    """The folder of the prepared model, made in `work`, and how its training went; what is there already is not made
-    again.
+    """Make the model whose weights are W' in `work` and return its folder, with how the training went; what is there
+    already is not made again.
 
-    quantized: writes the model, quantized once, into a folder and returns it; tokens [windows, length] to train on;
-    dtype: that W' is stored in.
+    quantized: writes the model, quantized once, into a folder and returns that; tokens [windows, length]: what is
+    trained on; dtype: what W' is stored in. Raises `InputError` where no packed Linear matches the spec's targets.
     """
     merged = work / "model"
     if not merged.exists():
@@ -96,7 +96,7 @@ def preprocess(
 def _train(
     model: PreTrainedModel, adapt: Sequence[str], tokens: Tensor, spec: Preprocess, state: Path, progress: Progress
 ) -> Fitted:
-    """Give the named Linears adapters, trained on the next tokens of windows tokens [windows, length]."""
+    """Give the named Linears adapters and train these on the next tokens of tokens [windows, length]."""
     generator = torch.Generator().manual_seed(spec.training.seed)
     for name in adapt:
         swap(model, name, Adapted(model.get_submodule(name), spec, generator))

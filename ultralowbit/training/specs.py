@@ -16,10 +16,13 @@ from ultralowbit.training.objectives import BLOCK_OBJECTIVES, OBJECTIVES
 
 
 def one_of(table: dict[str, type], tag: str) -> Any:
+    """The type of a recipe's key that holds one of the table's classes: the one that its key `tag` names."""
     return Annotated[Union[tuple(table.values())], Field(discriminator=tag)]  # noqa: UP007 (built at run time)
 
 
 class StrictModel(BaseModel):
+    """A part of a recipe: it cannot be changed, and a key that it does not know is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -40,7 +43,7 @@ class CalibrationSpec(StrictModel):
     )
 
 
-TRAINED_KINDS = ("scale", "offset", "row", "column", "latent")
+KINDS = ("scale", "offset", "row", "column", "latent")
 """What of a packed weight can be trained."""
 
 
@@ -70,7 +73,7 @@ class Trained(StrictModel):
 class FakeQuantized(Trained):
     """`training.lr` names what is trained: scale, offset, row, column, latent."""
 
-    kinds = TRAINED_KINDS
+    kinds = KINDS
 
     estimator: one_of(ESTIMATORS, "kind") = Field(STE(), description="how a gradient passes through a sign")
     scales: Literal["free", "analytic"] = Field(
@@ -79,11 +82,11 @@ class FakeQuantized(Trained):
 
 
 class Blockwise(FakeQuantized):
-    """Block-wise tuning: the packed Linears of a block, fitted to what the original block puts out. Activations lie in
-    batches of `training.batch` windows, so that a batch of the loop is one of these."""
+    """Block-wise training: the packed Linears of a block are fitted to what the original block puts out."""
 
     @property
     def loop(self) -> TrainSpec:
+        """Of the training loop: activations lie in batches of `training.batch` windows, each a sample of the loop."""
         return replace(self.training, batch=1)
 
     def steps(self, batches: int) -> int:
@@ -94,7 +97,7 @@ class Blockwise(FakeQuantized):
 
 
 class Finetune(FakeQuantized):
-    """End-to-end training of the packed model, against the original or on the text alone."""
+    """Fine-tuning: the packed model is trained end to end, against the original or on the text alone."""
 
     objective: one_of(OBJECTIVES, "kind")
     data: CalibrationSpec | None = Field(None, description="text to train on, null for that of the calibration")

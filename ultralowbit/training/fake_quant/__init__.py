@@ -1,8 +1,11 @@
-"""Packed weights that can be trained: what they compute is always what the bytes they pack to mean.
+"""Packed weights as parameters, whose values are at every step those of the bytes that they pack to.
 
-linear      a Linear whose packed weight is trained
-segments    which kind of segment is trained how
-planes      latent      ints       the kinds: scales of fixed signs, signs of latent weights, grids of codes
-transform   the input transform
-rounding    tiles       roundings that pass gradients; a weight made some rows at a time
+linear     `FakeQuantLinear`, which stands in a model where a Linear was, and what it trains
+segments   how each kind of segment is fake-quantized: `FAKE_QUANT`, with a line for each that can be trained
+planes     planes with fixed bits and trained scales
+latent     planes whose bits are the code of a trained latent weight
+ints       integer codes, fixed or of a latent weight, on a trained grid
+transform  the factors of input columns
+rounding   roundings that pass gradients, and other steps that segments share
+tiles      a weight made some rows at a time, with a gradient that makes it again
 """

@@ -174,4 +174,5 @@ class LatentDual(LatentPlanes):
 
 
 def is_dual(segment: Segment) -> bool:
+    """Whether these are the two 0/1 planes of DB-LLM's dual binarization."""
     return isinstance(segment, Planes) and segment.alphabet == "01" and segment.planes == 2

@@ -16,7 +16,8 @@ every step:
              dual binarization of DB-LLM; gradients reach the scales through the sum and through the thresholds
     Ints     round(w / s) + zero, clamped; the gradients of w and s are those of LSQ (Esser et al. 2020)
 
-Replaced 8-bit weights, zones, and integer columns beside planes (PTQ1.61's salient ones) stay as they are.
+Outliers, segments without a line in `FAKE_QUANT`, and integer columns beside planes (PTQ1.61's salient ones) stay as
+they are.
 """
 
 from __future__ import annotations
@@ -36,9 +37,7 @@ from ultralowbit.training.fake_quant.rounding import own_tensors, register
 from ultralowbit.training.fake_quant.segments import Scales, Start, fake_quant
 from ultralowbit.training.fake_quant.tiles import Tiled, row_tiles, take_rows, under
 from ultralowbit.training.fake_quant.transform import FakeQuantTransform
-
-KINDS = ("scale", "offset", "row", "column", "latent")
-"""What of a packed weight can be trained."""
+from ultralowbit.training.specs import KINDS
 
 
 class FakeQuantLinear(nn.Module):
@@ -157,7 +156,7 @@ class FakeQuantLinear(nn.Module):
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters of all `TrainableLinear`s in a model by their kind, in the order of the modules."""
+    """The parameters of all `FakeQuantLinear`s in a model by their kind, in the order of the modules."""
     by_kind: dict[str, list[nn.Parameter]] = {}
     for module in model.modules():
         if isinstance(module, FakeQuantLinear):
@@ -167,7 +166,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def set_progress(model: nn.Module, progress: float) -> None:
-    """Tell the estimators of all `TrainableLinear`s in a model which share of the training, 0 to 1, is done."""
+    """Tell the estimators of all `FakeQuantLinear`s in a model which share of the training, 0 to 1, is done."""
     for module in model.modules():
         if isinstance(module, FakeQuantLinear):
             module.progress = progress

@@ -16,7 +16,7 @@ class FixedPlanes(nn.Module):
     """Sign planes with fixed bits: `bits` [out, planes, groups, group] int8 as their values; `scale` [out, planes,
     groups] and `offset` [out, groups], without the factor of the row.
 
-    All methods take some rows of the view's own tensors by name, and of the rows' factor.
+    Its methods take some rows of its own tensors, by name, and of the rows' factor.
     """
 
     def __init__(self, segment: Planes, parts: Mapping[str, Tensor], train: Collection[str]) -> None:
@@ -36,7 +36,7 @@ class FixedPlanes(nn.Module):
         return own["bits"].unbind(1), own["scale"].unbind(1)
 
     def weight(self, own: Mapping[str, Tensor], row: Tensor | None, progress: float) -> Tensor:
-        """[rows, columns]"""
+        """The weight [rows, columns]."""
         weight = None
         for bits, scale in zip(*self.codes(own, progress), strict=True):
             plane = bits * stored_scale(scale, row)[..., None]

@@ -51,6 +51,7 @@ class Permute(torch.autograd.Function):
 
 
 def decoded(segment: Segment, parts: Mapping[str, Tensor]) -> Tensor:
+    """What the stored tensors of a segment mean, [out, columns] fp32."""
     weight = torch.empty(parts[""].shape[-2], segment.columns, device=parts[""].device, dtype=torch.float32)
     segment.decode(parts, weight)
     return weight
@@ -77,10 +78,12 @@ def grouped(x: Tensor, group: int | None) -> Tensor:
 
 
 def ungrouped(x: Tensor, columns: int) -> Tensor:
+    """The inverse: [rows, groups, group] -> [rows, columns]."""
     return x.flatten(1)[:, :columns]
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a module without those of its children."""
     return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
 
 

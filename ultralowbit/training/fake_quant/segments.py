@@ -23,15 +23,18 @@ Scales = Literal["free", "analytic"]
 
 @dataclass(frozen=True)
 class Start:
-    """What the training of a segment starts from, beside its stored tensors: which kinds are trained, the original
-    weight [out, columns], which weights are no outliers [out, columns] bool, and whether planes lie in the same row."""
+    """What the training of a segment starts from, beside its stored tensors."""
 
     train: Collection[str]
+    """Which of `KINDS` are trained."""
     latent: Tensor | None
+    """The original weight [out, columns]."""
     keep: Tensor | None
+    """Which weights are no outliers [out, columns] bool; None without outliers."""
     estimator: Estimator
     scales: Scales
     beside_planes: bool
+    """Whether there are planes in the same row."""
 
 
 class Frozen(nn.Module):
@@ -71,6 +74,10 @@ FAKE_QUANT: dict[str, Callable[[Segment, Mapping[str, Tensor], Start], nn.Module
     Planes.kind: _planes,
     Ints.kind: _ints,
 }
+"""Kind of a segment -> what makes the module of one, from the segment, its stored tensors by suffix, and the start.
+
+A module has two methods, of some rows of its own tensors by name, of the factor of these rows, and of the share of
+training done: `weight` returns them [rows, columns] fp32, and `parts` what the segment's `encode` takes."""
 
 
 def fake_quant(segment: Segment, parts: Mapping[str, Tensor], start: Start) -> nn.Module:

@@ -54,8 +54,10 @@ def row_tiles(shape: tuple[int, int], device: torch.device) -> list[slice]:
 
 
 def take_rows(tensors: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    """Some rows of the tensors, and all of what belongs to the input."""
     return {name: t if name.startswith("input.") else t[rows] for name, t in tensors.items()}
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
