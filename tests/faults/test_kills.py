@@ -45,8 +45,8 @@ def is_same(folder: Path, expected: Path) -> bool:
 
 
 def in_a_killed_process(run: Callable[[], Any], event: int | None = None, seconds: float | None = None) -> bool:
-    """Run in a forked process that gets SIGKILL just before its `event`-th operation on a file of the current folder, or
-    after so many `seconds`; whether it was killed, False if it came to its end first."""
+    """Run in a forked process that gets SIGKILL just before its `event`-th operation on a file of the current folder,
+    or after so many `seconds`; whether it was killed, False if it came to its end first."""
     folder = os.getcwd()
     pid = os.fork()
     if pid == 0:
