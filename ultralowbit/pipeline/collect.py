@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
@@ -17,12 +17,12 @@ class Original(NamedTuple):
     """The original model beside the packed one, of which a Linear is to make up for the errors so far.
 
     block: the same block as it was; inputs [batches, batch, length, d]: what enters it there; writers: the Linears that
-    write to its residual stream and are to make up for the errors in that too, in the order of their use.
+    are to make up for the errors in the residual stream too, as `residual_writers` has them.
     """
 
     block: nn.Module
     inputs: Tensor
-    writers: Sequence[str]
+    writers: Mapping[str, bool]
 
 
 class _Enough(Exception):
@@ -72,7 +72,9 @@ def collect(
     """
     device = block.get_submodule(name).weight.device
     paired = Need.ORIGINAL in stats.needs
-    silent = original.writers[original.writers.index(name) :] if paired and name in original.writers else ()
+    writers = list(original.writers) if paired else []
+    is_writer = name in writers
+    silent = writers[writers.index(name) :] if is_writer and not original.writers[name] else ()
     for k, batch in enumerate(inputs):
         seen, stream = observe(block, name, calls, call, batch.to(device), silent)
         if not paired:
@@ -82,32 +84,36 @@ def collect(
         expected, target = observe(original.block, name, calls, call, original.inputs[k].to(device), silent)
         if [x.shape for x in seen] != [x.shape for x in expected]:
             expected = seen  # an expert that is given other tokens there: there is nothing to compare with
-        moved = None if stream is None else target.float() - stream.float()
+        if is_writer and not silent:
+            stream, target = batch, original.inputs[k]
+        moved = None if stream is None else target.to(device, torch.float32) - stream.to(device, torch.float32)
         for x, x_o in zip(seen, expected, strict=True):
             stats.add(x, x_o, moved)
     return stats
 
 
-def residual_writers(block: nn.Module, names: Sequence[str], call: BlockCall, hidden: Tensor) -> list[str]:
-    """Of Linears in the order of their use, those whose outputs the block adds to its residual stream as they are.
+def residual_writers(block: nn.Module, names: Sequence[str], call: BlockCall, hidden: Tensor) -> dict[str, bool]:
+    """Of Linears in the order of their use, those whose outputs the block adds to its residual stream as they are; and
+    whether that stream is still what enters the block.
 
     Seen by running the block on hidden [batch, length, d], with the output of one set to zero and those of the writers
     after it too: what the block puts out then misses exactly that output. After a norm or a factor it would not.
     """
-    writers: list[str] = []
+    writers: dict[str, bool] = {}
     for name in reversed(names):
         outputs: list[Tensor] = []
+        later = list(writers)
         linear = block.get_submodule(name)
         handle = linear.register_forward_hook(lambda module, args, out, outputs=outputs: outputs.append(out))
         try:
-            whole = observe(block, name, 1, call, hidden, writers)[1] if writers else run_block(block, hidden, call)
+            whole = observe(block, name, 1, call, hidden, later)[1] if later else run_block(block, hidden, call)
         finally:
             handle.remove()
         if len(outputs) != 1 or outputs[0].shape != whole.shape or not outputs[0].any():
             continue
-        _, without = observe(block, name, 1, call, hidden, [name, *writers])
+        _, without = observe(block, name, 1, call, hidden, [name, *later])
         parts = whole.float(), without.float(), outputs[0].float()
         rounding = 8 * torch.finfo(whole.dtype).eps * sum(part.abs() for part in parts)
         if ((parts[0] - parts[1] - parts[2]).abs() <= rounding).all():
-            writers.insert(0, name)
+            writers = {name: torch.equal(without, hidden)} | writers
     return writers

@@ -39,8 +39,8 @@ def seconds(work: Workload, size: Size) -> dict[str, float]:
     attention = len(work.decoder.blocks) * work.length * work.hidden
     single, own = _product_rate(torch.float32, device), _product_rate(work.decoder.dtype, device)
     token = 2 * sum(work.forward) + 4 * attention  # flops of its forward pass
-    # up to each input, and the whole; with correction in two models, and the whole again for each residual
-    passes = 7 if work.paired else 2
+    # up to each input, and the whole; with correction in two models
+    passes = 5 if work.paired else 2
     parts = {"forward passes": passes * work.tokens * token / own} | parts | _training_seconds(work, token / own)
     if not work.solved:
         return parts

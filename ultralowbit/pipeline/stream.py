@@ -220,7 +220,7 @@ class BlockStream:
             return None
         names = [self._local(i, name) for group in groups for name in group.names]
         first = original[0].to(self.decoder.device)
-        writers = residual_writers(block, names, call, first) if correction.residual else []
+        writers = residual_writers(block, names, call, first) if correction.residual else {}
         return Original(deepcopy(block), original, writers)
 
     def _gather(
