@@ -108,8 +108,8 @@ def salient_split(
     g = second
     if not has_third:
         g = tl.where(salient > 0, 0, second)
-    zone = 2 * salient + g  # of the scale of s
-    level = tl.load(scale + (zone * blocks + k // block) * out_rows + n, mask=there, other=0.0).to(tl.float32)
+    of_s = 2 * salient + g
+    level = tl.load(scale + (of_s * blocks + k // block) * out_rows + n, mask=there, other=0.0).to(tl.float32)
     if has_columns:
         level *= tl.load(column_scale + g * columns + k, mask=there, other=0.0).to(tl.float32)
     w = level * (2 * s - 1).to(tl.float32)
@@ -130,7 +130,7 @@ def salient_split(
             level *= tl.load(column_scale + columns + k, mask=here, other=0.0).to(tl.float32)
     w += level * (2 * t - 1).to(tl.float32)
     if has_offset:
-        w += tl.load(offset + (zone * blocks + k // block) * out_rows + n, mask=there, other=0.0).to(tl.float32)
+        w += tl.load(offset + (of_s * blocks + k // block) * out_rows + n, mask=there, other=0.0).to(tl.float32)
     at = (n - first_row).to(tl.int64) * in_columns + first + k
     tl.store(weight + at, w.to(weight.dtype.element_ty), mask=there)
 

@@ -132,16 +132,16 @@ def name_of(segment: Planes | Ints) -> str:
 
 @st.composite
 def formats(draw, largest: int = 1100) -> Format:
-    found = []
+    drawn = []
     for _ in range(draw(st.integers(1, 3))):
         columns = draw(st.integers(1, largest))
         group = draw(st.none() | st.integers(1, columns + 40))
         if draw(st.booleans()):
             alphabet = draw(st.sampled_from(["pm1", "01"]))
-            found.append(Planes(columns, draw(st.integers(1, 4)), group, alphabet, draw(st.booleans())))
+            drawn.append(Planes(columns, draw(st.integers(1, 4)), group, alphabet, draw(st.booleans())))
         else:
-            found.append(Ints(columns, draw(st.sampled_from(INTS)), group, draw(st.booleans())))
-    return Format(tuple(found))
+            drawn.append(Ints(columns, draw(st.sampled_from(INTS)), group, draw(st.booleans())))
+    return Format(tuple(drawn))
 
 
 # --- words ------------------------------------------------------------------------------------------------------
@@ -409,14 +409,14 @@ def test_a_description_survives_json(format):
 
 def test_formats_that_store_other_tensors_have_other_summaries():
     """The summary is the key of a format in config.json."""
-    found = {}
+    by_summary = {}
     for n in (64, 100):
         for s in [
             *(Planes(n, p, g, a, o) for p in (1, 2) for g in (None, 32) for a in ("pm1", "01") for o in (True, False)),
             *(Ints(n, b, g, y) for b in INTS for g in (None, 32) for y in (True, False)),
         ]:
-            assert found.setdefault(s.summary, s) == s
-    assert len(found) == 64
+            assert by_summary.setdefault(s.summary, s) == s
+    assert len(by_summary) == 64
 
 
 def changed(**changes) -> dict:
@@ -476,7 +476,9 @@ def spoil(name: str, change) -> dict[str, torch.Tensor]:
     ids=["shorter", "flat", "cast"],
 )
 def test_a_tensor_of_another_shape_or_dtype_is_named(name, change):
-    with pytest.raises(FormatError, match=rf"^{name} is \w+ \[[\d, ]+\], expected \w+ \[[\d, ]+\] of 40xint4/g16 \+ 9x1sign/row"):
+    with pytest.raises(
+        FormatError, match=rf"^{name} is \w+ \[[\d, ]+\], expected \w+ \[[\d, ]+\] of 40xint4/g16 \+ 9x1sign/row"
+    ):
         PackedWeight(Format((Ints(40, 4, 16), Planes(9, 1))), (3, 49), spoil(name, change))
 
 
@@ -485,7 +487,7 @@ def test_missing_and_extra_tensors_are_named():
     tensors = random_packed(format, 3).tensors
     with pytest.raises(FormatError, match=r"^weight_scale is missing, expected float16 \[1, 1, 3\] of 9x1sign/row"):
         PackedWeight(format, (3, 9), {"weight": tensors["weight"]})
-    with pytest.raises(FormatError, match="^weight_offset is no part of 9x1sign/row"):
+    with pytest.raises(FormatError, match=r"^weight_offset is no part of 9x1sign/row"):
         PackedWeight(format, (3, 9), tensors | {"weight_offset": tensors["weight_scale"]})
 
 

@@ -140,8 +140,8 @@ def test_it_lies_over_all_segments():
     plain = PackedWeight.encode(Format(segments), ints, planes).dequantize()
     parts = random_parts(outliers, 3)
     values = (parts["codes"].float() - parts["zero"][:, None]) * parts["scale"][:, None]
-    found = PackedWeight.encode(Format(segments, outliers), ints, planes, parts).dequantize()
-    assert torch.equal(found, torch.where(parts["mask"], values, plain))
+    decoded = PackedWeight.encode(Format(segments, outliers), ints, planes, parts).dequantize()
+    assert torch.equal(decoded, torch.where(parts["mask"], values, plain))
 
 
 # --- the bytes of version 2 ------------------------------------------------------------------------------------------
@@ -178,12 +178,12 @@ def golden(outliers: IndexedOutliers | MaskedOutliers) -> PackedWeight:
 
 @pytest.mark.parametrize("outliers", GOLDEN, ids=lambda o: o.summary)
 def test_version_2_writes_these_bytes(outliers):
-    found = {
+    stored = {
         name.removeprefix("weight_outliers_"): t.numpy().tobytes().hex()
         for name, t in golden(outliers).tensors.items()
         if "outliers" in name
     }
-    assert found == GOLDEN[outliers]
+    assert stored == GOLDEN[outliers]
 
 
 @pytest.mark.parametrize("outliers", GOLDEN, ids=lambda o: o.summary)
@@ -247,13 +247,13 @@ def test_a_shorter_last_block_has_proportionally_fewer_rounded_up(columns):
 
 
 def test_formats_that_store_other_tensors_have_other_summaries():
-    found = {}
+    by_summary = {}
     for n in (64, 300):
         counted = (IndexedOutliers(n, c, b) for c in (2, 3) for b in (32, 64))
         for outliers in (None, *counted, *(MaskedOutliers(n, c, 0.1) for c in (2, 3))):
             format = Format((Planes(n, 1),), outliers)
-            assert found.setdefault(format.summary, format) == format
-    assert len(found) == 14
+            assert by_summary.setdefault(format.summary, format) == format
+    assert len(by_summary) == 14
 
 
 # --- what it refuses -----------------------------------------------------------------------------------------------

@@ -196,14 +196,14 @@ def test_bits_counted_by_hand():
 
 
 def test_formats_that_store_other_tensors_have_other_summaries():
-    found = {}
+    by_summary = {}
     for n in (64, 100):
         for salient in (3, 4):
             for block in (32, 128):
                 for flags in np.ndindex(2, 2, 2):
                     split = SalientSplit(n, salient, block, *map(bool, flags))
-                    assert found.setdefault(split.summary, split) == split
-    assert len(found) == 64
+                    assert by_summary.setdefault(split.summary, split) == split
+    assert len(by_summary) == 64
 
 
 @pytest.mark.parametrize(

@@ -118,9 +118,9 @@ def test_the_stored_weight_on_transformed_inputs_is_the_weight_on_inputs(transfo
     assert moved.shape == x.shape and moved.dtype == x.dtype
     assert ((moved.double() - x.double() @ T.T).abs() <= rounds(transform) * EPS * (x.double().abs() @ T.abs().T)).all()
     stored = packed.format.untransformed.decode(packed.tensors)
-    found, expected = F.linear(moved, stored), F.linear(x, packed.dequantize())
+    product, expected = F.linear(moved, stored), F.linear(x, packed.dequantize())
     size = x.double().abs() @ T.abs().T @ stored.double().abs().T
-    assert ((found - expected).abs() <= 2 * (n + rounds(transform)) * EPS * size).all()
+    assert ((product - expected).abs() <= 2 * (n + rounds(transform)) * EPS * size).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -207,8 +207,8 @@ def test_version_2_writes_and_reads_these_bytes(hadamard):
     marked = [2, 3, 8, 15, 20]
     transform = InputTransform(21, True, True, hadamard)
     parts = {"channel_order": torch.tensor([j in marked for j in range(21)]), "scale": (torch.arange(21) - 8) / 8}
-    found = {f"weight_input{name}": t.numpy().tobytes().hex() for name, t in transform.encode(**parts).items()}
-    assert found == GOLDEN
+    stored = {f"weight_input{name}": t.numpy().tobytes().hex() for name, t in transform.encode(**parts).items()}
+    assert stored == GOLDEN
     specs = {f"weight_input{suffix}": spec for suffix, spec in transform.tensors(1).items()}
     tensors = {
         name: torch.frombuffer(bytearray.fromhex(GOLDEN[name]), dtype=spec.dtype).view(spec.shape)
@@ -220,8 +220,8 @@ def test_version_2_writes_and_reads_these_bytes(hadamard):
         expected = torch.tensor([*marked, *others]) * parts["scale"]
         assert torch.equal(random_format(transform, 5).transformed(tensors, x), expected)
     else:  # sums and differences of 0..7 are exact, the first is their sum over the root of 8
-        found = random_format(transform, 5).transformed(tensors, x)
-        assert found[5].item() == pytest.approx(28 / 8**0.5 * -3 / 8, rel=4 * EPS)
+        y = random_format(transform, 5).transformed(tensors, x)
+        assert y[5].item() == pytest.approx(28 / 8**0.5 * -3 / 8, rel=4 * EPS)
 
 
 def test_version_2_describes_itself_in_these_words():
@@ -261,12 +261,12 @@ def test_the_size_of_a_checkpoint_names_its_parts():
 
 
 def test_formats_that_store_or_mean_something_else_have_other_summaries():
-    found = {}
+    by_summary = {}
     for flags in np.ndindex(2, 2, 3):
         transform = InputTransform(64, bool(flags[0]), bool(flags[1]), (None, 32, 64)[flags[2]]) if any(flags) else None
         format = Format((Ints(16, 4), Planes(48, 1)), None, transform)
-        assert found.setdefault(format.summary, format) == format
-    assert len(found) == 12
+        assert by_summary.setdefault(format.summary, format) == format
+    assert len(by_summary) == 12
     assert "64" in Format((Planes(64, 1),), None, InputTransform(64, hadamard=64)).summary
 
 

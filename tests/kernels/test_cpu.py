@@ -214,8 +214,8 @@ def test_every_output_is_written(isa, kind, monkeypatch):
     expected = [f(x, packed.tensors, packed.format) for f in (cpu.exact_matmul, cpu.int8_matmul, cpu.tiled_matmul)]
     new_full = torch.Tensor.new_full
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size, **kw: new_full(self, size, torch.nan, **kw))
-    found = [f(x, packed.tensors, packed.format) for f in (cpu.exact_matmul, cpu.int8_matmul, cpu.tiled_matmul)]
-    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(expected, found, strict=True))
+    products = [f(x, packed.tensors, packed.format) for f in (cpu.exact_matmul, cpu.int8_matmul, cpu.tiled_matmul)]
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(expected, products, strict=True))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
@@ -312,10 +312,10 @@ def test_tiles_multiply_like_the_reference(isa, kind, dtype, tokens, monkeypatch
     packed = random_packed(OUTLIER_FORMATS[kind], 37)
     x = torch.randn(tokens, 700, generator=generator(1)).to(dtype)
     assert kernel_for(packed.format, "cpu", dtype, tokens) is cpu.tiled_matmul
-    found, reference = multiply(x, packed), packed_matmul_ref(x, packed.tensors, packed.format)
+    y, reference = multiply(x, packed), packed_matmul_ref(x, packed.tensors, packed.format)
     exact = x.double() @ packed.dequantize().double().T
     scale = exact.abs().max() * UNIT[dtype]
-    assert (found.double() - exact).abs().max() <= 2 * (reference.double() - exact).abs().max() + scale
+    assert (y.double() - exact).abs().max() <= 2 * (reference.double() - exact).abs().max() + scale
 
 
 def test_more_tokens_than_tables_fit_in_memory(isa):

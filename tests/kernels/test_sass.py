@@ -95,12 +95,12 @@ def compiled(launch: Launch, capability: int, folder: Path) -> Code:
         if even:
             hints[names.index(name),] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=hints)
-    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
-    cubin = folder / f"{found.hash}.cubin"
-    cubin.write_bytes(found.asm["cubin"])
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    cubin = folder / f"{compiled.hash}.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
     usage = dict(re.findall(r"(REG|STACK):(\d+)", _tool("cuobjdump", "-res-usage", cubin)))
     instructions, loop = _read(_tool("nvdisasm", "-c", cubin))
-    return Code(int(usage["REG"]), int(usage["STACK"]), found.metadata.shared, instructions, loop)
+    return Code(int(usage["REG"]), int(usage["STACK"]), compiled.metadata.shared, instructions, loop)
 
 
 def _tool(name: str, *args: str | Path) -> str:
@@ -113,11 +113,11 @@ def _read(text: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     for line in text.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(instructions)
-        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?((\S+).*?);", line):
-            target = re.search(r"\((\.L_\w+)\)", found[1])
-            if found[2].startswith("BRA") and target and labels.get(target[1], len(instructions)) < len(instructions):
+        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?((\S+).*?);", line):
+            target = re.search(r"\((\.L_\w+)\)", match[1])
+            if match[2].startswith("BRA") and target and labels.get(target[1], len(instructions)) < len(instructions):
                 loops.append((labels[target[1]], len(instructions) + 1))
-            instructions.append((found[2], found[1]))
+            instructions.append((match[2], match[1]))
     products = lambda loop: sum(name.startswith("HMMA") for name, _ in instructions[slice(*loop)])  # noqa: E731
     return instructions, instructions[slice(*max(loops, key=products))]
 
@@ -144,16 +144,16 @@ def test_fields(code, segment, tokens, capability):
     x = torch.empty(tokens, segment.columns, dtype=torch.bfloat16, device="meta")
     launches, _ = product(x, stored(format, 4096), format, read_tuning("", 132))
     launch = next(launch for launch in launches if launch.kernel is multiply)
-    found = code(launch, capability)
-    assert found.stack == 0 and not any(re.match("LDL|STL", name) for name, _ in found.instructions)
-    assert found.shared <= SHARED[capability]
-    assert found.count("HMMA.16816.F32") and not found.count("SHFL")
-    assert found.count(r"LDGSTS\S*\.128") >= 2, "the loads are narrow"  # of words, and of inputs
+    compiled = code(launch, capability)
+    assert compiled.stack == 0 and not any(re.match("LDL|STL", name) for name, _ in compiled.instructions)
+    assert compiled.shared <= SHARED[capability]
+    assert compiled.count("HMMA.16816.F32") and not compiled.count("SHFL")
+    assert compiled.count(r"LDGSTS\S*\.128") >= 2, "the loads are narrow"  # of words, and of inputs
     per_dot = 8 * launch.constants["width"] * 8 / launch.constants["BM"]  # packed bits of a thread in one HMMA
-    bits = found.count("HMMA") * per_dot
-    each = len(found.loop) / bits
-    print(f"sm_{capability} {segment.summary} M{tokens}: {each:.3f} a bit, {found.registers} registers")
-    names = Counter(name.partition(".")[0] for name, _ in found.loop).most_common(8)
+    bits = compiled.count("HMMA") * per_dot
+    each = len(compiled.loop) / bits
+    print(f"sm_{capability} {segment.summary} M{tokens}: {each:.3f} a bit, {compiled.registers} registers")
+    names = Counter(name.partition(".")[0] for name, _ in compiled.loop).most_common(8)
     assert each <= BUDGET[segment, tokens], f"{each:.3f} instructions a packed bit: {names}"
 
 
@@ -163,9 +163,11 @@ def test_fields_without_subnormals(code, capability):
     format = Format((Planes(4096, 1),))
     x = torch.empty(1, 4096, dtype=torch.bfloat16, device="meta")
     launches, _ = product(x, stored(format, 4096), format, read_tuning("", 132), subnormal=False)
-    found = code(next(launch for launch in launches if launch.kernel is multiply), capability)
-    assert found.stack == 0 and found.count("HMMA") and found.count("HADD2|HFMA2") == 4 * found.count("HMMA")
-    assert len(found.loop) <= 1.35 * 8 * found.count("HMMA")
+    compiled = code(next(launch for launch in launches if launch.kernel is multiply), capability)
+    assert (
+        compiled.stack == 0 and compiled.count("HMMA") and compiled.count("HADD2|HFMA2") == 4 * compiled.count("HMMA")
+    )
+    assert len(compiled.loop) <= 1.35 * 8 * compiled.count("HMMA")
 
 
 TRANSFORM = InputTransform(11008, channel_order=True, column_scale=True, hadamard=4096)
@@ -180,19 +182,19 @@ def launches_of(format: Format) -> list[Launch]:
     """All but the products of fields."""
     x, tensors = torch.empty(1, format.in_features, dtype=torch.bfloat16, device="meta"), stored(format, 4096)
     weight = torch.empty(4096, format.in_features, dtype=torch.bfloat16, device="meta")
-    found = list(dequantize(tensors, format, 0, weight))
+    launches = list(dequantize(tensors, format, 0, weight))
     if matrices(format) is not None and (format.outliers is None or lies_on_planes(format)):
-        found += product(x, tensors, format, read_tuning("", 132))[0]
-    return list({launch.kernel: launch for launch in found if launch.kernel is not multiply}.values())
+        launches += product(x, tensors, format, read_tuning("", 132))[0]
+    return list({launch.kernel: launch for launch in launches if launch.kernel is not multiply}.values())
 
 
 @pytest.mark.parametrize("capability", SHARED, ids=lambda c: f"sm_{c}")
 @pytest.mark.parametrize("format", OTHERS, ids=lambda f: f.kinds)
 def test_other_kernels_keep_to_registers(code, format, capability):
-    found = {launch.kernel.__name__: code(launch, capability) for launch in launches_of(format)}
-    print(f"sm_{capability}", {name: f"{each.registers} registers" for name, each in found.items()})
-    assert len(found) >= format.kinds.count("+") + 1
-    for name, each in found.items():
+    codes = {launch.kernel.__name__: code(launch, capability) for launch in launches_of(format)}
+    print(f"sm_{capability}", {name: f"{each.registers} registers" for name, each in codes.items()})
+    assert len(codes) >= format.kinds.count("+") + 1
+    for name, each in codes.items():
         assert each.stack == 0, name
         assert each.shared <= SHARED[capability], name
         if name in ("planes", "ints", "salient_split"):

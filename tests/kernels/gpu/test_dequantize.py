@@ -74,9 +74,9 @@ TRANSFORMS = [
 def test_transform(gpu, transform, dtype):
     packed = gpu.packed(Format((Planes(300, 1), Planes(1000, 1)), transform=transform), 2)
     x = gpu.x(3, 1300, dtype).T.contiguous().T
-    launches, found = transformed(x, packed.tensors, packed.format, dtype)
+    launches, moved = transformed(x, packed.tensors, packed.format, dtype)
     gpu.run(launches, x, *packed.tensors.values())
-    assert torch.equal(found, packed.format.transformed(packed.tensors, x))
+    assert torch.equal(moved, packed.format.transformed(packed.tensors, x))
 
 
 OVERLAID = [

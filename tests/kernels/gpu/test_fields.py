@@ -89,12 +89,12 @@ def test_any_number_of_splits(gpu, assert_product, processors):
 def test_twice_the_same_bits(gpu):
     packed = gpu.packed(Format((Planes(1536, 2, 128),)), 37)
     x = gpu.x(2, 1536)
-    found = []
+    products = []
     for _ in range(2):
         launches, y = product(x, packed.tensors, packed.format, TUNING)
         gpu.run(launches, x, *packed.tensors.values())
-        found.append(y)
-    assert torch.equal(*found)
+        products.append(y)
+    assert torch.equal(*products)
 
 
 def test_strided_x(gpu, assert_product):
@@ -130,8 +130,8 @@ def test_prologue_is_its_reference(gpu, segment, dtype):
     launches, _ = product(x, packed.tensors, packed.format, TUNING)
     gpu.run(launches, x, *packed.tensors.values())
     digits = 1 + (dtype == torch.float32)
-    found = [launch for launch in launches if launch.kernel is prologue]
-    for launch, matrix in zip(found, matrices(packed.format), strict=True):
+    prologues = [launch for launch in launches if launch.kernel is prologue]
+    for launch, matrix in zip(prologues, matrices(packed.format), strict=True):
         x16, sums, units = prologue_ref(x, matrix, digits)
         assert torch.equal(launch.args[1].view_as(x16), x16)
         assert torch.equal(launch.args[3].view_as(units), units)
