@@ -36,7 +36,7 @@ class Fidelity(Result):
     """Statistics of KL(original || model) over the positions whose next token perplexity asks for."""
 
     kl_mean: float
-    """Nats a position, as are the median and the 99th percentile."""
+    """Nats per position, as are the median and the 99th percentile."""
     kl_median: float
     kl_p99: float
     top1: float
@@ -107,7 +107,7 @@ class FidelityMetric(Metric):
     def sentence(self, result: Fidelity) -> str:
         mean, median, p99, top1 = self.cells(result)
         return (
-            f"divergence from the original on {result.source}: {mean} nats a token (median {median}, 99th percentile "
+            f"divergence from the original on {result.source}: {mean} nats per token (median {median}, 99th percentile "
             f"{p99}), with the same likeliest token at {top1} of positions"
         )
 
@@ -118,7 +118,7 @@ class Depth(Result):
     together. The embeddings and the head are the original's."""
 
     kl: tuple[float, ...]
-    """Mean nats a position, one for each block."""
+    """Mean nats per position, one for each block."""
 
 
 def by_depth(

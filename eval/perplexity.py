@@ -19,7 +19,7 @@ class Perplexity(Result):
 
     perplexity: float
     nll: float
-    """Mean negative log-likelihood, nats a token."""
+    """Mean negative log-likelihood, nats per token."""
 
     def __str__(self) -> str:
         return (
@@ -56,7 +56,7 @@ class PerplexityMetric(Metric):
         if not math.isfinite(after.nll):
             return ": the model is broken"
         added = after.nll - before.nll
-        return f": {100 * math.expm1(added):+.3g} %, {added:+.3f} nats a token"
+        return f": {100 * math.expm1(added):+.3g} %, {added:+.3f} nats per token"
 
 
 def perplexity(

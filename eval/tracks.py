@@ -6,8 +6,8 @@ track is the ratios of one kind, and three means of them; tracks are not folded 
     language     NLL of the original / NLL, a text each. Not the ratio of perplexities, which has no scale once a model
                  collapses
     tasks        accuracy above chance, a' = max(0, (a - c) / (1 - c)):  a' / a' of the original, a task each
-    robustness   typos, casing, whitespace: what the corruption of a text adds to its NLL, in nats a byte since it also
-                 changes the tokens:  d of the original / d, neither below a floor. A model that has little left has
+    robustness   typos, casing, whitespace: what the corruption of a text adds to its NLL, in nats per byte since it
+                 changes the tokens too:  d of the original / d, neither below a floor. A model that has little left has
                  little to lose: to be read beside the language track
                  long windows: the share of what windows four times as long gain that the model gains too
                  calibration on X: NLL / NLL of the model that was calibrated on X instead
@@ -51,18 +51,18 @@ class Observed:
     nothing: no spread, the seconds of the fastest method, 16 bits."""
 
     nll: Mapping[str, float] = field(default_factory=dict)
-    """Text -> nats a token."""
+    """Text -> nats per token."""
     accuracy: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Task -> accuracy and chance level."""
     robustness: Mapping[str, float] = field(default_factory=dict)
     """As `robustness` measures it."""
     recalibrated: Mapping[str, float] = field(default_factory=dict)
-    """Other calibration text -> nats a token of the first text of `nll`."""
+    """Other calibration text -> nats per token of the first text of `nll`."""
     seconds: float | None = None
     spread: float | None = None
     """Standard deviation over seeds of the NLL of the first text."""
     bits: Mapping[str, float] = field(default_factory=dict)
-    """"linear", "model" -> true bits a weight."""
+    """"linear", "model" -> true bits per weight."""
     speed: Mapping[str, float] = field(default_factory=dict)
     """"decoding", "prompt" -> tokens a second."""
 
@@ -210,8 +210,8 @@ def robustness(
 ) -> dict[str, float]:
     """What a model makes of a text (of some `max_tokens` tokens) that is corrupted, or read in shorter windows.
 
-    "clean" and each of CORRUPTIONS in nats a byte of its own text; "long" and "short", windows of `context` and of a
-    quarter of it, in nats a token of the clean text. Raises `InputError` for a text shorter than a window.
+    "clean" and each of CORRUPTIONS in nats per byte of its own text; "long" and "short", windows of `context` and of a
+    quarter of it, in nats per token of the clean text. Raises `InputError` for a text shorter than a window.
     """
     ids = token_stream(tokenizer, text)
     if max_tokens is not None and len(ids) > max_tokens:

@@ -17,6 +17,7 @@ _WANTED = [
     "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "merges*", "README.md", "LICENSE*", "NOTICE*",
     "*.py", "*.tiktoken", "*.bpe", "*.vocab",
 ]  # fmt: skip
+_KEPT_HERE = [".*", "*/.*", "eval*.json", "tracks.json"]  # where things lie on this machine, and notes made there
 _UNWANTED = ["original/*", "onnx/*", "consolidated*"]  # the same weights again, in other layouts
 
 
@@ -110,7 +111,7 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
         url = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=repo, folder_path=folder, commit_message="Packed checkpoint by ultralowbit",
-            ignore_patterns=[".*", "*/.*"],  # what was not made for it, such as where things lie on this machine
+            ignore_patterns=_KEPT_HERE,
         )  # fmt: skip
     except Exception as error:  # whatever the hub, the network and the token's rights say
         raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -187,7 +188,7 @@ def test_names_on_the_hub(tmp_path):
 def test_losses_in_words(build):
     change = METRICS["perplexity"].change
     ten, more, less = (build.perplexity(value) for value in (10.0, 12.5, 9.0))
-    assert change(ten, more).endswith("went from 10.000 to 12.500: +25 %, +0.223 nats a token")
+    assert change(ten, more).endswith("went from 10.000 to 12.500: +25 %, +0.223 nats per token")
     assert "-10 %" in change(ten, less) and change(ten, build.perplexity(math.nan)).endswith(": the model is broken")
 
 
@@ -236,12 +237,15 @@ def api(monkeypatch):
 
 
 def test_a_verified_folder_is_pushed(compress, api):
-    result, _ = compress("--push-to-hub", "org/tiny-4bit", "--private")
+    result, folder = compress("--push-to-hub", "org/tiny-4bit", "--private")
     assert result.exit_code == 0, result.output
     assert [name for name, _ in api.calls] == ["whoami", "create_repo", "upload_folder"]
     assert api.calls[1][1] == {"repo": "org/tiny-4bit", "private": True, "exist_ok": True}
     upload = api.calls[2][1]
     assert (upload["repo_id"], str(upload["folder_path"])) == ("org/tiny-4bit", "packed")
+    names = [*(path.name for path in folder.iterdir()), "eval.json", "eval-tasks.json", "tracks.json"]
+    kept_here = {name for name in names if any(fnmatch(name, pattern) for pattern in upload["ignore_patterns"])}
+    assert kept_here == {".ultralowbit-local.json", "eval.json", "eval-tasks.json", "tracks.json"}
     assert "pushed to https://huggingface.co/org/tiny-4bit" in result.stdout
     assert 'from_pretrained("org/tiny-4bit")' in Path("packed/README.md").read_text()
 

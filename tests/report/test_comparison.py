@@ -8,12 +8,15 @@ import math
 import re
 import shutil
 import subprocess
+from copy import deepcopy
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from ultralowbit.checkpoint.storage import sha256_file
@@ -293,6 +296,51 @@ def test_runs_that_were_not_measured_are_refused(run, build, tmp_path):
     shutil.rmtree(folder)
     refused("no such folder")
     assert not (tmp_path / "out").exists()
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.just([]), st.just({}), st.just([[1]])
+)
+
+
+def places(value, at=()):
+    """Every key path of a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in inner:
+        yield (*at, key)
+        yield from places(each, (*at, key))
+
+
+def test_any_value_anywhere_in_a_report_is_read_or_refused(run, build, tmp_path):
+    """Damage is one sentence that names the file and the key, or a number that can be shown."""
+    depth = Depth(source="w.txt", kl=(0.1, 0.3), tokens=10, windows=1, context=11, dtype="float32", sha256="a")
+    near = [build.fidelity(0.3)]
+    folder = run("a", "sign-2", 2.1, [build.perplexity(62.5)], fidelity=near, by_depth=depth)
+    run("b", "sign-2", 2.1, [build.perplexity(61.5)], fidelity=near, by_depth=depth, seed=1)
+    stored = json.loads((folder / "report.json").read_text())
+    outcomes = []
+
+    @settings(max_examples=300, deadline=None)
+    @given(keys=st.sampled_from([*places(stored)]), value=VALUES)
+    def damaged(keys, value):
+        copied = deepcopy(stored)
+        place = copied
+        for step in keys[:-1]:
+            place = place[step]
+        place[keys[-1]] = value
+        (folder / "report.json").write_text(json.dumps(copied))
+        try:
+            (section,) = collect([folder, tmp_path / "b"], tmp_path)
+        except InputError as error:
+            assert str(folder / "report.json") in str(error) and "\n" not in str(error)
+            outcomes.append("refused")
+        else:
+            pictures(section)
+            json.dumps(to_json(section), allow_nan=False)
+            outcomes.append("read")
+
+    damaged()
+    assert outcomes.count("refused") > 100 and "read" in outcomes
 
 
 def test_other_reports_are_not_overwritten(run, build, tmp_path):

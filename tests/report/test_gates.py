@@ -31,7 +31,7 @@ def rows(build, before: float | None, after: float, kl: float | None) -> tuple[d
         (Limits(ppl_ratio=3), (10, math.inf, None), ["inf times"]),
         (Limits(ppl_ratio=3), (None, 30, None), ["cannot be checked"]),
         (Limits(kl=0.5), (10, 99, 0.5), []),
-        (Limits(kl=0.5), (10, 10, 0.51), ["0.51 nats a token, --max-kl allows 0.5"]),
+        (Limits(kl=0.5), (10, 10, 0.51), ["0.51 nats per token, --max-kl allows 0.5"]),
         (Limits(kl=0.5), (10, 10, math.nan), ["nan nats"]),
         (Limits(kl=0.5), (10, 10, None), ["cannot be checked"]),
         (Limits(ppl_ratio=1, kl=0.5), (10, 20, 1), ["2.00 times", "1 nats"]),

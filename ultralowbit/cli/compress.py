@@ -42,7 +42,7 @@ RatioOption = Annotated[
     float | None, typer.Option(min=0, help="exit 4 if perplexity comes out more times the original's than this")
 ]
 KLOption = Annotated[
-    float | None, typer.Option(min=0, help="exit 4 if predictions diverge more than this, in nats a token")
+    float | None, typer.Option(min=0, help="exit 4 if predictions diverge more than this, in nats per token")
 ]
 PushOption = Annotated[
     str | None, typer.Option(metavar="ORG/NAME", help="upload the folder to the hub once it is whole and verified")

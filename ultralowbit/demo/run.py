@@ -24,21 +24,14 @@ from ultralowbit.report.tables import render
 from ultralowbit.system import pick_device
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
-
-
 RECIPES = ("gptq-4bit", "gptq-3bit", "gptq-2bit", "sign-2-g128", "sign-2", "sign-1")
-
-
 SETTINGS = ("calibration.source=python-docs", "calibration.samples=48", "calibration.length=256")
-
-
+"""What is set in every recipe: text that is always there, and as much of it as takes seconds."""
 TEXTS = Texts(("python-docs",), max_tokens=16_384)
-
-
+"""What is measured on."""
 PROMPT = "Return a string"
-
-
 TOKENS = 24
+"""How many each model writes after the prompt."""
 
 
 def run_demo(
@@ -53,7 +46,8 @@ def run_demo(
 ) -> DemoReport:
     """Compress the demo checkpoint with each recipe into a folder of `out`; report.json and report.md compare them.
 
-    A run that was killed goes on where it stopped, a finished one is only read. Returns the report.
+    A run that was killed goes on where it stopped, and a finished one is only read. Raises `InputError` where the
+    checkpoint is missing from the install.
     """
     if not (checkpoint / "config.json").exists():
         raise InputError(

@@ -1,13 +1,14 @@
-"""What a run cost and what was lost, for people and for programs.
+"""What a compression cost, for people and for programs.
 
-run          a finished compression: report.json, report.md, the card
-schema       what those JSON files hold
-measure      the original and the packed model of a run, on the same texts
-gates        limits, signs of a collapse, what to try
-card         README.md as the hub reads it
-tables       markdown      lines of numbers; other people's text in Markdown
-runs         runs and measured models, read back
-comparison   columns       figures       `compare`: what compares on one page, in tables and plots
-plots        labels        style         the kinds of plots, where names stand in them, how they look
-sweep        sweep_runs    sweep_tracks  `bench methods`: recipes on models and seeds
+schema       what report.json holds, of a run, the demo and a comparison: written and read through one schema
+run          compress, measure, and write report.json, report.md and the model card
+measure      the original and the packed model of one run, measured
+gates        limits, signs of a collapse, and what to try
+card         README.md for the hub
+tables       markdown        tables for terminals and Markdown; other people's text is escaped here
+comparison   `ultralowbit compare`: finished runs side by side
+runs         columns         what stands in it: runs read back, and the columns of their numbers
+figures      plots  labels  style    its pictures: which, of what kinds, where names stand, how they look
+sweep        sweep_runs  sweep_tracks    `ultralowbit bench methods`: the command, its runs, their ratios
+templates/   the pages
 """

@@ -12,9 +12,9 @@ from ultralowbit.report.schema import ComparedRow, Section
 from ultralowbit.units import format_quantity
 
 FIXED = (
-    Column("linear_bits", "bits a weight", "linear", "bits", "lower"),
-    Column("claimed_bits", "bits a weight", "claimed", "claimed"),
-    Column("model_bits", "bits a weight", "model", "bits", "lower"),
+    Column("linear_bits", "bits per weight", "linear", "bits", "lower"),
+    Column("claimed_bits", "bits per weight", "claimed", "claimed"),
+    Column("model_bits", "bits per weight", "model", "bits", "lower"),
     Column("file_bytes", "size", "file", "bytes", "lower"),
     Column("compression", "size", "below fp16", "times", "higher"),
     Column("seconds", "cost", "time", "seconds", "lower"),

@@ -47,7 +47,10 @@ def _quality(section: Section, column: Column) -> list[Plot]:
         level = (f"{ORIGINAL} {format_quantity(original, column.unit)}", original)
     unit, name = _unit(max(row.mean("file_bytes") for row in rows))
     panels = []
-    for size, label, scale in (("file_bytes", f"file, {name}", unit), ("linear_bits", "true bits a linear weight", 1)):
+    for size, label, scale in (
+        ("file_bytes", f"file, {name}", unit),
+        ("linear_bits", "true bits per Linear weight", 1),
+    ):
         points = []
         for row in rows:
             values, beyond = row.metrics[column.key].values, row.label in gone
@@ -92,8 +95,8 @@ def _divergence(section: Section) -> list[Plot]:
         series = [line for line in series if any(map(math.isfinite, line[1]))]
         if series:
             caption = (
-                f"KL divergence, on the first {first.tokens} predictions of {first.source}, of the original with its "
-                "first blocks replaced by the packed ones: up to block 0, up to block 1, and so on."
+                f"KL divergence from the original on the first {first.tokens} predictions of {first.source}, where the "
+                "original has its first blocks replaced by the packed ones: up to block 0, up to block 1, and so on."
             )
             plot = plots.lines(series, "last packed block", "KL divergence, nats")
             drawn.append(Plot("divergence-by-depth", "Where the predictions come apart", caption, plot))
@@ -125,11 +128,11 @@ def _errors(section: Section) -> list[Plot]:
     return [
         Plot(
             "error-by-depth", "Where in the model it is lost",
-            "The energy of the Linears' outputs that is lost on the calibration text, the mean of each block.",
+            "Share of the energy of the Linears' outputs that is lost on the calibration text: the mean of a block.",
             plots.lines(depth, "block", lost, percent=True),
         ),
         Plot(
-            "error-by-linear", "In which Linears it is lost", "The same by kind of Linear, the mean over the blocks.",
+            "error-by-linear", "In which Linears it is lost", "The same share: the mean of a kind of Linear.",
             plots.dots(by_kind, labels, lost),
         ),
     ]  # fmt: skip
@@ -145,19 +148,21 @@ def budget(row: ComparedRow) -> dict[str, int]:
 
 def _spent(section: Section) -> list[Plot]:
     rows = [row for row in section.rows if row.linear_weights]
+    if not rows:
+        return []
     unit, name = _unit(max(row.mean("file_bytes") for row in rows))
     stored = ("sign planes", "integer codes", "salient values", "scales and offsets", "masks and indices")
     linear = [
         (
             row.label,
-            {k: 8 * row.budget[k] / row.linear_weights for k in stored}
-            | {"other": 8 * sum(row.budget[k] for k in ("input transform", "other parts")) / row.linear_weights},
+            {k: 8 * row.budget.get(k, 0) / row.linear_weights for k in stored}
+            | {"other": 8 * sum(row.budget.get(k, 0) for k in ("input transform", "other parts")) / row.linear_weights},
         )
         for row in rows
     ]  # fmt: skip
     whole = [(row.label, {kind: count / unit for kind, count in budget(row).items()}) for row in rows]
-    panels = [("bits a linear weight", linear), (f"file, {name}", whole)]
-    caption = "What a weight of the packed Linears costs, and the whole file, embeddings and head included."
+    panels = [("bits per Linear weight", linear), (f"file, {name}", whole)]
+    caption = "What is stored for a weight of the packed Linears, and in the whole file with its embeddings and head."
     return [Plot("bit-budget", "What the bits are spent on", caption, plots.stacked(panels, BUDGET, "{:.2f}"))]
 
 
@@ -171,7 +176,7 @@ def _cost(section: Section) -> list[Plot]:
             panels.append((label, [(r.label, r.mean(key) / scale, format_quantity(r.mean(key), unit)) for r in rows]))
     if not panels:
         return []
-    caption = "Each run is on the machine that it was made on, see below; times of different machines do not compare."
+    caption = "Each run was timed where it was made, as is said below; times of different machines do not compare."
     return [Plot("cost", "What compressing costs", caption, plots.bars(panels))]
 
 

@@ -48,7 +48,7 @@ def exceeded(limits: Limits, original: Measured, packed: Measured) -> list[str]:
                 sentences.append(f"--max-kl cannot be checked on {name}: the two models did not run side by side")
             elif not kl <= limits.kl:
                 sentences.append(
-                    f"the divergence from the original on {name} is {kl:.3g} nats a token, --max-kl allows "
+                    f"the divergence from the original on {name} is {kl:.3g} nats per token, --max-kl allows "
                     f"{limits.kl:g}"
                 )
     return sentences

@@ -121,7 +121,7 @@ class Limits:
     ppl_ratio: float | None = None
     """Perplexity of the packed model divided by that of the original."""
     kl: float | None = None
-    """Mean KL divergence from the original, nats a token."""
+    """Mean KL divergence from the original, nats per token."""
 
     def __bool__(self) -> bool:
         return self.ppl_ratio is not None or self.kl is not None
