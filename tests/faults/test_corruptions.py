@@ -12,9 +12,12 @@ import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ultralowbit
+from ultralowbit.checkpoint.config import DIGEST
+from ultralowbit.checkpoint.files import read_metadata
 from ultralowbit.errors import CheckpointError
 from ultralowbit.hub import open_tokenizer
 from ultralowbit.pipeline.compress import compress
@@ -258,3 +261,41 @@ def test_a_job_goes_on_to_the_same_bytes_or_refuses(unfinished, source, every_fo
     names = [str(path.relative_to(unfinished)) for path in sorted(unfinished.rglob("*")) if path.suffix in EDITS]
     assert {Path(name).suffix for name in names} == {".json", ".bin", ".safetensors"}
     corrupt(unfinished, ["out.work/job.json", *names], read, 120)
+
+
+# --- stored values ---------------------------------------------------------------------------------------------------
+
+
+def parts_of(folder: Path) -> list[tuple[str, str, float]]:
+    """Stored tensors that can hold what nothing can have written: file key, what is said of it, a value to put in."""
+    tensors = load_file(folder / SHARD)
+    packed = [name for name in tensors if ".weight_" in name]
+    floats = [(name, "not finite", float("nan")) for name in packed if tensors[name].is_floating_point()]
+    places = [(n, "", 255 if tensors[n].dtype == torch.uint8 else -1) for n in packed if n.endswith(PLACES)]
+    return floats + places
+
+
+PLACES = ("_index", "_mask", "_salient", "_channel_order")
+
+
+def test_values_that_cannot_be_are_refused_when_they_are_loaded(undisturbed, copied, campaign):
+    """Also where every digest fits, as after a mistake of whoever wrote the file."""
+    parts = parts_of(undisturbed)
+    assert {name.rpartition("_")[2] for name, _, _ in parts} >= {"scale", "salient", "index", "order"}
+    config = read_metadata(undisturbed / SHARD)[DIGEST]
+
+    def attempt(name: str, said: str, value: float) -> bool:
+        folder = copied(undisturbed)
+        tensors = load_file(folder / SHARD)
+        tensors[name].view(-1)[-1] = value
+        save_file(tensors, folder / SHARD, {"format": "pt", DIGEST: config})
+        try:
+            logits(folder)
+        except CheckpointError as error:
+            assert name in str(error) and said in str(error)
+            raise
+        return False
+
+    for part in parts:
+        campaign.attempt(part[0], lambda part=part: attempt(*part))
+    campaign.check()

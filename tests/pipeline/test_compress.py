@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -299,46 +298,6 @@ def test_large_tokens_are_clipped_by_their_share(source, recipe, tmp_path, share
 
 # --- killed ----------------------------------------------------------------------------------------------------------
 
-FILE_EVENTS = (
-    "open",
-    "os.rename",
-    "os.remove",
-    "os.rmdir",
-    "os.mkdir",
-    "os.truncate",
-    "shutil.rmtree",
-    "shutil.copyfile",
-)
-
-
-def in_a_process_killed_at(event: int, folder: Path, run: Callable[[], Any]) -> bool:
-    """Run in a forked process that gets SIGKILL just before its `event`-th operation on a file of `folder`, where it
-    runs; whether it was killed, False if it came to its end first."""
-    pid = os.fork()
-    if pid == 0:
-        left = event
-
-        def hook(name: str, args: tuple[Any, ...]) -> None:
-            nonlocal left
-            if name in FILE_EVENTS and any(str(a).startswith(("out", str(folder))) for a in args):
-                left -= 1
-                if left < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        try:
-            sys.addaudithook(hook)
-            run()
-            os._exit(0)
-        except BaseException as e:
-            print(repr(e), file=sys.stderr, flush=True)
-            os._exit(1)
-    _, status = os.waitpid(pid, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
-    assert os.WEXITSTATUS(status) == 0, "the run failed, see stderr"
-    return False
-
 
 @pytest.fixture(scope="module")
 def undisturbed(source, text, tmp_path_factory) -> tuple[Recipe, Path]:
@@ -359,45 +318,9 @@ def undisturbed(source, text, tmp_path_factory) -> tuple[Recipe, Path]:
     return recipe, root / "out"
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_killed_before_any_operation_on_a_file_it_goes_on_and_ends_with_the_same_bytes(
-    source, undisturbed, tmp_path, monkeypatch, part
-):
-    """Every fourth file operation of a run, the next of them in each part."""
-    recipe, expected = undisturbed
-    event, killed = part, 0
-    while True:
-        root = tmp_path / str(event)
-        root.mkdir()
-        monkeypatch.chdir(root)
-        if not in_a_process_killed_at(event, root, lambda: compress(str(source), recipe, "out")):
-            break
-        killed += 1
-        if (root / "out").exists():  # whole as soon as it is there
-            assert sorted(p.name for p in (root / "out").iterdir()) == sorted(p.name for p in expected.iterdir())
-            assert not list((root / "out").glob("*.tmp"))
-        compress(str(source), recipe, "out")
-        assert_same(root / "out", expected)
-        assert [p.name for p in root.iterdir() if not p.name.endswith(".lock")] == ["out"]
-        shutil.rmtree(root)
-        event += 4
-    assert killed > 10
-
-
-def test_killed_again_and_again_it_ends_with_the_same_bytes(source, undisturbed, tmp_path, monkeypatch):
-    recipe, expected = undisturbed
-    monkeypatch.chdir(tmp_path)
-    killed = 0  # each run gets a little further before it is killed
-    while in_a_process_killed_at(10 + 4 * killed, tmp_path, lambda: compress(str(source), recipe, "out")):
-        killed += 1
-        assert killed < 40
-    assert killed > 5
-    assert_same(tmp_path / "out", expected)
-
-
 SCRIPT = """
 import sys
-import ultralowbit, ultralowbit.progress
+import ultralowbit, ultralowbit.pipeline.source, ultralowbit.progress
 from ultralowbit.recipe import Recipe
 ultralowbit.pipeline.source.BATCH_TOKENS = 48
 

@@ -168,6 +168,13 @@ def test_preprocessing_restores_before_it_quantizes(source, recipe, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "plain"]
 
 
+def test_targets_that_match_nothing_cost_nothing(source, recipe, tmp_path):
+    """A corrected recipe needs no --restart: nothing was begun."""
+    with pytest.raises(InputError, match=r"preprocess.targets \['\*dense'\] match no Linear"):
+        compress(str(source), recipe(preprocess=PREPARE | {"targets": ["*dense"]}), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 class Stop(Silent):
     """Ends the run at the n-th step of a stage."""
 

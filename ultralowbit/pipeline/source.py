@@ -55,6 +55,12 @@ def planned_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format,
             raise InputError(
                 f"the override {override.match!r} matches no Linear of the model, such as {next(iter(formats))}"
             )
+    spec = recipe.preprocess
+    if spec is not None and not any(map(spec.adapts, formats)):
+        raise InputError(
+            f"preprocess.targets {list(spec.targets)} match no Linear that is packed, such as {next(iter(formats))}: "
+            "give patterns of names"
+        )
     return formats
 
 
