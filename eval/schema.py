@@ -136,6 +136,11 @@ def read_file(path: Path, schema: type[AnyFile], remedy: str) -> AnyFile:
             raise InputError(
                 f"{path} was written by another release (schema_version {said}, expected {SCHEMA_VERSION}): {remedy}"
             ) from error
-        key = ".".join(map(str, problems[0]["loc"])) or "the file"
-        message = " ".join(problems[0]["msg"].removeprefix("Value error, ").split())[:200]
-        raise InputError(f"{path} is damaged, or of something else ({key}: {message}): {remedy}") from error
+        raise InputError(f"{path} is damaged, or of something else ({first_mistake(error)}): {remedy}") from error
+
+
+def first_mistake(error: ValidationError) -> str:
+    """The key of the first mistake and what is wrong with its value, on one line."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"])) or "the file"
+    return f"{key}: {' '.join(first['msg'].removeprefix('Value error, ').split())[:200]}"

@@ -118,6 +118,22 @@ def test_a_kill_after_compressing_costs_no_figure(compress, monkeypatch, at):
     assert "edited" not in result.output and (folder / "report.md").exists()
 
 
+@pytest.mark.parametrize("part", ["environment", "calibration", "layers"])
+def test_a_manifest_that_was_edited_is_one_sentence(compress, part):
+    """Also where what is left of it satisfies all that the packed model needs to load."""
+    _, folder = compress()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    name = next(iter(manifest["layers"]))
+    manifest |= {
+        "environment": {"environment": {}}, "calibration": {"calibration": {"source": 7}},
+        "layers": {"layers": {**manifest["layers"], name: {**manifest["layers"][name], "layout": 5}}},
+    }[part]  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    result, _ = compress()
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1, result.output
+    assert "manifest.json" in result.stderr and "unexpected" not in result.stderr
+
+
 def test_a_new_card_replaces_the_one_of_before(compress):
     """Our own card of another report, left there by a kill before the new one was written, is no edited one."""
     _, folder = compress()

@@ -6,15 +6,17 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from ultralowbit.checkpoint.config import read_config_json, text_config
 from ultralowbit.checkpoint.manifest import MANIFEST
 from ultralowbit.checkpoint.size import LayerSize, measure_size
 from ultralowbit.checkpoint.storage import sha256_file, write_atomic
 from ultralowbit.data.corpora import SOURCES, public_name
-from ultralowbit.errors import InputError
+from ultralowbit.errors import CheckpointError, InputError, reason
 from ultralowbit.eval.base import Measured
 from ultralowbit.eval.runner import EvalText, pick_dtype, read_texts
-from ultralowbit.eval.schema import read_file, write_file
+from ultralowbit.eval.schema import first_mistake, read_file, write_file
 from ultralowbit.hub import resolve_model
 from ultralowbit.pipeline.compress import Compressed, compress
 from ultralowbit.progress import Progress
@@ -98,7 +100,13 @@ def compress_and_measure(
     compressed = compress(
         model, recipe, out, device=device, restart=restart, trust_remote_code=trust_remote_code, progress=watch
     )
-    report = _begin(model, folder, recipe, out, compressed, command)
+    try:
+        report = _begin(model, folder, recipe, out, compressed, command)
+    except (ValidationError, KeyError, TypeError, AttributeError) as error:
+        what = first_mistake(error) if isinstance(error, ValidationError) else reason(error)
+        raise CheckpointError(
+            f"{out / MANIFEST} is not as `ultralowbit compress` wrote it ({what}): copy it again, or give --restart"
+        ) from error
     if not there:
         report.packed.peak_memory_bytes = peak_memory()
     write_file(out / REPORT, report)  # the memory it took, and what was measured before, outlive a kill from here on
