@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,8 @@ def _tensors(files: Sequence[str | Path]) -> Iterator[tuple[Path, str, TensorSpe
 
 def read_metadata(file: str | Path) -> dict[str, str]:
     """The metadata in the header of a safetensors file; raises `CheckpointError` as `read_headers` does."""
-    try:
-        with safe_open(str(file), framework="pt") as shard:
-            return shard.metadata() or {}
-    except (SafetensorError, OSError) as e:
-        raise CheckpointError(f"{file} is not a complete safetensors file ({e}): copy or compress it again") from e
+    with _opened(file) as shard:
+        return shard.metadata() or {}
 
 
 def read_raw_header(file: Path) -> tuple[dict[str, Any], int]:
@@ -95,12 +92,21 @@ def read_raw_header(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def _header(file: Path) -> dict[str, TensorSpec]:
+    with _opened(file) as shard:
+        slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (a safe_open is no mapping)
+        return {n: TensorSpec(DTYPES.get(s.get_dtype()), tuple(s.get_shape())) for n, s in slices.items()}
+
+
+@contextmanager
+def _opened(file: str | Path) -> Iterator[Any]:
+    """A safetensors file, mapped into memory; every error of the body is the file's, and names it."""
     try:
         with safe_open(str(file), framework="pt") as shard:
-            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (a safe_open is no mapping)
-            return {n: TensorSpec(DTYPES.get(s.get_dtype()), tuple(s.get_shape())) for n, s in slices.items()}
+            yield shard
     except (SafetensorError, OSError) as e:
         raise CheckpointError(f"{file} is not a complete safetensors file ({e}): copy or compress it again") from e
+    except MemoryError as e:  # where addresses are limited
+        raise MemoryError(f"{file} does not fit: {e}") from e
 
 
 class Source:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import _thread
 import errno
-import logging
 import os
 import signal
 import sys
@@ -15,13 +14,11 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
-from rich.highlighter import NullHighlighter
-from rich.logging import RichHandler
 from rich.text import Text
 from typer.core import TyperGroup
 
 from ultralowbit.cli import bench, compress, demo, evaluate, inspect, recipes
-from ultralowbit.cli.console import err, out, say, visible
+from ultralowbit.cli.console import err, out, say, show_warnings, visible
 from ultralowbit.cli.errors import FAILED, INTERRUPTED, USAGE, explain
 from ultralowbit.cli.options import command_line
 from ultralowbit.errors import InputError
@@ -67,14 +64,11 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 done with fallbacks, 4 done but a quality gate "
     "failed, 130 interrupted.",
 )
-
-
 recipes_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="List and show recipes.")
 bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Measure speed and memory.")
 
 
 def _version(wanted: bool) -> None:
-
     if wanted:
         out.print(f"ultralowbit {version('ultralowbit')}")
         raise typer.Exit
@@ -91,14 +85,7 @@ def root(
 
     Start with  [bold]ultralowbit demo[/]
     """
-    _show_warnings()
-
-
-def _show_warnings() -> None:
-    """Warnings of the package go to stderr, also under --quiet, and between the lines of the progress."""
-    log = logging.getLogger("ultralowbit")
-    if not any(isinstance(handler, RichHandler) for handler in log.handlers):
-        log.addHandler(RichHandler(console=err, show_time=False, show_path=False, highlighter=NullHighlighter()))
+    show_warnings()
 
 
 app.command("compress")(compress.compress)

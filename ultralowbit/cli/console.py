@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -10,10 +11,13 @@ from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
+from rich.highlighter import NullHighlighter
+from rich.logging import RichHandler
 from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.progress import Progress as Bars
 from rich.table import Column
 from rich.text import Text
+from rich.theme import Theme
 
 from ultralowbit.units import format_seconds
 
@@ -25,12 +29,11 @@ def _console(stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     # a pipe has no width: tables are not to be cut to a terminal's
     width = None if stream.isatty() or "COLUMNS" in os.environ else 160
-    return Console(stderr=stderr, highlight=False, width=width)
+    theme = Theme({"logging.level.warning": "bold yellow"})
+    return Console(stderr=stderr, highlight=False, width=width, theme=theme)
 
 
 out = _console(stderr=False)
-
-
 err = _console(stderr=True)
 
 
@@ -47,6 +50,22 @@ def cell(text: str, style: str = "") -> Text:
 def say(text: str, style: str = "", to: Console | None = None) -> None:
     """Print a line of user text on stdout, or on another console."""
     (to or out).print(cell(text, style), soft_wrap=True)
+
+
+class _VisibleFormatter(logging.Formatter):
+    """The message of a record, which may hold user text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def show_warnings() -> None:
+    """Print what the package logs on stderr: also under --quiet, and above the bar of the progress."""
+    log = logging.getLogger("ultralowbit")
+    if not any(isinstance(handler, RichHandler) for handler in log.handlers):
+        handler = RichHandler(console=err, show_time=False, show_path=False, highlighter=NullHighlighter())
+        handler.setFormatter(_VisibleFormatter())
+        log.addHandler(handler)
 
 
 class Pace:
@@ -95,7 +114,7 @@ class Watch:
         self.printed = 0.0
         self.bars: Bars | None = None
         if err.is_terminal and not quiet:
-            what = TextColumn("{task.description}", table_column=Column(no_wrap=True))
+            what = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
             columns = (SpinnerColumn(), what, BarColumn(None), _PaceColumn(table_column=Column(no_wrap=True)))
             self.bars = Bars(*columns, console=err, transient=True, expand=True, refresh_per_second=4)
 
@@ -116,7 +135,7 @@ class Watch:
         if self.bars:
             for task in self.bars.task_ids:
                 self.bars.remove_task(task)
-            self.bars.add_task(what, total=total, pace=self.pace)
+            self.bars.add_task(visible(what), total=total, pace=self.pace)
 
     def step(self, n: int = 1) -> None:
         if self.pace is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 from ultralowbit.errors import CheckpointError, DiskFull, FormatError, InputError
 
@@ -14,6 +15,9 @@ _FULL = {
     errno.EFBIG: "the file would be larger than the system allows",
 }
 
+_ALLOCATOR = re.compile(r"^\[enforce fail at [^]]*\] [^.]*\. ")
+"""The place in torch's source with which its allocator's message begins."""
+
 
 def explain(error: Exception) -> str:
     """An error in one sentence that says what to do."""
@@ -23,7 +27,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, InputError | CheckpointError | FormatError):
         return text
     if _is_out_of_memory(error, text):
-        what = text.split(". ")[0] or "allocation failed"
+        what = _ALLOCATOR.sub("", text).split(". ")[0] or "allocation failed"
         return f"out of memory ({what}): free some, or use fewer --samples or a shorter --length"
     if isinstance(error, OSError) and error.errno in _FULL:
         where = error.filename or "a file"
