@@ -4,16 +4,19 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all campaign lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ultralowbit demo
 
 test: $(VENV)/.installed
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not campaign"
 
 test-all: $(VENV)/.installed
-	$(PYTEST)
+	$(PYTEST) -m "not campaign"
+
+campaign: $(VENV)/.installed
+	$(PYTEST) -m campaign -s
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

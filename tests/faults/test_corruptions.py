@@ -118,7 +118,7 @@ EDITS = {
 }
 
 
-@pytest.fixture(params=[FAST, pytest.param("slow", marks=pytest.mark.slow)], ids=["few", "many"])
+@pytest.fixture(params=[FAST, pytest.param("slow", marks=pytest.mark.campaign)], ids=["few", "many"])
 def corrupt(request, campaign, copied):
     """corrupt(folder, names, read, many=...): damages one of the files at a time and reads; `read(folder, before)` says
     whether all is as it was."""

@@ -37,7 +37,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("step", [48, pytest.param(4, marks=pytest.mark.slow)], ids=["some", "many"])
+@pytest.mark.parametrize("step", [48, pytest.param(4, marks=pytest.mark.campaign)], ids=["some", "many"])
 def test_a_full_disk(source, every_format, undisturbed, small_disk, campaign, step):
     expected, full = (undisturbed / SHARD).read_bytes(), 0
 
@@ -86,7 +86,7 @@ def in_a_process(limit: Callable[[], None], run: Callable[[], object]) -> str:
     return said
 
 
-@pytest.mark.parametrize("step", [24_000, pytest.param(3_000, marks=pytest.mark.slow)], ids=["some", "many"])
+@pytest.mark.parametrize("step", [24_000, pytest.param(3_000, marks=pytest.mark.campaign)], ids=["some", "many"])
 def test_files_that_may_not_be_so_large(source, every_format, undisturbed, tmp_path, campaign, step):
     expected = (undisturbed / SHARD).read_bytes()
 

@@ -115,7 +115,7 @@ def old(source, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("where", PLACES)
-@pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "every"])
+@pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.campaign)], ids=["some", "every"])
 def test_killed_before_an_operation_on_a_file(place, campaign, where, step):
     """The last operations, which publish, are all among those of the slow suite."""
     for event in range(0, 10_000, step):
@@ -134,7 +134,7 @@ def test_killed_before_an_operation_on_a_file(place, campaign, where, step):
     assert campaign.counts.total() > 5
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(67, marks=pytest.mark.slow)], ids=["few", "many"])
+@pytest.mark.parametrize("times", [3, pytest.param(67, marks=pytest.mark.campaign)], ids=["few", "many"])
 @pytest.mark.parametrize("where", PLACES)
 def test_killed_at_a_random_time(place, campaign, where, times):
     rng = random.Random(where)
