@@ -100,6 +100,7 @@ def compress_and_measure(
     compressed = compress(
         model, recipe, out, device=device, restart=restart, trust_remote_code=trust_remote_code, progress=watch
     )
+    peak = None if there else peak_memory()
     try:
         report = _begin(model, folder, recipe, out, compressed, command)
     except (ValidationError, KeyError, TypeError, AttributeError) as error:
@@ -107,8 +108,7 @@ def compress_and_measure(
         raise CheckpointError(
             f"{out / MANIFEST} is not as `ultralowbit compress` wrote it ({what}): copy it again, or give --restart"
         ) from error
-    if not there:
-        report.packed.peak_memory_bytes = peak_memory()
+    report.packed.peak_memory_bytes = peak or report.packed.peak_memory_bytes
     write_file(out / REPORT, report)  # the memory it took, and what was measured before, outlive a kill from here on
     models = Models(folder, out, where, pick_dtype(folder, where), trust_remote_code, watch, model, recipe.name)
     models.measure(report, wanted, known or {}, thorough)
