@@ -17,7 +17,7 @@ from ultralowbit.format.ints import Ints
 from ultralowbit.format.planes import Planes
 from ultralowbit.format.testing import random_packed
 from ultralowbit.format.weight import Format, PackedWeight
-from ultralowbit.format.words import pack_fields, to_scale, unpack_fields, word_count
+from ultralowbit.format.words import VERSION, pack_fields, to_scale, unpack_fields, word_count
 
 COLUMNS = [1, 7, 16, 17, 31, 32, 33, 64, 172, 352, 511, 512, 513, 1000, 1024, 11008]
 WIDTHS = [1, 2, 4, 8]
@@ -452,6 +452,21 @@ def test_a_description_from_elsewhere_is_refused(changes, named):
     with pytest.raises(FormatError) as error:
         Format.from_dict(changed(**changes))
     assert named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (5, "version None"),
+        ({"version": VERSION}, "segments None"),
+        ({"version": VERSION, "segments": []}, r"segments \[\]"),
+        ({"version": VERSION, "segments": [5]}, "unknown segment"),
+        ({"version": VERSION, "segments": [{"kind": "ints"}]}, "lacks columns, bits"),
+    ],
+)
+def test_what_is_no_description_is_refused(data, named):
+    with pytest.raises(FormatError, match=named):
+        Format.from_dict(data)
 
 
 @pytest.mark.parametrize("bits", [0, 1, 5, 6, 7, 9, 16])

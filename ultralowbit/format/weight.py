@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -218,7 +218,7 @@ class Format:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Format:
         """The inverse of `to_dict`; raises `FormatError` for another version, an unknown part or an unknown field."""
-        version = data.get("version")
+        version = data.get("version") if isinstance(data, Mapping) else None
         if version != VERSION:
             raise FormatError(
                 f"packed format version {version!r} is not version {VERSION}, the one this ultralowbit reads: "
@@ -226,9 +226,11 @@ class Format:
             )
         if unknown := unknown_fields(cls, data):
             raise FormatError(f"unknown {sorted(unknown)} in the packed format: a newer ultralowbit wrote it, upgrade")
-        outliers, transform = data.get("outliers"), data.get("transform")
+        outliers, transform, segments = data.get("outliers"), data.get("transform"), data.get("segments")
+        if not isinstance(segments, list | tuple) or not segments:
+            raise FormatError(f"the packed format has the segments {segments!r}, expected a list of them")
         return cls(
-            tuple(_described(entry, SEGMENTS, "segment") for entry in data["segments"]),
+            tuple(_described(entry, SEGMENTS, "segment") for entry in segments),
             None if outliers is None else _described(outliers, OUTLIERS, "outliers"),
             None if transform is None else _described(transform, {InputTransform.kind: InputTransform}, "transform"),
         )
@@ -244,6 +246,8 @@ def _described(entry: Any, kinds: Mapping[str, type], what: str) -> Any:
     part = kinds.get(kind) if isinstance(kind, str) else None
     if part is None or unknown_fields(part, values):
         raise FormatError(f"unknown {what} in the packed format: {entry}; a newer ultralowbit wrote it, upgrade")
+    if missing := [f.name for f in fields(part) if f.default is MISSING and f.name not in values]:
+        raise FormatError(f"the packed format lacks {', '.join(missing)} of {what} {entry}: copy the checkpoint again")
     return part(**values)
 
 
