@@ -107,22 +107,6 @@ def test_naming_the_package_or_asking_for_help_needs_no_torch(tmp_path):
         assert not set(done.stdout.split()) & {"torch", "transformers", "triton", "lm_eval", "datasets", "matplotlib"}
 
 
-FIRST = """
-import {first}, {second}
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as known
-import sys
-assert "ultralowbit" in known and "ultralowbit.pipeline" not in sys.modules
-"""
-
-
-@pytest.mark.parametrize("first, second", [("ultralowbit", "transformers"), ("transformers", "ultralowbit")])
-def test_the_format_is_registered_whichever_is_imported_first(tmp_path, first, second):
-    script = FIRST.format(first=first, second=second)
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("name", ["eval", "recipes"])
 def test_mapped_folders_are_no_modules_of_their_own(tmp_path, name):
     """`kernels` is a package of Hugging Face; ours must not be found in its place either."""

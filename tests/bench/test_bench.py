@@ -1,4 +1,4 @@
-"""The pipeline benchmark runs and reports what it promises; no speed is asserted."""
+"""Benchmarks run and report what they promise; no speed is asserted."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_pipeline_bench(tmp_path):
         assert run["unavoidable_seconds"] == pytest.approx(depth * sum(run["unavoidable"].values()))
         assert run["ratio"] == pytest.approx(run["seconds"] / run["unavoidable_seconds"])
         assert sum(run["block_seconds"]) <= run["seconds"] + 0.01 and run["peak_bytes"] > 1e8
-    found = json.loads((tmp_path / "bench.json").read_text())
-    assert found["runs"]["2"] == result["runs"][2] and found["packing"] == result["packing"]
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert written["runs"]["2"] == result["runs"][2] and written["packing"] == result["packing"]
     assert sum("layers: peak memory" in line for line in said) == 2
     assert list(tmp_path.iterdir()) == [tmp_path / "bench.json"]
 
@@ -56,7 +56,7 @@ def test_out_folder_is_kept_but_emptied_of_models(tmp_path):
     assert (result["runs"][1]["unavoidable"], result["runs"][1]["ratio"]) == ({}, None)
 
 
-def test_solve_bench(tmp_path):
+def test_quantize_bench(tmp_path):
     said = []
     names = ("gptq-2bit", "sign-1", "pb-llm")
     rows = quantize_bench(names, TINY, repeat=1, json_file=tmp_path / "quantize.json", say=said.append)
@@ -70,17 +70,17 @@ def test_solve_bench(tmp_path):
 def test_eval_bench(tmp_path, given):
     said = []
     model = write_model(tmp_path / "model", 1, TINY) if given else None
-    found = eval_bench(
+    result = eval_bench(
         model, layers=1, context=64, tokens=4200, repeat=2, device="cpu", json_file=tmp_path / "bench.json", shape=TINY,
         say=said.append,
     )  # fmt: skip
-    assert (found["tokens"], found["context"]) == (4160, 64) and str(model or "random Llama") in found["model"]
-    assert all(seconds > 0 for seconds in found["seconds"].values())
-    assert found["perplexity_ratio"] == found["seconds"]["perplexity"] / found["seconds"]["forward"]
-    assert found["divergence_ratio"] == found["seconds"]["divergence"] / found["seconds"]["two forwards"]
+    assert (result["tokens"], result["context"]) == (4160, 64) and str(model or "random Llama") in result["model"]
+    assert all(seconds > 0 for seconds in result["seconds"].values())
+    assert result["perplexity_ratio"] == result["seconds"]["perplexity"] / result["seconds"]["forward"]
+    assert result["divergence_ratio"] == result["seconds"]["divergence"] / result["seconds"]["two forwards"]
     assert (
-        f"{found['perplexity_ratio']:.3f} times" in said[1]
-        and json.loads((tmp_path / "bench.json").read_text()) == found
+        f"{result['perplexity_ratio']:.3f} times" in said[1]
+        and json.loads((tmp_path / "bench.json").read_text()) == result
     )
 
 
@@ -99,7 +99,7 @@ def test_packing_and_bare_products():
     assert peak_memory() > 1e8
 
 
-def test_tune_bench(tmp_path):
+def test_training_bench(tmp_path):
     said, state = [], torch.random.get_rng_state()
     rows = training_bench(16, 2, 2, TINY, json_file=tmp_path / "bench.json", say=said.append)
     assert [row["what"] for row in rows] == list(TRAINED) and len(said) == 1 + len(TRAINED)

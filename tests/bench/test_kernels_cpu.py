@@ -25,7 +25,7 @@ def test_kernel_bench(tmp_path, monkeypatch):
     if cpu.instruction_sets():
         assert {row.path for row in rows} == {"torch", "exact_matmul", "int8_matmul"}
     with (tmp_path / "bench.csv").open() as stream:
-        found = list(csv.DictReader(stream))
-    assert len(found) == 2 * len(rows) and found[-1]["product"] == rows[-1].product
-    assert found[0]["device"] == processor() and found[0]["isa"] == cpu.isa()
+        written = list(csv.DictReader(stream))
+    assert len(written) == 2 * len(rows) and written[-1]["product"] == rows[-1].product
+    assert written[0]["device"] == processor() and written[0]["isa"] == cpu.isa()
     assert sum("[3, 256] x [64, 256]" in line for line in said) == 2

@@ -43,8 +43,8 @@ def test_products_of_every_format(tmp_path, two_copies):
         format = FORMATS[row.format](512)
         assert row.bits == random_packed(format, 48).bits_per_weight > format.claimed_bits
     with file.open() as stream:
-        found = list(csv.DictReader(stream))
-    assert len(found) == 2 * len(rows) and found[0]["torch"] == torch.__version__
+        written = list(csv.DictReader(stream))
+    assert len(written) == 2 * len(rows) and written[0]["torch"] == torch.__version__
     assert sum("[48, 512]" in line for line in said) == 2
 
 
@@ -70,7 +70,7 @@ def test_entries_take_turns():
     order = []
     times = race({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, 3)
     assert order == ["a", "b"] * 4 and [len(t) for t in times.values()] == [3, 3]
-    assert all(found == sorted(found) for found in times.values())
+    assert all(seconds == sorted(seconds) for seconds in times.values())
 
 
 def test_the_error_is_that_of_all_rows():
@@ -90,13 +90,13 @@ def test_steps_write_what_generate_writes(name):
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
     first = torch.tensor([[5], [77]])
     decoder = Decoder(model, first, 12)
-    found = [decoder.token.clone()]
+    written = [decoder.token.clone()]
     for _ in range(10):
         decoder.step()
-        found.append(decoder.token.clone())
+        written.append(decoder.token.clone())
     fixed = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = model.generate(first, attention_mask=torch.ones_like(first), max_new_tokens=10, **fixed)
-    assert torch.equal(torch.cat(found, 1), expected)
+    assert torch.equal(torch.cat(written, 1), expected)
 
 
 def test_decode_bench():
@@ -124,10 +124,10 @@ def test_tuning_finds_the_cheapest():
         return tokens * (1 + wrong + abs(tuning.programs - 3))
 
     said = []
-    found = triton_tune.tune(cost, lambda tokens: 70.0, start, said.append)
-    assert dict(found.tiles) == best and found.programs == 3 and found.gemm_tokens == 64
-    assert triton_tune.tune(cost, lambda tokens: 0.0, found, said.append).gemm_tokens == found.gemv_tokens
-    text = triton_tune.entry("Some GPU", found)
+    tuning = triton_tune.tune(cost, lambda tokens: 70.0, start, said.append)
+    assert dict(tuning.tiles) == best and tuning.programs == 3 and tuning.gemm_tokens == 64
+    assert triton_tune.tune(cost, lambda tokens: 0.0, tuning, said.append).gemm_tokens == tuning.gemv_tokens
+    text = triton_tune.entry("Some GPU", tuning)
     assert text.startswith('"Some GPU": {') and "processors" not in text and '"gemm_tokens": 64' in text
 
 

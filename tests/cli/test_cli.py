@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
@@ -216,12 +215,12 @@ def test_the_zeros_of_both_planes_are_reported(run, model, text, tmp_path):
     only_solved = ["--set", "blockwise=null", "--set", "finetune=null"]
     result = run("compress", model, "--recipe", "db-llm", *options(text), *only_solved, "--out", "p")
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "p/report.json").read_text())["packed"]["plane_sparsity"]
+    shown = json.loads((tmp_path / "p/report.json").read_text())["packed"]["plane_sparsity"]
     linears = [m.packed for m in ultralowbit.load("p").modules() if isinstance(m, PackedLinear)]
     sizes = torch.tensor([packed.shape[0] * packed.shape[1] for packed in linears], dtype=torch.float64)
     shares = torch.tensor([packed.sparsity for packed in linears], dtype=torch.float64)  # [linears, planes]
-    assert found == pytest.approx((sizes @ shares / sizes.sum()).tolist()) and 0 < found[1] < found[0] < 1
-    line = f"{found[0]:.1%} of plane 1, {found[1]:.1%} of plane 2"
+    assert shown == pytest.approx((sizes @ shares / sizes.sum()).tolist()) and 0 < shown[1] < shown[0] < 1
+    line = f"{shown[0]:.1%} of plane 1, {shown[1]:.1%} of plane 2"
     assert line in " ".join(result.stdout.split()) and line in (tmp_path / "p/report.md").read_text()
 
 
@@ -378,12 +377,3 @@ def test_names_are_printed_as_they_are_and_drive_no_terminal(run, model, text, t
     assert result.exit_code == 0 and name.replace("\x1b", "\\x1b") in result.stdout
     result = run("verify", f"{name}-gone", "-q")
     assert result.exit_code == 1 and name.replace("\x1b", "\\x1b") in result.stderr
-
-
-def test_help_of_every_command_has_an_example():
-    def commands(group, path):
-        for name, command in group.commands.items():
-            yield from commands(command, (*path, name)) if hasattr(command, "commands") else [((*path, name), command)]
-
-    for path, command in commands(typer.main.get_command(app), ()):
-        assert f"ultralowbit {' '.join(path)}" in command.help, path

@@ -303,11 +303,11 @@ def test_the_product_is_that_with_the_decoded_weight(kind, device):
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(shape, generator=generator).to(device, dtype)
             weight = packed.dequantize().to(device)
-            found = packed_matmul(x, tensors, layout)
-            assert found.dtype == dtype
+            product = packed_matmul(x, tensors, layout)
+            assert product.dtype == dtype
             step = torch.finfo(dtype).eps  # weights and the result may both be rounded to x's dtype
             bound = step * F.linear(x.double().abs(), weight.double().abs()) + 1e-5
-            assert ((found.double() - F.linear(x.double(), weight.double())).abs() <= bound).all()
+            assert ((product.double() - F.linear(x.double(), weight.double())).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("kind", ["planes", "ints"])
@@ -363,6 +363,39 @@ def test_transformers_without_the_package_refuses_instead_of_inventing_weights(c
         [sys.executable, "-c", STRANGER, *map(str, folders)], capture_output=True, text=True, cwd=tmp_path, timeout=300
     )
     assert done.stdout.split("\n")[:-1] == ["REFUSED RuntimeError"] * len(folders), done.stderr[-2000:]
+
+
+FRESH = """
+import sys, torch
+from pathlib import Path
+{imports}
+folder, tokens = Path(sys.argv[1]), torch.load("tokens.pt")
+assert AutoConfig.from_pretrained(folder).quantization_config["quant_method"] == "ultralowbit"
+with torch.no_grad():
+    torch.save(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()(tokens).logits, "logits.pt")
+assert "ultralowbit.pipeline" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import ultralowbit\nfrom transformers import AutoConfig, AutoModelForCausalLM",
+        "import transformers\nimport ultralowbit\nfrom transformers import AutoConfig, AutoModelForCausalLM",
+        "from transformers import AutoConfig, AutoModelForCausalLM\nimport ultralowbit",
+        "from transformers.quantizers import auto\nfrom transformers import AutoConfig, AutoModelForCausalLM\n"
+        "import ultralowbit",
+    ],
+    ids=["ours-first", "theirs-first", "classes-first", "quantizers-first"],
+)
+def test_a_fresh_process_loads_whatever_it_imports_first(llama, tmp_path, imports):
+    torch.save(TOKENS, tmp_path / "tokens.pt")
+    script = FRESH.format(imports=imports)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(llama)], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(ultralowbit.load(llama)))
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
@@ -555,10 +588,13 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "formats cut off": (lambda c: c.pop("formats"), "malformed"),
     "formats as number": (lambda c: c.update(formats=7), "malformed"),
     "a format as number": (lambda c: c.update(formats=dict.fromkeys(c["formats"], 7)), "malformed"),
-    "a format without segments": (lambda c: c.update(formats={k: {"version": 2} for k in c["formats"]}), "malformed"),
-    "no segments": (lambda c: [f["segments"].clear() for f in c["formats"].values()], "without segments"),
+    "a format without segments": (
+        lambda c: c.update(formats={k: {"version": 2} for k in c["formats"]}),
+        "has the segments",
+    ),
+    "no segments": (lambda c: [f["segments"].clear() for f in c["formats"].values()], "has the segments"),
     "a format of another name": (lambda c: c["modules"].update({Q: "no-such-format"}), "no-such-format"),
-    "columns cut off": (each_segment(lambda s: s.pop("columns")), "malformed"),
+    "columns cut off": (each_segment(lambda s: s.pop("columns")), "lacks columns"),
     "columns as text": (each_segment(lambda s: s.update(columns="x")), "positive whole numbers"),
     "other columns": (each_segment(lambda s: s.update(columns=48)), "input columns"),
     "another kind": (each_segment(lambda s: s.update(kind="curves")), "unknown segment"),

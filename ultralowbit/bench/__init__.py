@@ -1,7 +1,7 @@
-"""What things cost, beside what they must cost; ratios are of one run.
+"""Benchmarks: each sets what something costs beside what it must cost, in ratios within one run.
 
-timing       clocks, CUDA graphs, turns
-models       random models in the shapes of real ones, formats to time
+timing       clocks, CUDA graphs, runs that take turns
+models       random models in the shapes of real ones, and formats to time
 kernels_cpu  products on a CPU beside torch's own
 kernels_gpu  products on a GPU beside cuBLAS and a copy of as many bytes
 decode       tokens a second

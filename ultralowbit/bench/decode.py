@@ -1,4 +1,4 @@
-"""Tokens a second of packed models."""
+"""Tokens a second that packed models write."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ from ultralowbit.format.segment import Segment
 from ultralowbit.kernels import cpu
 from ultralowbit.nn.hf import cache_name
 from ultralowbit.nn.linear import PackedLinear
+from ultralowbit.units import format_bytes
 
 DECODED: dict[str, Callable[[int], Segment]] = {
     "sign-1": lambda columns: Planes(columns, 1),
     "sign-2-g128": lambda columns: Planes(columns, 2, 128),
     "gptq-2bit": lambda columns: Ints(columns, 2, 128),
 }
-"""The segments that a recipe of this name makes of a weight."""
+"""Name of a recipe -> the segment that it makes for a number of columns."""
 
 
 def decode_bench(
@@ -46,9 +47,9 @@ def decode_bench(
     json_file: Path | str | None = None,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
-    """Tokens a second that random models write on the CPU: in bf16, and packed, exactly and with activations of 8 bits.
-    Linears that share an input are multiplied at once.
+    """Measure how many tokens a second random models write on the CPU: in bf16, and packed, exactly and in int8.
 
+    Linears that share an input are multiplied at once. In int8, packed Linears round their inputs to 8 bits.
     The models write `tokens` in turns, `rounds` times after one that warms up; the fastest counts, by the thread's own
     clock where there is one. Peak memory is that of a new process which loads one model and writes.
     """
@@ -89,8 +90,8 @@ def decode_bench(
         say(
             f"{label:>18}: {1 / best:7.2f} tokens a second (slowest turn {max(times) / best - 1:.0%} more), "
             f"{base / best:5.2f} times bf16, {result['models'][label]['share']:.0%} of what memory's "
-            f"{result['read_gbps']:.1f} GB/s would allow; file {bytes_of[name] / 1e6:.0f} MB, peak memory "
-            f"{peaks[name] / 1e6:.0f} MB"
+            f"{result['read_gbps']:.1f} GB/s would allow; file {format_bytes(bytes_of[name])}, peak memory "
+            f"{format_bytes(peaks[name])}"
         )
     if json_file is not None:
         Path(json_file).write_text(json.dumps(result, indent=1) + "\n")
@@ -121,7 +122,7 @@ def _read_bytes(model: nn.Module) -> int:
 
 
 def _seconds_a_token(model: nn.Module, tokens: int, clock: Callable[[], float]) -> float:
-    """Of `generate` after a prompt of one token."""
+    """Time `generate` after a prompt of one token."""
     prompt = torch.tensor([[1]])
     fixed = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
     started = clock()
@@ -157,7 +158,7 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, first: Tensor, length: int) -> None:
         self.model, self.token = model, first.clone()
         cache = StaticCache(config=model.config, max_cache_len=length)
-        self.cache = {cache_name(model): cache}  # as the model's forward is given it
+        self.cache = {cache_name(model): cache}  # the keyword of the model's forward
         self.position = torch.zeros(1, dtype=torch.int64, device=first.device)
         self.slots = torch.arange(length, device=first.device)
 
@@ -196,7 +197,7 @@ def decode_bench_gpu(
     rounds: int = 5,
     say: Callable[[str], object] = print,
 ) -> list[dict[str, float | int | str]]:
-    """Tokens a second of a Llama with random weights, 7B's shape unless `config` has another: in bf16, then packed."""
+    """Measure how many tokens a second a random Llama writes on a GPU, in bf16 and packed; 7B's shape by default."""
     config = config or LlamaConfig(**LLAMA_7B, max_position_embeddings=4096, tie_word_embeddings=False)
     rows: list[dict[str, float | int | str]] = []
     base: dict[int, float] = {}
@@ -219,7 +220,7 @@ def decode_bench_gpu(
             rows.append(row)
             say(
                 f"{name:20} {batch:6} {1e3 * one:10.3f} {batch / one:9.1f} {base[batch] / one:7.2f} "
-                f"{peak / 1e9:9.2f} GB"
+                f"{format_bytes(peak):>12}"
             )
         del model
         gc.collect()

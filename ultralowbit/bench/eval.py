@@ -1,4 +1,4 @@
-"""What measuring costs beside the forward passes that it needs."""
+"""The cost of measuring, beside the forward passes that it needs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def eval_bench(
     shape: Shape | None = None,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
-    """Perplexity, and divergence between two models, beside the bare forward passes over the same batches.
+    """Time perplexity, and divergence between two models, beside bare forward passes over the same batches.
 
     `model` is a checkpoint folder, packed or not; without one, a random Llama. Tokens are random; each batch is run
     `repeat` times in turns, and the fastest of each counts. Returns, and writes to `json_file`, what `say` is told.

@@ -1,9 +1,8 @@
-"""How fast products with packed weights are, beside torch's own: `ultralowbit bench kernels`.
+"""Speed of products with packed weights on a CPU, beside torch's own: `ultralowbit bench kernels`.
 
-Everything is timed in one process, in turns, each call with another copy of the weight, so that it comes from memory
-and not from a cache, as in a model. One thread is timed by its own clock, which leaves out what other programs take of
-its core. The fastest call counts for ratios; how far the slowest tenth is from it is printed beside it. The error is
-against fp64.
+Everything is timed in one process, in turns. Each call has another copy of the weight, so that it comes from memory and
+not from a cache, as in a model. One thread is timed by its own clock, which leaves out what other programs take of its
+core. Ratios are between fastest calls; the spread says how much longer the slowest tenth took. Errors are against fp64.
 """
 
 from __future__ import annotations
@@ -31,24 +30,25 @@ from ultralowbit.kernels.packed_matmul import kernel_for
 
 Clock = Callable[[], float]
 
-
 SHAPES = ("4096x4096", "11008x4096")
-
 
 TOKENS = (1, 4, 16)
 
 
 def formats(columns: int) -> list[Format]:
-    """What is timed: a plane with a scale a row or 128 columns, two planes, and integers."""
+    """The formats to time: a plane with scales per row or per 128 columns, two planes, and integers."""
     segments = (Planes(columns, 1), *(Planes(columns, planes, 128) for planes in (1, 2)))
     return [Format((s,)) for s in (*segments, *(Ints(columns, bits, 128) for bits in (2, 4)))]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One product. us: microseconds of the fastest call; spread: the slowest tenth's over it, less 1; gbps: stored
-    bytes a second; share: of the bandwidth measured in the same run; error: the largest, relative to the largest
-    output; the ratios say how many times faster it is than torch's."""
+    """The speed of one product.
+
+    us: microseconds of the fastest call; spread: how much longer the slowest tenth takes, as a share; gbps: stored
+    bytes read in a second, in 1e9; share: gbps over the bandwidth measured in the same run; error: the largest,
+    relative to the largest output; x_: how many times as fast as torch's product in that dtype.
+    """
 
     out: int
     columns: int
@@ -72,11 +72,11 @@ class Case(NamedTuple):
     bits: float
     nbytes: int
     error: float
-    calls: Sequence[Callable[[], Tensor]]  # of one product each, with weights in different places
+    calls: Sequence[Callable[[], Tensor]]  # the same product, with the weight in different places
 
 
 def cache_bytes() -> int:
-    """Of the last-level cache, 64 MB where the system does not tell."""
+    """Bytes of the last-level cache; 64 MB where the system does not tell."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     units = {"K": 1 << 10, "M": 1 << 20}
     return max((int(t[:-1]) * units[t[-1]] for t in (s.read_text().strip() for s in sizes)), default=64 << 20)
@@ -177,8 +177,8 @@ def kernel_bench(
 ) -> list[Row]:
     """Time products with packed weights on the CPU for every shape and number of tokens, x in bf16.
 
-    shapes: of the weight, as "OUTxIN"; IN is a multiple of 128, the group of torch's integers. Tells `say` a table and
-    returns its rows; `csv_file` gets them appended, with the machine they were measured on.
+    shapes: the weights, as "OUTxIN"; IN is a multiple of 128, the group of torch's integers. `say` is told a table;
+    its rows are returned, and appended to `csv_file` with the machine they were measured on.
     """
     kept = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -216,7 +216,6 @@ def kernel_bench(
 
 
 _TORCH = ("F.linear bf16", "F.linear fp32", "torch int4 g128")
-
 
 _HEAD = (
     f"{'':24} {'path':>14} {'bits':>6} {'us':>8} {'spread':>7} {'GB/s':>6} {'share':>6} {'error':>8} "

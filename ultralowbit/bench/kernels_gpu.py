@@ -40,9 +40,7 @@ SHAPES = (
 )  # fmt: skip
 """Linears of 7B to 70B Llamas as (out, in), also with q, k, v and gate, up in one."""
 
-
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 2048)
-
 
 ERROR = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9, torch.float32: 2.0**-17}
 """dtype of x -> the relative error that a product may have; transformed inputs are rounded to it once more."""
@@ -50,9 +48,12 @@ ERROR = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9, torch.float32: 2.0**-1
 
 @dataclass(frozen=True)
 class Row:
-    """One product. us, us_alone: microseconds of the median call in a graph, and without one; spread: of nine tenths of
-    the replays, relative to it; gbps: stored bytes a second; of_copy: that, relative to the bytes a second that a copy
-    moves; x_: how many times as fast as the others; error: relative to the norm of the fp64 product."""
+    """The speed of one product.
+
+    us, us_alone: microseconds of the median call in a graph, and without one; spread: the range of nine tenths of the
+    replays, as a share of the median; gbps: stored bytes read in a second, in 1e9; of_copy: gbps as a share of what a
+    copy moves; x_: how many times as fast as the others; error: relative to the norm of the fp64 product.
+    """
 
     out: int
     columns: int
@@ -84,7 +85,7 @@ def need_gpu(device: str) -> torch.device:
 
 @dataclass
 class Dense:
-    """What a packed product is compared with in one shape: bf16 weights for cuBLAS."""
+    """The bf16 weights of one shape, with which cuBLAS multiplies for comparison."""
 
     weights: list[Tensor]
 
@@ -108,7 +109,7 @@ def copy_calls(nbytes: int, device: torch.device) -> list[Call]:
 
 
 def gemlite_calls(format: Format, out: int, x: Tensor) -> list[Call]:
-    """The same product in gemlite, of one to four planes in groups of 128 as integers; none where it cannot."""
+    """The product in gemlite, with one to four planes in groups of 128 as integers; no calls where it cannot."""
     (part,) = format.segments if len(format.segments) == 1 else (None,)
     if not isinstance(part, Planes | TiedPlanes) or part.group != 128 or part.planes not in (1, 2, 4):
         return []
@@ -192,7 +193,7 @@ def line(row: Row) -> str:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What the rows were measured on."""
+    """The machine and software that rows are measured on, as columns of a CSV file."""
     columns = {"date": datetime.now(timezone.utc).date().isoformat(), "device": device.type, "torch": torch.__version__}
     if device.type == "cuda":
         columns |= {"device": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
@@ -238,8 +239,8 @@ def gpu_bench(
     decode: bool = True,
     say: Callable[[str], object] = print,
 ) -> None:
-    """Everything that a new GPU is asked: do its tensor cores take masked words, how fast are products, how fast is
-    decoding. `InputError` for a format that is not in `FORMATS` or a `csv_file` of something else."""
+    """Measure all that there is to know of a new GPU: if its tensor cores take masked words, and how fast products and
+    decoding are. `InputError` for a format that is not in `FORMATS` or a `csv_file` of something else."""
     from ultralowbit.kernels.gpu.dispatch import subnormals_are_exact
 
     formats = list(formats)
@@ -296,7 +297,7 @@ def autotune_bench(
     shapes: Iterable[tuple[int, int]] = ((4096, 4096), (14336, 4096), (8192, 8192)),
     say: Callable[[str], object] = print,
 ) -> str:
-    """The entry of `kernels/tuning.json` for the GPU, by the geometric mean of seconds over some shapes and formats."""
+    """Find the entry of tuning.json for the GPU, by the geometric mean of seconds over some shapes and formats."""
     from ultralowbit.kernels.gpu.autotune import entry, tune
     from ultralowbit.kernels.gpu.dispatch import Tuning, dequantized, product, tuning_of
     from ultralowbit.kernels.gpu.launch import OutOfResources

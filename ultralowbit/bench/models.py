@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ultralowbit.checkpoint.config import DIGEST, config_digest, read_config_json
 from ultralowbit.errors import InputError
@@ -28,7 +29,7 @@ from ultralowbit.nn.quantizer import UltraLowBitConfig
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Llama; the default is TinyLlama-1.1B's."""
+    """The shape of a Llama; the default is TinyLlama-1.1B's."""
 
     hidden: int = 2048
     inter: int = 5632
@@ -38,14 +39,14 @@ class Shape:
 
     @classmethod
     def wide(cls, hidden: int) -> Shape:
-        """In the default's proportions; `InputError` where heads of 64 do not fill the width."""
+        """The shape of this width in the default's proportions; `InputError` where heads of 64 do not fill it."""
         if hidden % 64:
             raise InputError(f"a block {hidden} wide has no whole number of heads: give a multiple of 64")
         return cls(hidden, hidden * 11 // 4, hidden // 64, max(1, hidden // 512))
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Linears of a block -> (out, in)."""
+        """The name of each Linear of a block -> (out, in)."""
         kv = self.hidden // self.heads * self.kv_heads
         return {
             "self_attn.q_proj": (self.hidden, self.hidden),
@@ -61,12 +62,11 @@ class Shape:
 def write_model(
     folder: Path, layers: int, shape: Shape = Shape(), seed: int = 0, segment: Callable[[int], Segment] | None = None
 ) -> Path:
-    """A random Llama in bf16 with a tokenizer whose words are w0, w1, ...; one block is in memory at a time.
+    """Write a random Llama in bf16, one block at a time, with a tokenizer whose words are w0, w1, ...
 
-    With `segment`, which is told the columns, its Linears are packed: random words and scales, which no weight had.
+    Where `segment` is given, which makes a segment for a number of columns, its Linears are packed: random words and
+    scales, which no weight had.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(
@@ -120,7 +120,7 @@ def write_model(
 
 
 def write_text(file: Path, words: int, vocab: int, seed: int = 0) -> Path:
-    """Random words that the tokenizer of `write_model` knows, one token each."""
+    """Write random words that the tokenizer of `write_model` knows; each is one token."""
     ids = torch.randint(vocab, (words,), generator=torch.Generator().manual_seed(seed)).tolist()
     file.write_text(" ".join(f"w{i}" for i in ids))
     return file
@@ -135,8 +135,11 @@ LLAMA_7B = {
 def random_llama(
     config: LlamaConfig, device: torch.device, dtype: torch.dtype, format_of: Callable[[int], Format] | None
 ) -> PreTrainedModel:
-    """A Llama of random weights whose blocks' Linears are packed as `format_of` says, or dense; made on the device, no
-    dense weight of a packed Linear ever is. Linears that share an input are multiplied at once."""
+    """Make a Llama of random weights on the device; Linears that share an input are multiplied at once.
+
+    The Linears of its blocks have the format that `format_of` makes for their columns, without a dense weight ever
+    being made, or are dense where it is None.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if format_of is not None:
@@ -171,4 +174,4 @@ FORMATS: dict[str, Callable[[int], Format]] = {
     "ptq161": PTQ161().format,
     "pb-llm": PBLLM().format,
 }
-"""What is timed -> its format for so many input columns."""
+"""Name on the command line -> the format it has for a number of input columns."""

@@ -1,4 +1,4 @@
-"""What compressing costs beside the work that cannot be avoided."""
+"""The cost of compressing, beside the work that cannot be avoided."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from ultralowbit.pipeline.compress import compress
 from ultralowbit.pipeline.source import batched
 from ultralowbit.recipe import Recipe
 from ultralowbit.system import peak_memory
+from ultralowbit.units import format_bytes
 
 
 def pipeline_bench(
@@ -60,9 +61,9 @@ def pipeline_bench(
             result["runs"][depth] = run
             blocks = sorted(run["block_seconds"])
             say(
-                f"{depth:>3} layers: peak memory {run['peak_bytes'] / 1e9:.2f} GB, {run['seconds']:.1f} s; a block "
-                f"{statistics.median(blocks):.2f} s ({blocks[0]:.2f} to {blocks[-1]:.2f}), of which solving "
-                f"{run['solving_seconds'] / depth:.2f} s; outside blocks {run['seconds'] - sum(blocks):.1f} s"
+                f"{depth:>3} layers: peak memory {format_bytes(run['peak_bytes'])}, {run['seconds']:.1f} s; a block "
+                f"{statistics.median(blocks):.2f} s ({blocks[0]:.2f} to {blocks[-1]:.2f}), of which methods "
+                f"take {run['solving_seconds'] / depth:.2f} s; outside blocks {run['seconds'] - sum(blocks):.1f} s"
             )
             if run["unavoidable"]:
                 parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in run["unavoidable"].items())
@@ -73,7 +74,7 @@ def pipeline_bench(
     peaks = [run["peak_bytes"] for run in result["runs"].values()]
     medians = [statistics.median(run["block_seconds"]) for run in result["runs"].values()]
     say(
-        f"between depths, peak memory differs by {(max(peaks) - min(peaks)) / 1e6:.0f} MB, the seconds of a block by "
+        f"between depths, peak memory differs by {format_bytes(max(peaks) - min(peaks))}, the seconds of a block by "
         f"{max(medians) / min(medians) - 1:.0%}"
     )
     result["packing"] = packing_bench()
@@ -105,7 +106,7 @@ def _fresh_run(folder: Path, depth: int, samples: int, length: int, recipe: str,
 
 
 def _run(task: dict[str, Any]) -> dict[str, Any]:
-    """What the fresh process does: compress, note the peak, then time the bare products in the same process."""
+    """Compress, note the peak, then time the bare products in the same process, which is a fresh one."""
     recipe = Recipe.load(task["recipe"], task["settings"])
     started = time.perf_counter()
     manifest = compress(task["model"], recipe, task["out"], device="cpu").manifest
@@ -191,7 +192,7 @@ def packing_bench(out: int = 2048, columns: int = 2048) -> list[dict[str, Any]]:
 
 
 def _random_codes(segment: Planes | Ints, out: int) -> dict[str, Tensor]:
-    """What the segment's `encode` takes."""
+    """Random input for the segment's `encode`: bits or codes, and scales of one."""
     generator = torch.Generator().manual_seed(0)
     groups = group_count(segment.columns, segment.group)
     if isinstance(segment, Planes):

@@ -1,4 +1,4 @@
-"""How long methods take to pack one block, as a multiple of GPTQ's."""
+"""Seconds in which methods pack one block, as a multiple of GPTQ's."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ def quantize_bench(
     json_file: Path | None = None,
     say: Callable[[str], object] = print,
 ) -> list[dict[str, Any]]:
-    """Seconds in which the method of each recipe packs the Linears of one block, statistics given, factors included;
-    the methods take turns, and the fastest of each counts, of one thread by its own clock."""
+    """Time how long the method of each recipe takes to pack the Linears of one block.
+
+    Statistics are given, factors are included. The methods take turns, `repeat` times; the fastest turn counts, by the
+    thread's own clock where there is one. Returns a row for each recipe: its seconds, and their ratio to the first's.
+    """
     shape = shape or Shape()
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     generator = torch.Generator().manual_seed(0)

@@ -37,7 +37,7 @@ Call = Callable[[], object]
 
 
 def captured(calls: Sequence[Call], device: torch.device) -> Call:
-    """What makes all the calls, one after the other: a replay of their CUDA graph, on a CPU just them."""
+    """Make one call of many, one after the other: on a GPU a replay of their CUDA graph."""
     if device.type != "cuda":
         return lambda: [call() for call in calls]
     stream = _side_stream(device)
@@ -60,7 +60,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def seconds(run: Call, device: torch.device) -> float:
-    """Of one run on the device."""
+    """Seconds of one run on the device."""
     if device.type != "cuda":
         started = time.perf_counter()
         run()
@@ -84,12 +84,12 @@ def race(runs: Mapping[str, Call], device: torch.device, rounds: int) -> dict[st
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Of the L2 cache; 1 MB on a CPU, where only the tests run this."""
+    """Bytes of the L2 cache; 1 MB on a CPU, where only the tests run this."""
     if device.type != "cuda":
         return 1 << 20
     return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20
 
 
 def copies(nbytes: int, device: torch.device) -> int:
-    """How many weights of so many bytes are four times the cache, at least two."""
+    """The number of weights of `nbytes` each that together are four times the cache; at least two."""
     return max(2, math.ceil(4 * cache_bytes(device) / nbytes))

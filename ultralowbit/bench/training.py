@@ -1,4 +1,4 @@
-"""How long a step of block-wise training takes, as a multiple of the block's own passes."""
+"""Seconds of a step of block-wise training, as a multiple of the block's own passes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ultralowbit.training.fake_quant.linear import FakeQuantLinear
 
 
 class Trained(NamedTuple):
-    """What of a block's packed weights is trained."""
+    """A format, and which of its tensors are trained."""
 
     segment: Callable[[int], Planes | Ints]  # of its columns
     train: set[str]
@@ -55,8 +55,11 @@ def training_bench(
     json_file: Path | None = None,
     say: Callable[[str], object] = print,
 ) -> list[dict[str, Any]]:
-    """Seconds of a step of tuning one block, AdamW included, beside a forward and backward pass of the block as it is,
-    which makes the gradients of all its weights. Both take turns; the median of the ratios of neighbours counts."""
+    """Time a training step of one block, AdamW included, beside the block's own forward and backward pass.
+
+    That pass makes the gradients of all weights. Both take turns, `repeat` times; the median of the ratios of
+    neighbours counts. Returns a row for each entry of `TRAINED`, in seconds.
+    """
     shape = shape or Shape()
     where, rows = pick_device(device), []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""`ultralowbit bench`."""
+"""`ultralowbit bench`: a command for each thing that is timed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ultralowbit.cli.console import Watch, cell, out, say
 from ultralowbit.cli.errors import FAILED, FELL_BACK
 from ultralowbit.cli.options import (
     ContextOption,
+    CsvOption,
     DeviceOption,
     EvalOption,
     JsonOption,
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
     from ultralowbit.report.schema import Comparison
 
 HiddenOption = Annotated[int, typer.Option(min=64, help="width of the block; its MLP is 2.75 times as wide")]
-OriginalsArgument = Annotated[list[str], typer.Argument(metavar="MODEL", help="original models: folders or hub names")]
+OriginalsArgument = Annotated[
+    list[str], typer.Argument(metavar="MODEL", help="original model: a folder or a hub name, repeatable")
+]
 NamesOption = Annotated[
     str | None, typer.Option(metavar="NAMES", help="recipes to run, with commas between them; all shipped by default")
 ]
@@ -49,13 +52,13 @@ CalibsOption = Annotated[
     list[str],
     typer.Option(
         metavar="SOURCE",
-        help="calibration text instead of the recipe's own, repeatable; those after the first are run with the first "
-        "seed, for the robustness track",
+        help="calibration text instead of the recipe's own, repeatable; texts after the first are run with the first "
+        "seed only, for the robustness track",
     ),
 ]
 TasksOption = Annotated[
     str | None,
-    typer.Option(metavar="NAMES", help="lm-eval's tasks to ask the original and each recipe's first seed"),
+    typer.Option(metavar="NAMES", help="lm-eval tasks for the original and each recipe's first seed"),
 ]
 TracksOption = Annotated[
     bool, typer.Option("--tracks/--no-tracks", help="measure robustness and speed too, and print the tracks")
@@ -70,16 +73,16 @@ FormatsOption = Annotated[
 
 
 def bench_pipeline(
-    layers: Annotated[list[int], typer.Option(help="depth of a random model, repeatable")] = [4, 22],  # noqa: B006
-    samples: Annotated[int, typer.Option(help="number of calibration windows")] = 16,
-    length: Annotated[int, typer.Option(help="tokens in a window")] = 512,
-    recipe: Annotated[str, typer.Option(help="a shipped recipe or a .yaml file")] = "gptq-2bit",
+    layers: Annotated[list[int], typer.Option(min=1, help="depth of a random model, repeatable")] = [4, 22],  # noqa: B006
+    samples: Annotated[int, typer.Option(min=1, help="number of calibration windows")] = 16,
+    length: Annotated[int, typer.Option(min=2, help="tokens in a window")] = 512,
+    recipe: Annotated[str, typer.Option(help="shipped recipe or .yaml file")] = "gptq-2bit",
     out_folder: Annotated[
         Path | None, typer.Option("--out", help="folder to work in; a temporary one by default")
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Time and memory of compressing random models of two depths, beside the work that cannot be avoided.
+    """Measure time and memory of compressing random models of some depths, beside the work that cannot be avoided.
 
     [bold]ultralowbit bench pipeline --layers 2 --layers 4 --samples 4[/]
     """
@@ -96,7 +99,7 @@ def bench_quantize(
     hidden: HiddenOption = 2048,
     json_file: JsonOption = None,
 ) -> None:
-    """Time in which the methods of recipes pack one block, as a multiple of the first one's.
+    """Time how long the methods of recipes take to pack one block, as multiples of the first.
 
     [bold]ultralowbit bench quantize --recipe gptq-2bit --recipe sign-2 --hidden 512[/]
     """
@@ -109,12 +112,12 @@ def bench_quantize(
 def bench_training(
     length: Annotated[int, typer.Option(min=2, help="tokens in a window")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="windows in a step")] = 2,
-    repeat: Annotated[int, typer.Option(min=1, help="steps to time of each")] = 5,
+    repeat: Annotated[int, typer.Option(min=1, help="steps to time of each kind")] = 5,
     hidden: HiddenOption = 2048,
     device: DeviceOption = "cpu",
     json_file: JsonOption = None,
 ) -> None:
-    """Time of a step of block-wise training, as a multiple of the block's own forward and backward pass.
+    """Time a step of block-wise training, as a multiple of the block's own forward and backward pass.
 
     [bold]ultralowbit bench training --hidden 512 --length 2048 --batch 1[/]
     """
@@ -126,7 +129,7 @@ def bench_training(
 
 def bench_eval(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="packed or original model; a random one by default")
+        str | None, typer.Argument(metavar="MODEL", help="packed or original model; a random one by default")
     ] = None,
     layers: Annotated[int, typer.Option(min=1, help="depth of the random model, in TinyLlama-1.1B's shape")] = 4,
     context: Annotated[int, typer.Option(min=2, help="tokens in a window")] = 2048,
@@ -135,7 +138,7 @@ def bench_eval(
     device: DeviceOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
-    """What measuring perplexity and divergence costs beside the forward passes that it needs.
+    """Time perplexity and divergence, as multiples of the forward passes that they need.
 
     [bold]ultralowbit bench eval model-sign-2[/]
     """
@@ -168,11 +171,11 @@ def bench_methods(
     trust_remote_code: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Run recipes on models and seeds: one table, mean ± standard deviation beside fp16, and the page of compare.
+    """Run recipes on models and seeds, and compare them in one table: mean ± standard deviation beside the original.
 
-    Killed at any moment, the same command goes on where it stopped; a run that fails is noted and the others go on.
-    Tracks say what is left of a model in ratios to the original: language, tasks (of --tasks, or where `eval --tasks
-    --json` left results in a run's folder), robustness to corrupted text, cost, size, speed.
+    If it is killed, the same command goes on where it stopped. A run that fails is noted, and the others go on. Tracks
+    say what is left of a model, as ratios to the original: language, tasks (those of --tasks, or what `eval --tasks
+    --json` left in a run's folder), robustness to corrupted text, cost, size and speed.
 
     [bold]ultralowbit bench methods model --recipes sign-2,gptq-2bit --calib wikitext2 --eval wikitext2 --out bench[/]
     """
@@ -223,17 +226,15 @@ def bench_kernels(
     formats: FormatsOption = None,
     device: DeviceOption = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="times to run each product")] = 30,
-    threads: Annotated[int, typer.Option(min=1, help="threads of a CPU")] = 1,
-    decode: Annotated[bool, typer.Option(help="on a GPU, also decode with a Llama of 7B's shape")] = True,
-    tune: Annotated[bool, typer.Option("--tune", help="find the tiles for this GPU instead")] = False,
-    csv_file: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="append the rows, and the machine, to this file")
-    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="threads to use on a CPU")] = 1,
+    decode: Annotated[bool, typer.Option(help="also decode with a Llama of 7B's shape, on a GPU")] = True,
+    tune: Annotated[bool, typer.Option("--tune", help="find the best tiles for this GPU instead")] = False,
+    csv_file: CsvOption = None,
 ) -> None:
     """Time products with packed weights beside torch's own.
 
-    On a GPU they run in CUDA graphs, beside cuBLAS and a copy of as many bytes, and a model decodes; on a CPU beside
-    bf16, fp32 and 4-bit integers.
+    A GPU runs them in CUDA graphs, beside cuBLAS and a copy of as many bytes, and then decodes with a model. A CPU runs
+    them beside bf16, fp32 and 4-bit integers.
 
     [bold]ultralowbit bench kernels --shape 4096x4096 --tokens 1[/]
 
@@ -269,12 +270,12 @@ def _shape(text: str) -> tuple[int, int]:
 
 def bench_decode(
     layers: Annotated[int, typer.Option(min=1, help="depth of random models in TinyLlama-1.1B's shape")] = 22,
-    tokens: Annotated[int, typer.Option(min=1, help="tokens to write in a turn")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="turns; the fastest counts")] = 4,
-    threads: Annotated[int, typer.Option(min=1, help="threads of the CPU")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens that each model writes in a turn")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="turns of each model; the fastest counts")] = 4,
+    threads: Annotated[int, typer.Option(min=1, help="threads to use")] = 1,
     json_file: JsonOption = None,
 ) -> None:
-    """Tokens a second and peak memory of random packed models on this CPU, beside the same model in bf16.
+    """Measure tokens a second and peak memory of random packed models on this CPU, beside the same model in bf16.
 
     [bold]ultralowbit bench decode --layers 4[/]
     """

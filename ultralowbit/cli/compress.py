@@ -39,10 +39,11 @@ if TYPE_CHECKING:
 
 OutOption = Annotated[Path | None, typer.Option("--out", help="folder to write; <model>-<recipe> by default")]
 RatioOption = Annotated[
-    float | None, typer.Option(min=0, help="exit 4 if perplexity comes out more times the original's than this")
+    float | None, typer.Option(min=0, help="exit 4 if perplexity is more than this many times the original's")
 ]
 KLOption = Annotated[
-    float | None, typer.Option(min=0, help="exit 4 if predictions diverge more than this, in nats per token")
+    float | None,
+    typer.Option(min=0, help="exit 4 if predictions diverge by more than this from the original's, in nats per token"),
 ]
 PushOption = Annotated[
     str | None, typer.Option(metavar="ORG/NAME", help="upload the folder to the hub once it is whole and verified")
@@ -100,7 +101,7 @@ def compress(
         say(str(estimate(model, chosen, device, trust_remote_code, folder)))
         return
     if private and not push_to_hub:
-        raise InputError("--private is of a model on the hub: give --push-to-hub ORG/NAME too")
+        raise InputError("--private needs a model on the hub: give --push-to-hub ORG/NAME too")
     if push_to_hub:
         check_push(push_to_hub)
     download(model, quiet)

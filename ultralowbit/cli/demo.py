@@ -22,7 +22,7 @@ def demo(
 ) -> None:
     """Compress the tiny model that comes with the package with several recipes, and compare them in one table.
 
-    It needs no network and takes a minute or two; run again, it only prints.
+    The demo needs no network and takes a minute or two; a second run only prints the table again.
 
     [bold]ultralowbit demo[/]
     """

@@ -27,10 +27,9 @@ from ultralowbit.cli.options import (
     torch_dtype,
 )
 from ultralowbit.cli.render import show_comparison, show_evaluation
-from ultralowbit.errors import InputError
 
 ModelsArgument = Annotated[
-    list[str], typer.Argument(metavar="MODEL", help="packed or original models: folders or hub names")
+    list[str], typer.Argument(metavar="MODEL", help="packed or original model: a folder or a hub name, repeatable")
 ]
 PplOption = Annotated[
     list[str],
@@ -52,27 +51,37 @@ TasksOption = Annotated[
     ),
 ]
 FewshotOption = Annotated[
-    int | None, typer.Option(min=0, help="examples before each document; what the task says by default")
+    int | None, typer.Option(min=0, help="examples before each document; by default as many as the task says")
 ]
 BatchOption = Annotated[
-    str, typer.Option(metavar="N", help="requests of tasks to run at a time; auto goes by their length in tokens")
+    str, typer.Option(metavar="N", help="requests of tasks to run at a time; auto chooses by their length in tokens")
 ]
 ExamplesSeedOption = Annotated[int, typer.Option(min=0, help="seed of the few-shot examples")]
 SamplesFlag = Annotated[
     bool, typer.Option("--log-samples", help="keep each prompt and answer of the tasks in the --json file")
 ]
-DtypeOption = Annotated[str, typer.Option(help="precision to run in; auto is float32 on a CPU, else the checkpoint's")]
-BosOption = Annotated[str, typer.Option(help="text: begin with the tokenizer's own start token; none: without it")]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        help="precision to run in: float32, bfloat16, float16; auto is float32 on a CPU, else the checkpoint's"
+    ),
+]
+BosOption = Annotated[
+    str, typer.Option(help="start token of a window: text, the one with which the tokenizer begins a text; none")
+]
 RunsArgument = Annotated[
     list[Path],
-    typer.Argument(metavar="RUN", help="folders that compress wrote, folders of such, or measured original models"),
+    typer.Argument(
+        metavar="RUN",
+        help="folder that `compress` wrote, a folder of such folders, or an original that was measured; repeatable",
+    ),
 ]
 ReferenceOption = Annotated[
     list[Path],
     typer.Option(
         "--reference",
         metavar="DIR",
-        help="draw a run or original of another model beside them, such as a smaller one at more bits; repeatable",
+        help="run or original of another model to draw beside them, such as a smaller one at more bits; repeatable",
     ),
 ]
 
@@ -113,8 +122,6 @@ def evaluate(
     from ultralowbit.eval.evaluate import Wanted, evaluate_models
     from ultralowbit.eval.schema import to_json
 
-    if json_file and not json_file.absolute().parent.is_dir():
-        raise InputError(f"--json {str(json_file)!r} lies in no folder: make it first, nothing has been measured")
     wanted = Wanted(
         sources=tuple(sources), fidelity=fidelity, tasks=tuple(name for names in tasks for name in listed(names)),
         tasks_dir=tasks_dir, context=context, max_tokens=max_tokens, bos=bos, dtype=torch_dtype(dtype), limit=limit,
@@ -137,7 +144,7 @@ def compare(
     out_folder: Annotated[Path, typer.Option("--out", help="folder to write")] = Path("comparison"),
     references: ReferenceOption = [],  # noqa: B006
 ) -> None:
-    """Set finished runs side by side: one page that opens from disk, with tables and plots of quality against size.
+    """Compare finished runs on one page that opens from disk, with tables and plots of quality against size.
 
     Runs of different models, and perplexities on different windows, stand apart: those numbers do not compare. Runs
     that differ only in their seed are one row, mean ± standard deviation.

@@ -13,11 +13,12 @@ from ultralowbit.cli.errors import FAILED
 from ultralowbit.cli.options import FolderArgument, QuietOption, TrustOption
 from ultralowbit.cli.render import layer_table, size_table
 from ultralowbit.errors import InputError
+from ultralowbit.export.base import EXPORTERS
 
 
 def inspect(
     folder: FolderArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
     """Count the bits that a checkpoint stores, layer by layer, beside fp16 and what papers would claim.
 
@@ -39,11 +40,9 @@ def inspect(
 
 def verify(
     folder: FolderArgument,
-    rerun: Annotated[
-        bool, typer.Option("--rerun", help="compress again as well, and compare the bytes it writes")
-    ] = False,
+    rerun: Annotated[bool, typer.Option("--rerun", help="also compress again, and compare the bytes")] = False,
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="where the original lies now, if not where it was")
+        str | None, typer.Option(metavar="MODEL", help="original model, if it no longer lies where it was")
     ] = None,
     trust_remote_code: TrustOption = False,
     quiet: QuietOption = False,
@@ -60,7 +59,7 @@ def verify(
     from ultralowbit.pipeline.verify import verify as find_problems
 
     if model and not rerun:
-        raise InputError("--model is the original to compress again: give --rerun too")
+        raise InputError("--model is the original to compress again: give --rerun too, or leave it out")
     with Watch(quiet) as watch:
         watch.start("hashing", sum(path.stat().st_size for path in folder.glob("*") if path.is_file()))
         problems = find_problems(folder, watch.step)
@@ -91,7 +90,7 @@ def _rerun(folder: Path, model: str | None, trust_remote_code: bool, quiet: bool
 
 def export(
     folder: FolderArgument,
-    target: Annotated[str, typer.Option("--to", metavar="NAME", help="what to write: dense, a plain checkpoint")],
+    target: Annotated[str, typer.Option("--to", metavar="NAME", help=f"format to write: {', '.join(EXPORTERS)}")],
     out_path: Annotated[Path, typer.Option("--out", help="new file or folder to write")],
     quiet: QuietOption = False,
 ) -> None:

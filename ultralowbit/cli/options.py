@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from ultralowbit.recipe import Recipe
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="a folder, or a hub name like org/model@revision")]
-FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="the folder of a checkpoint")]
-RecipeOption = Annotated[str, typer.Option(help="a shipped recipe (`ultralowbit recipes list`) or a .yaml file")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="folder, or hub name like org/model@revision")]
+FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="folder of a checkpoint")]
+RecipeOption = Annotated[str, typer.Option(help="shipped recipe (`ultralowbit recipes list`) or .yaml file")]
 CalibOption = Annotated[
     str | None,
     typer.Option(
@@ -29,9 +29,9 @@ CalibOption = Annotated[
 ]
 SamplesOption = Annotated[int | None, typer.Option(help="number of calibration windows")]
 LengthOption = Annotated[int | None, typer.Option(help="tokens in a calibration window")]
-SeedOption = Annotated[int | None, typer.Option(help="seed of the windows drawn from these texts")]
+SeedOption = Annotated[int | None, typer.Option(help="seed with which windows are drawn from the calibration text")]
 SmallOption = Annotated[
-    bool, typer.Option("--small", help="take the recipe's values for models of a few million parameters, if it has any")
+    bool, typer.Option("--small", help="use the recipe's values for models of a few million parameters, if it has any")
 ]
 SettingsOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="change any value of the recipe: quantize.bits=3")
@@ -46,18 +46,38 @@ EvalOption = Annotated[
     ),
 ]
 ContextOption = Annotated[
-    int | None, typer.Option(min=2, help="tokens in a window of perplexity; 2048, or what the model takes")
+    int | None,
+    typer.Option(min=2, help="tokens in a window of perplexity; by default 2048, or fewer if the model takes no more"),
 ]
-MaxTokensOption = Annotated[int | None, typer.Option(min=1, help="tokens of each text to measure perplexity on")]
+MaxTokensOption = Annotated[
+    int | None, typer.Option(min=1, help="tokens of each text to measure perplexity on; all by default")
+]
 TasksDirOption = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="lm-eval task files of your own (.yaml, and the Python they name)")
 ]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="documents of each task to ask; all by default")]
-DeviceOption = Annotated[str, typer.Option(help="where to run: auto, cpu, cuda, cuda:1, ...")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="documents to ask of each task; all by default")]
+DeviceOption = Annotated[str, typer.Option(help="device to run on: auto, cpu, cuda, cuda:1, ...")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model")]
 RestartOption = Annotated[bool, typer.Option("--restart", help="discard what an earlier run has written")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="show no progress, only warnings and results")]
-JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the results to this file too")]
+
+
+def writable(file: Path | None) -> Path | None:
+    """The file that an option names; `InputError`, before any work, where its folder is missing or it is a folder."""
+    if file and (file.is_dir() or not file.absolute().parent.is_dir()):
+        what = "is a folder" if file.is_dir() else "lies in no folder"
+        raise InputError(f"the file to write, {str(file)!r}, {what}: name another, nothing has been measured")
+    return file
+
+
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", callback=writable, help="write the results to this file too"),
+]
+CsvOption = Annotated[
+    Path | None,
+    typer.Option("--csv", metavar="FILE", callback=writable, help="append the rows, and the machine, to this file"),
+]
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ultralowbit.cli.console import cell, out
-from ultralowbit.cli.options import SmallOption
+from ultralowbit.cli.console import cell, out, visible
+from ultralowbit.cli.options import SmallOption, command_line
 from ultralowbit.cli.render import new_table
 
 
@@ -25,13 +25,14 @@ def recipes_list() -> None:
 
 
 def recipes_show(
-    name: Annotated[str, typer.Argument(help="a shipped recipe or a .yaml file")], small: SmallOption = False
+    name: Annotated[str, typer.Argument(help="shipped recipe or .yaml file")], small: SmallOption = False
 ) -> None:
-    """Print a recipe with every value that it leaves at its default; save it to a file to make your own.
+    """Print a recipe with every value, also those that it leaves at their defaults: the start of one of your own.
 
     [bold]ultralowbit recipes show sign-2 > mine.yaml[/]
     """
     from ultralowbit.recipe import Recipe
 
     text = Recipe.load(name, small=small).to_yaml()
-    out.out(f"# ultralowbit compress MODEL --recipe {name} --out DIR\n{text}", end="")
+    command = command_line(["compress", "MODEL", "--recipe", name, "--out", "DIR"])
+    out.out(f"# {visible(command)}\n{text}", end="")

@@ -1,4 +1,4 @@
-"""What commands print."""
+"""Tables and frames that commands print."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ def shout(title: str, text: str) -> None:
 
 
 def layer_table(size: Size) -> Table:
-    """What each packed weight takes."""
-    table = new_table("layer", "shape", "format", *(("bytes", "bits", "claimed")))
+    """A row for each packed weight: its shape and format, bytes, bits per weight, and the bits a paper would claim."""
+    table = new_table("layer", "shape", "format", "bytes", "bits", "claimed")
     for layer in size.layers:
         table.add_row(
-            cell(layer.name), "x".join(map(str, layer.shape)), layer.format, f"{layer.bytes:,}",
+            cell(layer.name), "x".join(map(str, layer.shape)), cell(layer.format), f"{layer.bytes:,}",
             f"{layer.bits_per_weight:.3f}", f"{layer.claimed_bits:.2f}",
         )  # fmt: skip
     return table
 
 
 def size_table(size: Size) -> Table:
-    """What a whole checkpoint takes, by what it is spent on."""
+    """The bytes of a whole checkpoint, by what they are spent on."""
     table = new_table("stored", "", "bytes", "in fp16", "bits per weight", "claimed", left=1)
     if size.layers:
         table.add_row(

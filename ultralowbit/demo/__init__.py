@@ -1,1 +1,6 @@
-"""The embedded default: a tiny checkpoint trained on text that every Python install carries."""
+"""`ultralowbit demo`, and the tiny checkpoint it compresses, which comes with the package.
+
+run         the demo: several recipes, one table
+train       how the checkpoint was made, from text that every Python install carries
+checkpoint  the model and its tokenizer
+"""

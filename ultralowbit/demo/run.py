@@ -1,4 +1,4 @@
-"""`ultralowbit demo`: the embedded model under several recipes, side by side."""
+"""Compress the model that comes with the package with several recipes, and compare them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from ultralowbit.system import pick_device
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 RECIPES = ("gptq-4bit", "gptq-3bit", "gptq-2bit", "sign-2-g128", "sign-2", "sign-1")
 SETTINGS = ("calibration.source=python-docs", "calibration.samples=48", "calibration.length=256")
-"""What is set in every recipe: text that is always there, and as much of it as takes seconds."""
+"""Settings of every recipe: text that is always there, and as much of it as takes seconds."""
 TEXTS = Texts(("python-docs",), max_tokens=16_384)
-"""What is measured on."""
+"""The text that perplexity is measured on."""
 PROMPT = "Return a string"
 TOKENS = 24
-"""How many each model writes after the prompt."""
+"""How many tokens each model writes after the prompt."""
 
 
 def run_demo(
