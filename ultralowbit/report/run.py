@@ -13,7 +13,7 @@ from ultralowbit.checkpoint.manifest import MANIFEST
 from ultralowbit.checkpoint.size import LayerSize, measure_size
 from ultralowbit.checkpoint.storage import sha256_file, write_atomic
 from ultralowbit.data.corpora import SOURCES, public_name
-from ultralowbit.errors import CheckpointError, InputError, reason
+from ultralowbit.errors import CheckpointError, FormatError, InputError, reason
 from ultralowbit.eval.base import Measured
 from ultralowbit.eval.runner import EvalText, pick_dtype, read_texts
 from ultralowbit.eval.schema import first_mistake, read_file, write_file
@@ -103,7 +103,7 @@ def compress_and_measure(
     peak = None if there else peak_memory()
     try:
         report = _begin(model, folder, recipe, out, compressed, command)
-    except (ValidationError, KeyError, TypeError, AttributeError) as error:
+    except (ValidationError, KeyError, TypeError, FormatError) as error:
         what = first_mistake(error) if isinstance(error, ValidationError) else reason(error)
         raise CheckpointError(
             f"{out / MANIFEST} is not as `ultralowbit compress` wrote it ({what}): copy it again, or give --restart"
