@@ -96,8 +96,8 @@ def test_pickles_are_refused_with_a_command_that_converts_them(tmp_path, monkeyp
     assert (python, flag) == ("python", "-c")
     monkeypatch.chdir(tmp_path)
     exec(script, {})
-    found = LlamaForCausalLM.from_pretrained(resolve_model(f"{name}-safetensors"))
-    assert torch.equal(found.lm_head.weight, model.lm_head.weight)
+    loaded = LlamaForCausalLM.from_pretrained(resolve_model(f"{name}-safetensors"))
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
 # -- the hub

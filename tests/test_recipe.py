@@ -165,10 +165,10 @@ def test_a_bad_value_is_told_with_its_place(write, text, words):
 
 def test_all_mistakes_are_told_at_once(write):
     text = "quantize: {method: gptq, bits: 7, bist: 2}\ncalibration: {samples: 0, lenght: 4}\nsumary: x"
-    found = refused(
+    message = refused(
         write(text), "quantize.bits", "quantize.bist", "calibration.samples", "calibration.lenght", "sumary"
     )
-    assert found.count(";") == 4
+    assert message.count(";") == 4
 
 
 def test_null_is_the_whole_row(write):
@@ -289,13 +289,13 @@ def test_small_values_that_are_none_are_refused(tmp_path, text):
 
 
 def test_values_of_texts_are_for_those_that_stages_train_on_too():
-    found = Recipe.load("ptq161", texts={"source": "my.txt", "seed": 5})
-    assert (found.calibration.source, found.calibration.seed) == ("my.txt", 5)
-    assert (found.preprocess.data.source, found.preprocess.data.seed, found.preprocess.data.samples) == (
+    recipe = Recipe.load("ptq161", texts={"source": "my.txt", "seed": 5})
+    assert (recipe.calibration.source, recipe.calibration.seed) == ("my.txt", 5)
+    assert (recipe.preprocess.data.source, recipe.preprocess.data.seed, recipe.preprocess.data.samples) == (
         "my.txt",
         5,
         20000,
     )
-    found = Recipe.load("ptq161", ["preprocess.data.source=c4"], texts={"source": "my.txt"})
-    assert (found.calibration.source, found.preprocess.data.source) == ("my.txt", "c4")  # a setting goes before them
+    recipe = Recipe.load("ptq161", ["preprocess.data.source=c4"], texts={"source": "my.txt"})
+    assert (recipe.calibration.source, recipe.preprocess.data.source) == ("my.txt", "c4")  # a setting goes before them
     assert Recipe.load("db-llm", texts={"source": "my.txt"}).finetune.data is None

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ultralowbit.bench import eval as eval_module
+from ultralowbit.bench import pipeline, quantize
 from ultralowbit.bench.decode import DECODED, decode_bench
 from ultralowbit.bench.eval import eval_bench
 from ultralowbit.bench.models import Shape, write_model, write_text
@@ -16,6 +20,8 @@ from ultralowbit.bench.quantize import quantize_bench
 from ultralowbit.bench.training import TRAINED, training_bench
 from ultralowbit.data.corpora import read_text
 from ultralowbit.errors import InputError
+from ultralowbit.methods.gptq import GPTQ
+from ultralowbit.methods.sign import Sign
 from ultralowbit.system import forget_peak_memory, peak_memory
 
 pytestmark = pytest.mark.slow
@@ -38,15 +44,27 @@ def test_pipeline_bench(tmp_path):
     said = []
     result = pipeline_bench((2, 1), 4, 16, json_file=tmp_path / "bench.json", shape=TINY, say=said.append)
     assert [len(run["block_seconds"]) for run in result["runs"].values()] == [2, 1]
-    for depth, run in result["runs"].items():
+    for run in result["runs"].values():
         assert run["unavoidable"].keys() == {"forward passes", "Hessians", "factors", "updates"}
-        assert run["unavoidable_seconds"] == pytest.approx(depth * sum(run["unavoidable"].values()))
-        assert run["ratio"] == pytest.approx(run["seconds"] / run["unavoidable_seconds"])
+        assert 0 < run["unavoidable_seconds"] < run["seconds"] and run["ratio"] > 1
         assert sum(run["block_seconds"]) <= run["seconds"] + 0.01 and run["peak_bytes"] > 1e8
     written = json.loads((tmp_path / "bench.json").read_text())
     assert written["runs"]["2"] == result["runs"][2] and written["packing"] == result["packing"]
     assert sum("layers: peak memory" in line for line in said) == 2
     assert list(tmp_path.iterdir()) == [tmp_path / "bench.json"]
+
+
+def test_a_run_is_compared_with_what_no_run_can_avoid(monkeypatch):
+    """Two blocks of 1.5 s each that cannot be avoided, in a run of 12 s."""
+    manifest = {"block_seconds": {"0": 5.0, "1": 6.0}, "layers": {"q": {"seconds": 2.0}, "k": {"seconds": 0.5}},
+                "calibration": {"source": "x"}}  # fmt: skip
+    clock = iter([100.0, 112.0])
+    monkeypatch.setattr(pipeline, "compress", lambda *_, **__: SimpleNamespace(manifest=manifest))
+    monkeypatch.setattr(pipeline, "unavoidable", lambda *_: {"forward passes": 1.0, "Hessians": 0.5})
+    monkeypatch.setattr(pipeline, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    run = pipeline._run({"model": "m", "out": "o", "recipe": "gptq-2bit", "settings": [], "shape": asdict(TINY)})
+    assert (run["seconds"], run["unavoidable_seconds"], run["ratio"]) == (12.0, 3.0, 4.0)
+    assert (run["block_seconds"], run["quantizing_seconds"]) == ([5.0, 6.0], 2.5)
 
 
 def test_out_folder_is_kept_but_emptied_of_models(tmp_path):
@@ -61,9 +79,29 @@ def test_quantize_bench(tmp_path):
     names = ("gptq-2bit", "sign-1", "pb-llm")
     rows = quantize_bench(names, TINY, repeat=1, json_file=tmp_path / "quantize.json", say=said.append)
     assert [row["recipe"] for row in rows] == [*names] and rows[0]["ratio"] == 1
-    assert all(row["ratio"] == row["seconds"] / rows[0]["seconds"] > 0 for row in rows)
+    assert all(row["seconds"] > 0 for row in rows)
     assert json.loads((tmp_path / "quantize.json").read_text())["rows"] == rows
     assert len(said) == 4
+
+
+def test_methods_are_compared_with_the_first_by_their_fastest_turn(monkeypatch):
+    costs = {GPTQ: iter([9.0] + [1.0] * 100), Sign: iter([2.5] * 100)}  # seconds of each Linear; the first is disturbed
+    clock = [0.0]
+
+    def costing(method):
+        def quantize(self, weight, stats):
+            clock[0] += next(costs[method])
+
+        return quantize
+
+    for method in costs:
+        monkeypatch.setattr(method, "quantize", costing(method))
+    ticking = SimpleNamespace(thread_time=lambda: clock[0], perf_counter=lambda: clock[0])
+    monkeypatch.setattr(quantize, "time", ticking)
+    said = []
+    rows = quantize_bench(("gptq-2bit", "sign-1"), TINY, repeat=2, say=said.append)
+    assert [(row["seconds"], row["ratio"]) for row in rows] == [(7.0, 1.0), (17.5, 2.5)]
+    assert "2.50 times gptq-2bit" in said[-1]
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -76,12 +114,15 @@ def test_eval_bench(tmp_path, given):
     )  # fmt: skip
     assert (result["tokens"], result["context"]) == (4160, 64) and str(model or "random Llama") in result["model"]
     assert all(seconds > 0 for seconds in result["seconds"].values())
-    assert result["perplexity_ratio"] == result["seconds"]["perplexity"] / result["seconds"]["forward"]
-    assert result["divergence_ratio"] == result["seconds"]["divergence"] / result["seconds"]["two forwards"]
-    assert (
-        f"{result['perplexity_ratio']:.3f} times" in said[1]
-        and json.loads((tmp_path / "bench.json").read_text()) == result
-    )
+    assert json.loads((tmp_path / "bench.json").read_text()) == result and len(said) == 3
+
+
+def test_measuring_is_compared_with_its_forward_passes(monkeypatch):
+    said, seconds = [], {"forward": 2.0, "perplexity": 2.5, "two forwards": 4.0, "divergence": 6.0}
+    monkeypatch.setattr(eval_module, "_raced", lambda *_: seconds)
+    result = eval_bench(None, layers=1, context=16, tokens=32, device="cpu", shape=TINY, say=said.append)
+    assert (result["perplexity_ratio"], result["divergence_ratio"]) == (1.25, 1.5)
+    assert "1.250 times" in said[1] and "1.500 times" in said[2]
 
 
 def test_packing_and_bare_products():

@@ -177,10 +177,10 @@ def test_tied_transposed_and_biased(tmp_path):
 
 def test_to_dict_is_json(packed):
     size = measure_size(packed)
-    found = json.loads(json.dumps(size.to_dict()))
-    assert found["file_bytes"] == size.file_bytes
-    assert found["layers"][0]["bits_per_weight"] == size.layers[0].bits_per_weight
-    assert set(found["other"]) == set(KINDS)
+    stored = json.loads(json.dumps(size.to_dict()))
+    assert stored["file_bytes"] == size.file_bytes
+    assert stored["layers"][0]["bits_per_weight"] == size.layers[0].bits_per_weight
+    assert set(stored["other"]) == set(KINDS)
 
 
 def copy(folder, to):

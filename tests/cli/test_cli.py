@@ -377,3 +377,22 @@ def test_names_are_printed_as_they_are_and_drive_no_terminal(run, model, text, t
     assert result.exit_code == 0 and name.replace("\x1b", "\\x1b") in result.stdout
     result = run("verify", f"{name}-gone", "-q")
     assert result.exit_code == 1 and name.replace("\x1b", "\\x1b") in result.stderr
+
+
+def test_names_of_texts_and_models_are_printed_as_they_are(run, model, text, tmp_path):
+    (tmp_path / "[red] m").symlink_to(model)
+    (tmp_path / "a [x].txt").write_text(Path(text).read_text())
+    measured = ["--eval", "a [x].txt", "--context", "16", "--max-tokens", "64", "--device", "cpu", "-q"]
+    done = run("compress", "[red] m", "--recipe", "rtn-4bit", "--out", "[p]", *measured)
+    assert done.exit_code == 0, done.output
+    assert "a [x].txt" in " ".join(done.stdout.split())
+    ppl = ["--ppl", *measured[1:]]
+    for args, names in (
+        (["eval", "[red] m", "[p]", *ppl], ["[red] m", "[p]", "a [x].txt"]),
+        (["compare", "[p]", "--out", "page"], ["[x].txt"]),
+        (["inspect", "[p]"], ["q_proj"]),
+    ):
+        shown = run(*args)
+        assert shown.exit_code == 0, shown.output
+        for name in names:
+            assert name in " ".join(shown.stdout.split()), (args, shown.stdout)

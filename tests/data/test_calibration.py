@@ -67,16 +67,16 @@ def words(*numbers):
 
 @pytest.mark.parametrize("seed", [0, 2])
 def test_text_windows_are_the_published_draws(text, tokenizer, seed):
-    found = calibrate(text, tokenizer, samples=16, length=32, seed=seed)
+    calibration = calibrate(text, tokenizer, samples=16, length=32, seed=seed)
     ids = [n % 50 + 3 for n in range(500)]
     random.seed(seed)
     expected = []
     for _ in range(16):
         i = random.randint(0, len(ids) - 32 - 1)
         expected.append(ids[i : i + 32])
-    assert torch.equal(found.tokens, torch.tensor(expected))
-    assert (found.tokens.dtype, found.source, found.seed) == (torch.int64, text, seed)
-    assert found.sha256 == token_sha256(found.tokens)
+    assert torch.equal(calibration.tokens, torch.tensor(expected))
+    assert (calibration.tokens.dtype, calibration.source, calibration.seed) == (torch.int64, text, seed)
+    assert calibration.sha256 == token_sha256(calibration.tokens)
 
 
 def test_text_is_tokenised_once_and_quietly(text, tokenizer, caplog, monkeypatch):
@@ -97,8 +97,8 @@ def test_text_is_tokenised_once_and_quietly(text, tokenizer, caplog, monkeypatch
 def test_shortest_text(tmp_path, tokenizer):
     path = tmp_path / "a.txt"
     path.write_text(words(3, 4, 5, 6))
-    found = calibrate(str(path), tokenizer, samples=2, length=3, seed=0)
-    assert found.tokens.tolist() == [[3, 4, 5]] * 2
+    calibration = calibrate(str(path), tokenizer, samples=2, length=3, seed=0)
+    assert calibration.tokens.tolist() == [[3, 4, 5]] * 2
     with pytest.raises(InputError, match=r"has 4 tokens, expected at least 5 .* shorter length or a longer text"):
         calibrate(str(path), tokenizer, samples=2, length=4, seed=0)
 
@@ -106,8 +106,8 @@ def test_shortest_text(tmp_path, tokenizer):
 def test_local_documents_are_one_text(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"text": "w{n}"}}\n' for n in range(3, 23)))
-    found = calibrate(str(path), tokenizer, samples=1, length=19, seed=0)
-    assert found.tokens.tolist() == [list(range(3, 22))]
+    calibration = calibrate(str(path), tokenizer, samples=1, length=19, seed=0)
+    assert calibration.tokens.tolist() == [list(range(3, 22))]
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def documents(monkeypatch):
 
 
 def test_collections_follow_gptq(documents, tokenizer):
-    found = calibrate("c4", tokenizer, samples=24, length=8, seed=0)
+    calibration = calibrate("c4", tokenizer, samples=24, length=8, seed=0)
     random.seed(0)
     expected = []
     for _ in range(24):
@@ -130,7 +130,7 @@ def test_collections_follow_gptq(documents, tokenizer):
                 break
         i = random.randint(0, len(ids) - 8 - 1)
         expected.append(ids[i : i + 8])
-    assert torch.equal(found.tokens, torch.tensor(expected))
+    assert torch.equal(calibration.tokens, torch.tensor(expected))
 
 
 def test_collections_without_a_long_document(documents, tokenizer, monkeypatch):
@@ -169,37 +169,37 @@ def own(tokenizer, model_path, **changes):
 def test_own_samples_are_reproducible_and_plain(tokenizer, model_path):
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     seen = []
-    found = own(tokenizer, model_path, progress=lambda *done: seen.append(done))
+    calibration = own(tokenizer, model_path, progress=lambda *done: seen.append(done))
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert (np.random.get_state()[1] == states[2]).all()
 
-    assert found.tokens.shape == (11, 24)
-    assert found.tokens.dtype == torch.int64
-    assert found.tokens.min() >= 3  # <s>, </s> and <unk> are special
-    assert found.tokens.max() <= 62  # 63 ends a sample for this model, further rows are no tokens
+    assert calibration.tokens.shape == (11, 24)
+    assert calibration.tokens.dtype == torch.int64
+    assert calibration.tokens.min() >= 3  # <s>, </s> and <unk> are special
+    assert calibration.tokens.max() <= 62  # 63 ends a sample for this model, further rows are no tokens
     assert seen == sorted(seen)
     assert seen[-1] == (11 * 24, 11 * 24)
 
     torch.manual_seed(5)
-    assert own(tokenizer, model_path).sha256 == found.sha256
-    assert own(tokenizer, model_path, seed=1).sha256 != found.sha256
-    assert (found.source, found.seed) == ("self", 0)
+    assert own(tokenizer, model_path).sha256 == calibration.sha256
+    assert own(tokenizer, model_path, seed=1).sha256 != calibration.sha256
+    assert (calibration.source, calibration.seed) == ("self", 0)
 
 
 def test_own_samples_start_greedy_then_vary(tokenizer, model_path):
-    found = own(tokenizer, model_path, samples=8).tokens
+    generated = own(tokenizer, model_path, samples=8).tokens
     model = LlamaForCausalLM.from_pretrained(model_path)
     with torch.no_grad():
-        logits = model(found).logits
+        logits = model(generated).logits
     likeliest = logits[:, :-1, 3:63].argmax(-1) + 3  # without a cache: the model's own view of the prefix
     rng = random.Random(0)
-    assert found[:, 0].tolist() == [rng.choice(range(3, 63)) for _ in range(8)]
+    assert generated[:, 0].tolist() == [rng.choice(range(3, 63)) for _ in range(8)]
     greedy = [rng.randint(3, 5) for _ in range(8)]
     for row, until in enumerate(greedy):
-        assert torch.equal(found[row, 1:until], likeliest[row, : until - 1])
-    assert any(found[row, until] != likeliest[row, until - 1] for row, until in enumerate(greedy))
-    assert (found[:, 1:] == likeliest).float().mean() < 0.8
+        assert torch.equal(generated[row, 1:until], likeliest[row, : until - 1])
+    assert any(generated[row, until] != likeliest[row, until - 1] for row, until in enumerate(greedy))
+    assert (generated[:, 1:] == likeliest).float().mean() < 0.8
 
 
 def test_own_samples_stay_below_a_small_embedding(tokenizer, model_path, tmp_path):
@@ -214,7 +214,7 @@ def test_own_samples_stay_below_a_small_embedding(tokenizer, model_path, tmp_pat
 
 
 def test_own_samples_without_a_cache_are_the_same(tokenizer, model_path, monkeypatch):
-    found = own(tokenizer, model_path, samples=2)
+    calibration = own(tokenizer, model_path, samples=2)
     forward = LlamaForCausalLM.forward
 
     def cacheless(self, input_ids, **kwargs):
@@ -223,7 +223,7 @@ def test_own_samples_without_a_cache_are_the_same(tokenizer, model_path, monkeyp
         return output
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", cacheless)
-    assert own(tokenizer, model_path, samples=2).sha256 == found.sha256
+    assert own(tokenizer, model_path, samples=2).sha256 == calibration.sha256
 
 
 def test_a_broken_model_is_named(tokenizer, model_path, tmp_path):

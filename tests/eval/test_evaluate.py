@@ -138,11 +138,11 @@ def test_the_command(folders, text, tmp_path):
     options = ["--ppl", text, "--max-tokens", "640", "--device", "cpu", "--fidelity", base]
     result = CliRunner().invoke(app, ["eval", one, *options, "--json", str(tmp_path / "found.json")])
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "found.json").read_text(), parse_constant=pytest.fail)
-    assert found["command"].startswith("ultralowbit eval ") and {"torch", "device"} <= found["environment"].keys()
+    written = json.loads((tmp_path / "found.json").read_text(), parse_constant=pytest.fail)
+    assert written["command"].startswith("ultralowbit eval ") and {"torch", "device"} <= written["environment"].keys()
     for part in ("token perplexity", "KL mean", "noise floor", "same top-1", "bfloat16 against float32"):
         assert part in result.stdout
-    assert f"{found['results'][1]['metrics']['fidelity'][0]['kl_mean']:.3g}" in result.stdout
+    assert f"{written['results'][1]['metrics']['fidelity'][0]['kl_mean']:.3g}" in result.stdout
 
 
 def test_texts_of_one_name_are_told_apart(folders, evaluate, text, tmp_path):

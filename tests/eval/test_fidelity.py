@@ -70,35 +70,35 @@ def reference(base, other, stream, context):
 
 @pytest.mark.parametrize("context", [2, 31, 64])
 def test_agrees_with_the_definition(base, other, stream, context):
-    (mine, theirs), (found,) = observe(base, [other], stream, context=context, source="x")
+    (mine, theirs), (fidelity,) = observe(base, [other], stream, context=context, source="x")
     kl, top1 = reference(base, other, stream, context)
     assert kl.mean() > 0.05 and 0.1 < top1 < 0.95  # the case says something
-    assert found.kl_mean == pytest.approx(kl.mean().item(), rel=1e-5)
+    assert fidelity.kl_mean == pytest.approx(kl.mean().item(), rel=1e-5)
     ordered = kl.sort().values
     n = len(kl)
-    assert found.kl_median == pytest.approx(ordered[math.ceil(0.5 * n) - 1].item(), rel=1e-4)
-    assert found.kl_p99 == pytest.approx(ordered[math.ceil(0.99 * n) - 1].item(), rel=1e-4)
-    assert found.top1 == top1
-    assert (found.tokens, found.source, found.dtype, found.original_dtype) == (n, "x", "float32", "float32")
+    assert fidelity.kl_median == pytest.approx(ordered[math.ceil(0.5 * n) - 1].item(), rel=1e-4)
+    assert fidelity.kl_p99 == pytest.approx(ordered[math.ceil(0.99 * n) - 1].item(), rel=1e-4)
+    assert fidelity.top1 == top1
+    assert (fidelity.tokens, fidelity.source, fidelity.dtype, fidelity.original_dtype) == (n, "x", "float32", "float32")
     # and the perplexities are those of the models alone
     assert mine == perplexity(base, stream, context=context, source="x")
     assert theirs == perplexity(other, stream, context=context, source="x")
-    assert found.sha256 == mine.sha256 and found.windows == mine.windows
+    assert fidelity.sha256 == mine.sha256 and fidelity.windows == mine.windows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_is_exactly_as_itself(stream, dtype):
     model = llama(0).to(dtype)
-    _, (found,) = observe(model, [model], stream, context=50)
-    assert (found.kl_mean, found.kl_median, found.kl_p99, found.top1) == (0, 0, 0, 1)
-    assert found.dtype == found.original_dtype == str(dtype).removeprefix("torch.")
+    _, (fidelity,) = observe(model, [model], stream, context=50)
+    assert (fidelity.kl_mean, fidelity.kl_median, fidelity.kl_p99, fidelity.top1) == (0, 0, 0, 1)
+    assert fidelity.dtype == fidelity.original_dtype == str(dtype).removeprefix("torch.")
 
 
 def test_the_noise_floor_lies_between_nothing_and_another_model(base, other, stream):
     rounded = llama(0).bfloat16()
-    _, (floor, found) = observe(base, [rounded, other], stream, context=64)
-    assert 0 < floor.kl_mean < 0.1 * found.kl_mean and found.top1 < floor.top1 <= 1
-    assert (floor.dtype, floor.original_dtype, found.dtype) == ("bfloat16", "float32", "float32")
+    _, (floor, fidelity) = observe(base, [rounded, other], stream, context=64)
+    assert 0 < floor.kl_mean < 0.1 * fidelity.kl_mean and fidelity.top1 < floor.top1 <= 1
+    assert (floor.dtype, floor.original_dtype, fidelity.dtype) == ("bfloat16", "float32", "float32")
 
 
 def test_batches_and_chunks_do_not_matter(base, other, stream, monkeypatch):
@@ -136,8 +136,8 @@ def test_collapse_is_reported(stream):
     model, broken = llama(0), llama(0)
     with torch.no_grad():
         broken.lm_head.weight.fill_(torch.nan)
-    _, (found,) = observe(model, [broken], stream, context=50)
-    assert math.isnan(found.kl_mean) and math.isnan(found.kl_p99) and found.top1 == 0
+    _, (fidelity,) = observe(model, [broken], stream, context=50)
+    assert math.isnan(fidelity.kl_mean) and math.isnan(fidelity.kl_p99) and fidelity.top1 == 0
 
 
 def test_nan_where_the_original_expects_nothing_is_still_nan():
@@ -176,25 +176,25 @@ def test_a_file_that_does_not_fit_is_refused_in_words(base, stream, tmp_path, mo
 
 
 def test_report():
-    found = Fidelity(
+    fidelity = Fidelity(
         source="w", kl_mean=0.01234, kl_median=0.002, kl_p99=0.3, top1=0.934, windows=10, context=64, tokens=630,
         dtype="float32", original_dtype="bfloat16", bos="text", sha256="ab",
     )  # fmt: skip
-    assert str(found) == (
+    assert str(fidelity) == (
         "w: KL 0.01234 nats (median 0.00200, p99 0.3000), top-1 agreement 93.40% (10 windows of 64, 630 tokens, "
         "float32 against bfloat16)"
     )
-    assert Fidelity(**json.loads(json.dumps(found.to_dict()))) == found
+    assert Fidelity(**json.loads(json.dumps(fidelity.to_dict()))) == fidelity
 
 
 def test_divergence_builds_up_along_the_blocks(base, other, stream):
     """With all blocks replaced it is that of a model which shares all else; with some, that of one so assembled."""
     windows, kept = cut(stream[:96], 32), list(base.model.layers)
     done = []
-    found = by_depth(base, base.model.layers, other.model.layers, windows, progress=lambda *at: done.append(at))
+    depths = by_depth(base, base.model.layers, other.model.layers, windows, progress=lambda *at: done.append(at))
     assert list(base.model.layers) == kept and done == [(1, 2), (2, 2)]
-    assert (found.windows, found.context, found.tokens, found.dtype) == (3, 32, 93, "float32")
-    for k, kl in enumerate(found.kl, start=1):
+    assert (depths.windows, depths.context, depths.tokens, depths.dtype) == (3, 32, 93, "float32")
+    for k, kl in enumerate(depths.kl, start=1):
         mixed = llama(0)
         for i in range(k):
             mixed.model.layers[i].load_state_dict(other.model.layers[i].state_dict())

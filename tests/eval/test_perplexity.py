@@ -69,46 +69,47 @@ def published(model, ids, seqlen):
 
 @pytest.mark.parametrize("context", [2, 7, 64])
 def test_agrees_with_the_published_script(llama, stream, context):
-    found = perplexity(llama, stream, context=context, source="x")
-    assert found.perplexity == pytest.approx(published(llama, stream, context), rel=1e-6)
-    assert found.perplexity == math.exp(found.nll)
-    assert (found.windows, found.context, found.tokens) == (
+    measured = perplexity(llama, stream, context=context, source="x")
+    assert measured.perplexity == pytest.approx(published(llama, stream, context), rel=1e-6)
+    assert measured.perplexity == math.exp(measured.nll)
+    assert (measured.windows, measured.context, measured.tokens) == (
         1000 // context,
         context,
         1000 // context * (context - 1),
     )
     windows = stream[: 1000 // context * context].view(-1, context)
-    assert (found.source, found.dtype, found.bos, found.sha256) == ("x", "float32", "text", token_sha256(windows))
+    assert (measured.source, measured.dtype, measured.bos) == ("x", "float32", "text")
+    assert measured.sha256 == token_sha256(windows)
 
 
 def test_batch_size_and_chunks_do_not_matter(llama, stream, monkeypatch):
-    found = perplexity(llama, stream, context=31, batch_size=1)
+    measured = perplexity(llama, stream, context=31, batch_size=1)
     for batch_size in (3, 32, 1000, None):
-        assert perplexity(llama, stream, context=31, batch_size=batch_size).nll == pytest.approx(found.nll, abs=1e-7)
+        assert perplexity(llama, stream, context=31, batch_size=batch_size).nll == pytest.approx(measured.nll, abs=1e-7)
     monkeypatch.setitem(chunk_rows.__globals__, "_CHUNK", 5 * VOCAB)
-    assert perplexity(llama, stream, context=31, batch_size=1).nll == pytest.approx(found.nll, abs=1e-9)
+    assert perplexity(llama, stream, context=31, batch_size=1).nll == pytest.approx(measured.nll, abs=1e-9)
 
 
 def test_equal_logits_sum_equally_in_any_batch(stream):
     model = Constant(torch.linspace(-3, 3, VOCAB))
-    found = perplexity(model, stream, context=31, batch_size=1)
+    measured = perplexity(model, stream, context=31, batch_size=1)
     for batch_size in (2, 5, 1000):
-        assert perplexity(model, stream, context=31, batch_size=batch_size) == found
+        assert perplexity(model, stream, context=31, batch_size=batch_size) == measured
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_uniform_model_is_as_perplexed_as_its_vocabulary(stream, dtype):
-    found = perplexity(Constant(torch.zeros(VOCAB), dtype), stream, context=10)
-    assert found.perplexity == pytest.approx(VOCAB, rel=1e-6)
-    assert found.dtype == str(dtype).removeprefix("torch.")
+    measured = perplexity(Constant(torch.zeros(VOCAB), dtype), stream, context=10)
+    assert measured.perplexity == pytest.approx(VOCAB, rel=1e-6)
+    assert measured.dtype == str(dtype).removeprefix("torch.")
 
 
 def test_low_precision_logits_are_upcast(stream):
     logits = torch.linspace(-8, 8, VOCAB).bfloat16()
-    found = perplexity(Constant(logits, torch.bfloat16), stream, context=10)
+    measured = perplexity(Constant(logits, torch.bfloat16), stream, context=10)
     targets = stream.view(-1, 10)[:, 1:]
     expected = logits.double().logsumexp(-1) - logits.double()[targets].mean()
-    assert found.nll == pytest.approx(expected.item(), rel=1e-6)
+    assert measured.nll == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_collapse_is_reported_not_raised(stream):
@@ -124,8 +125,8 @@ def test_collapse_is_reported_not_raised(stream):
 
 
 def test_max_tokens_cuts_the_stream(llama, stream):
-    found = perplexity(llama, stream, context=16, max_tokens=100)
-    assert found == perplexity(llama, stream[:96], context=16)
+    measured = perplexity(llama, stream, context=16, max_tokens=100)
+    assert measured == perplexity(llama, stream[:96], context=16)
     assert perplexity(llama, stream, context=16, max_tokens=5000) == perplexity(llama, stream, context=16)
 
 
@@ -175,13 +176,13 @@ def test_bad_input(llama, stream, changes, message):
 
 
 def test_report():
-    found = Perplexity(
+    measured = Perplexity(
         source="wikitext2", perplexity=5.4712, nll=1.69949, windows=166, context=2048, tokens=339802, dtype="bfloat16",
         sha256="ab",
     )  # fmt: skip
-    line = str(found)
+    line = str(measured)
     assert line == "wikitext2: perplexity 5.4712 (166 windows of 2048, 339802 tokens, bfloat16, bos text)"
-    assert Perplexity(**json.loads(json.dumps(found.to_dict()))) == found
+    assert Perplexity(**json.loads(json.dumps(measured.to_dict()))) == measured
 
 
 # -- the stream
@@ -215,8 +216,8 @@ def make_tokenizer(template):
 def test_token_stream(template, text, expected, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # caplog listens at the root
     tokenizer = make_tokenizer(template)
-    found = token_stream(tokenizer, text)
-    assert (found.tolist(), found.dtype) == (expected, torch.int64)
+    tokens = token_stream(tokenizer, text)
+    assert (tokens.tolist(), tokens.dtype) == (expected, torch.int64)
     plain = [{"a": 2, "b": 3, "</s>": 1}[word] for word in text.split()]
     assert token_stream(tokenizer, text, bos="none").tolist() == plain
     assert not caplog.records

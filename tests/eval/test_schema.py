@@ -33,14 +33,14 @@ def test_what_is_written_is_read_back(tmp_path, perplexity):
     assert read_file(tmp_path / "eval.json", Evaluation, "") == evaluation(perplexity)
     text = (tmp_path / "eval.json").read_text()
     stored = json.loads(text, parse_constant=pytest.fail)
-    (found,) = stored["results"][0]["metrics"]["perplexity"]
-    assert found["perplexity"] == (perplexity if math.isfinite(perplexity) else "inf")
+    (read,) = stored["results"][0]["metrics"]["perplexity"]
+    assert read["perplexity"] == (perplexity if math.isfinite(perplexity) else "inf")
 
 
 def test_nan_comes_back_too(tmp_path):
     write_file(tmp_path / "eval.json", evaluation(math.nan))
-    (found,) = read_file(tmp_path / "eval.json", Evaluation, "").results[0].metrics["perplexity"]
-    assert math.isnan(found.perplexity) and math.isnan(found.nll)
+    (read,) = read_file(tmp_path / "eval.json", Evaluation, "").results[0].metrics["perplexity"]
+    assert math.isnan(read.perplexity) and math.isnan(read.nll)
     assert strict({"a": [math.nan, (1.0, math.inf)]}) == {"a": ["nan", [1.0, "inf"]]}
 
 
@@ -112,10 +112,10 @@ def test_any_value_anywhere_is_read_or_refused(tmp_path, data):
     keys = data.draw(st.sampled_from([*places(stored)]))
     (tmp_path / "eval.json").write_text(json.dumps(change(stored, *keys, data.draw(VALUES | st.just(...)))))
     try:
-        found = read_file(Path(tmp_path / "eval.json"), Evaluation, "measure again")
+        read = read_file(Path(tmp_path / "eval.json"), Evaluation, "measure again")
     except InputError as error:
         assert "\n" not in str(error)
     else:
         assert all(
-            isinstance(r, METRICS[n].result) for row in found.results for n, of in row.metrics.items() for r in of
+            isinstance(r, METRICS[n].result) for row in read.results for n, of in row.metrics.items() for r in of
         )

@@ -43,17 +43,17 @@ FULL = Observed(
 
 
 def test_the_original_against_itself_is_exactly_1():
-    found = tracks(FULL, FULL)
-    assert [len(track.ratios) for track in found.values()] == [2, 2, 5, 2, 2, 2]
-    for track in (*found.values(), across({"llama": [found], "opt": [found, found]})):
+    full = tracks(FULL, FULL)
+    assert [len(track.ratios) for track in full.values()] == [2, 2, 5, 2, 2, 2]
+    for track in (*full.values(), across({"llama": [full], "opt": [full, full]})):
         assert {*track.ratios.values(), track.quadratic, track.geometric, track.minimum} == {1.0}
         assert not track.missing
 
 
 def test_a_measured_model_against_itself_is_exactly_1(model, tokenizer):
     seen = [robustness(model, tokenizer, WORDS, context=16, max_tokens=300) for _ in range(2)]
-    found = tracks(Observed(robustness=seen[0]), Observed(robustness=seen[1]))["robustness"]
-    assert {*found.ratios.values()} == {1.0} and {*CORRUPTIONS} <= {*found.ratios}
+    track = tracks(Observed(robustness=seen[0]), Observed(robustness=seen[1]))["robustness"]
+    assert {*track.ratios.values()} == {1.0} and {*CORRUPTIONS} <= {*track.ratios}
 
 
 def test_ratios_by_hand():
@@ -67,33 +67,33 @@ def test_ratios_by_hand():
         bits={"linear": 2.0, "model": 4.0},
         speed={"decoding": 81.4},
     )
-    found = {name: track.ratios for name, track in tracks(FULL, packed).items()}
-    assert found["language"] == {"a": 0.5, "b": 0.0}
-    assert found["tasks"] == {"piqa": pytest.approx(0.5), "lambada": 0.0}
+    by_track = {name: track.ratios for name, track in tracks(FULL, packed).items()}
+    assert by_track["language"] == {"a": 0.5, "b": 0.0}
+    assert by_track["tasks"] == {"piqa": pytest.approx(0.5), "lambada": 0.0}
     # the floor: casing makes it better, which counts as nothing; whitespace costs neither anything
-    assert found["robustness"] == {
+    assert by_track["robustness"] == {
         "typos": pytest.approx(0.5), "casing": pytest.approx(7.0), "whitespace": 1.0,
         "long windows": pytest.approx(0.5), "calibration on other": 0.5,
     }  # fmt: skip
-    assert found["cost"] == {"time": 0.5, "seeds": 0.5}
-    assert found["complexity"] == {"linear": 8.0, "model": 4.0}
-    assert found["inference"] == {"decoding": 2.0}
+    assert by_track["cost"] == {"time": 0.5, "seeds": 0.5}
+    assert by_track["complexity"] == {"linear": 8.0, "model": 4.0}
+    assert by_track["inference"] == {"decoding": 2.0}
 
 
 def test_a_collapsed_model_has_nothing_left():
     broken = dict.fromkeys(FULL.robustness, math.nan)
-    found = tracks(FULL, Observed(nll={"a": math.nan}, robustness=broken))
-    assert found["language"].ratios == {"a": 0.0} and found["language"].geometric == 0.0
-    assert all(math.isfinite(r) for r in found["robustness"].ratios.values())
-    assert found["robustness"].ratios["long windows"] == 0.0 == found["robustness"].ratios["typos"]
+    broken_tracks = tracks(FULL, Observed(nll={"a": math.nan}, robustness=broken))
+    assert broken_tracks["language"].ratios == {"a": 0.0} and broken_tracks["language"].geometric == 0.0
+    assert all(math.isfinite(r) for r in broken_tracks["robustness"].ratios.values())
+    assert broken_tracks["robustness"].ratios["long windows"] == 0.0 == broken_tracks["robustness"].ratios["typos"]
 
 
 def test_what_has_no_ratio_says_why():
     no_gain = Observed(robustness={"clean": 1.0, "long": 3.0, "short": 3.001}, accuracy={"piqa": (0.49, 0.5)})
-    found = tracks(no_gain, no_gain)
-    assert found["robustness"].missing.keys() == {"long windows"} and found["tasks"].missing.keys() == {"piqa"}
-    assert found["language"].ratios == {}
-    assert "quadratic" not in found["language"].to_dict()
+    flat = tracks(no_gain, no_gain)
+    assert flat["robustness"].missing.keys() == {"long windows"} and flat["tasks"].missing.keys() == {"piqa"}
+    assert flat["language"].ratios == {}
+    assert "quadratic" not in flat["language"].to_dict()
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6))
@@ -117,19 +117,19 @@ def test_families_count_alike():
 @pytest.mark.parametrize("kind", CORRUPTIONS)
 def test_corruption_is_seeded_and_touches_a_tenth(kind):
     state = random.getstate()
-    found = corrupt(WORDS, kind, 1)
-    assert found == corrupt(WORDS, kind, 1) != corrupt(WORDS, kind, 2)
+    corrupted = corrupt(WORDS, kind, 1)
+    assert corrupted == corrupt(WORDS, kind, 1) != corrupt(WORDS, kind, 2)
     assert random.getstate() == state
-    words, changed = WORDS.split(), found.split()
+    words, changed = WORDS.split(), corrupted.split()
     if kind == "typos":
         assert len(words) == len(changed)
         different = sum(a != b for a, b in zip(words, changed, strict=True))
         assert 0.03 * len(words) < different < 0.12 * len(words)
         assert not any("1" in a and a != b for a, b in zip(words, changed, strict=True))  # numbers stay
     elif kind == "casing":
-        assert found.lower() == WORDS.lower() and found != WORDS
+        assert corrupted.lower() == WORDS.lower() and corrupted != WORDS
     else:
-        assert "".join(found.split()) == "".join(words) and len(changed) < len(words)
+        assert "".join(corrupted.split()) == "".join(words) and len(changed) < len(words)
 
 
 @settings(max_examples=30, deadline=None)
@@ -140,11 +140,11 @@ def test_any_text_can_be_corrupted(text, kind):
 
 def test_nats_a_byte_and_windows(model, tokenizer):
     steps = []
-    found = robustness(model, tokenizer, WORDS, context=16, progress=lambda done, total: steps.append((done, total)))
+    measured = robustness(model, tokenizer, WORDS, context=16, progress=lambda done, total: steps.append((done, total)))
     ids = token_stream(tokenizer, WORDS)
     clean = perplexity(model, ids, context=16)
-    assert found["clean"] == clean.nll * len(ids) / len(WORDS.encode()) and found["long"] == clean.nll
-    assert found["short"] == perplexity(model, ids[: len(ids) // 16 * 16], context=4).nll
+    assert measured["clean"] == clean.nll * len(ids) / len(WORDS.encode()) and measured["long"] == clean.nll
+    assert measured["short"] == perplexity(model, ids[: len(ids) // 16 * 16], context=4).nll
     assert steps == [(i, 4) for i in (1, 2, 3, 4)]
 
 
@@ -160,7 +160,7 @@ def test_speed_is_measured_in_turns(model):
             calls.append((self.name, input_ids.shape[1]))
             return self.inner(input_ids=input_ids, **kwargs)
 
-    found = speed([Counted("a"), Counted("b")], torch.arange(12), new_tokens=3, repeats=1)
-    assert all(rate > 0 for one in found for rate in one.values()) and len(found) == 2
+    rates = speed([Counted("a"), Counted("b")], torch.arange(12), new_tokens=3, repeats=1)
+    assert all(rate > 0 for one in rates for rate in one.values()) and len(rates) == 2
     turn = [(name, n) for name in "ab" for n in (12, 1, 1, 1)]
     assert calls == 2 * turn

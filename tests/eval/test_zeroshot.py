@@ -40,10 +40,10 @@ def documents(count: int, seed: int) -> list[dict]:
     """Questions of letters with two to four answers, the number of which differs from one to the next."""
     rng = random.Random(seed)
     words = lambda n: "".join(rng.choice(LETTERS) for _ in range(n))  # noqa: E731
-    found = []
+    groups = []
     for i in range(count):
         choices = [words(rng.randint(1, 6)) for _ in range(2 + i % 3)]
-        found.append(
+        groups.append(
             {
                 "question": words(8),
                 "choices": choices,
@@ -51,7 +51,7 @@ def documents(count: int, seed: int) -> list[dict]:
                 "page": " ".join(words(4) for _ in range(40)),
             }
         )
-    return found
+    return groups
 
 
 @pytest.fixture(scope="session")
@@ -122,8 +122,8 @@ def ask(packed, tokenizer, tasks_dir):
     return ask
 
 
-def score(found, task: str, metric: str = "acc") -> Score:
-    return next(s for s in found.scores if (s.task, s.metric) == (task, metric))
+def score(answer, task: str, metric: str = "acc") -> Score:
+    return next(s for s in answer.scores if (s.task, s.metric) == (task, metric))
 
 
 ALL = ("toy_choice", "toy_group", "toy_several", "toy_free", "toy_pages")
@@ -134,31 +134,31 @@ def test_numbers_are_those_of_lm_eval_alone(ask, dense, tokenizer, tasks_dir):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    found = ask(*ALL)
+    answer = ask(*ALL)
     theirs = lm_eval.simple_evaluate(
         HFLM(pretrained=dense, tokenizer=tokenizer, batch_size=3), tasks=[*ALL], bootstrap_iters=1000,
         task_manager=TaskManager(include_path=str(tasks_dir), include_defaults=False),
     )  # fmt: skip
-    mine = found.lm_eval["results"]
+    mine = answer.lm_eval["results"]
     assert mine.keys() == theirs["results"].keys() and len(mine) == 7
     for task, row in theirs["results"].items():
         assert mine[task].keys() == row.keys()
         for key, value in row.items():
             assert mine[task][key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), key
-    assert score(found, "toy_choice", "acc_norm").value == theirs["results"]["toy_choice"]["acc_norm,none"]
-    pages = score(found, "toy_pages", "word_perplexity")
+    assert score(answer, "toy_choice", "acc_norm").value == theirs["results"]["toy_choice"]["acc_norm,none"]
+    pages = score(answer, "toy_pages", "word_perplexity")
     assert pages.value == pytest.approx(theirs["results"]["toy_pages"]["word_perplexity,none"], rel=1e-5)
     assert (pages.stderr, pages.chance, pages.higher_is_better) == (None, None, False)
     # the familiar table and everything behind it
-    assert all(part in found.table for part in ("toy_choice", "Groups", "acc_norm", "Stderr"))
-    kept = found.lm_eval
+    assert all(part in answer.table for part in ("toy_choice", "Groups", "acc_norm", "Stderr"))
+    kept = answer.lm_eval
     assert {"configs", "versions", "n-shot", "n-samples", "config", "lm_eval_version"} <= kept.keys()
     assert "samples" not in kept and kept["versions"]["toy_choice"] == 3.0
-    json.dumps(asdict(found), allow_nan=False)
+    json.dumps(asdict(answer), allow_nan=False)
 
 
 def test_chance_is_counted(ask, tasks_dir):
-    found = ask(*ALL)
+    answer = ask(*ALL)
 
     def counted(name: str, right: int = 1) -> float:
         rows = [json.loads(line) for line in (tasks_dir / f"{name}.jsonl").read_text().splitlines()]
@@ -172,7 +172,7 @@ def test_chance_is_counted(ask, tasks_dir):
         ("toy_several", counted("toy_several", 2)),
         ("toy_free", 0),
     ):
-        assert score(found, task).chance == pytest.approx(chance), task
+        assert score(answer, task).chance == pytest.approx(chance), task
     weighed = score(ask("toy_weighed"), "toy_weighed")
     assert weighed.chance == pytest.approx((8 * one + 15 * two) / 23) and (weighed.documents, weighed.of) == (23, 23)
     limited = score(ask("toy_choice", limit=3), "toy_choice")  # of the documents that were asked
@@ -238,10 +238,10 @@ def test_batches_do_not_matter(ask):
 
 
 def test_requests_that_lost_their_beginning_are_counted(ask):
-    found = ask("toy_choice")
-    assert (found.truncated, found.requests) == (0, 10 * (2 + 3 + 4))
-    found = ask("toy_choice", num_fewshot=8)  # some 90 characters, in a context of 64
-    assert found.truncated == found.requests == 90
+    answer = ask("toy_choice")
+    assert (answer.truncated, answer.requests) == (0, 10 * (2 + 3 + 4))
+    answer = ask("toy_choice", num_fewshot=8)  # some 90 characters, in a context of 64
+    assert answer.truncated == answer.requests == 90
 
 
 def test_samples_on_request(ask):
@@ -250,16 +250,16 @@ def test_samples_on_request(ask):
 
 
 def test_names_may_be_patterns(ask):
-    found = ask("toy_part_*", limit=2)
-    assert [s.task for s in found.scores] == ["toy_part_one", "toy_part_two"]
+    answer = ask("toy_part_*", limit=2)
+    assert [s.task for s in answer.scores] == ["toy_part_one", "toy_part_two"]
 
 
 def test_a_group_without_a_score_stands_for_its_members(ask):
-    found = ask("toy_loose", limit=4)
-    assert [(s.task, s.metric) for s in found.scores] == [
+    answer = ask("toy_loose", limit=4)
+    assert [(s.task, s.metric) for s in answer.scores] == [
         ("toy_group", "acc"), ("toy_choice", "acc"), ("toy_choice", "acc_norm"),
     ]  # fmt: skip
-    assert found.averages[0].metrics == {"toy_group": "acc", "toy_choice": "acc"}
+    assert answer.averages[0].metrics == {"toy_group": "acc", "toy_choice": "acc"}
 
 
 def test_mistakes(tasks_dir, tmp_path, monkeypatch, ask):
@@ -293,13 +293,13 @@ def test_the_command(checkpoint, tasks_dir, tmp_path, ask, dense, tokenizer):
     options = ["--tasks", "toy_choice,toy_group", "--tasks", "toy_free", "--tasks-dir", tasks_dir, "--device", "cpu"]
     result = runner.invoke(app, [str(a) for a in ["eval", *models, *options, "--json", tmp_path / "found.json"]])
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "found.json").read_text(), parse_constant=pytest.fail)
-    assert [row["model"] for row in found["results"]] == models
+    written = json.loads((tmp_path / "found.json").read_text(), parse_constant=pytest.fail)
+    assert [row["model"] for row in written["results"]] == models
     mine = ask("toy_choice", "toy_group", "toy_free")
-    scores = found["results"][1]["tasks"]["scores"]
+    scores = written["results"][1]["tasks"]["scores"]
     assert [s["task"] for s in scores] == [s.task for s in mine.scores]
     assert [s["value"] for s in scores] == pytest.approx([s.value for s in mine.scores], rel=1e-5)
-    assert found["results"][0]["tasks"]["lm_eval"]["results"].keys() == mine.lm_eval["results"].keys()
+    assert written["results"][0]["tasks"]["lm_eval"]["results"].keys() == mine.lm_eval["results"].keys()
     for part in ("Filter", "average above chance", "acc_norm / acc", "toy_choice acc_norm, toy_group acc", "±"):
         assert part in result.stdout, part
     assert f"{score(mine, 'toy_choice').chance:.3f}" in result.stdout

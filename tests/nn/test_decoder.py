@@ -147,10 +147,10 @@ def walk(decoder: Decoder, batches: Tensor, after: Callable[[int, list[Tensor]],
 def test_the_walk_is_the_whole_model(folder):
     decoder = Decoder(folder, torch.float32, CPU)
     batches = some_tokens(3, 2, 24)
-    found = walk(decoder, batches)
+    walked = walk(decoder, batches)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     expected = block_outputs(whole, decoder.block_name(len(decoder.blocks) - 1), batches)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(walked, expected, strict=True))
     assert decoder.left_out() == {}
 
 
@@ -263,9 +263,9 @@ def test_the_walk_runs_in_the_compute_dtype_whatever_is_stored(tmp_path, save_mo
     for compute in (torch.float32, dtype):
         decoder = Decoder(folder, compute, CPU)
         whole = AutoModelForCausalLM.from_pretrained(folder, dtype=compute).eval()
-        found, expected = walk(decoder, batches), block_outputs(whole, "model.layers.1", batches)
-        assert found[0].dtype == compute
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        walked, expected = walk(decoder, batches), block_outputs(whole, "model.layers.1", batches)
+        assert walked[0].dtype == compute
+        assert all(torch.equal(a, b) for a, b in zip(walked, expected, strict=True))
         assert decoder.read(["model.layers.0.mlp.up_proj.weight"]).popitem()[1].dtype == dtype
 
 

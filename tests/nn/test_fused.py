@@ -93,8 +93,8 @@ def test_the_numbers_are_those_of_the_parts(checkpoint, quantize):
 
 def test_what_shares_an_input_is_one_product(folder, monkeypatch):
     model = ultralowbit.load(folder)
-    found = fused.fuse(model)
-    assert found == [[f"model.layers.{i}.{name}" for name in names] for i in range(2) for names in (QKV, GATE_UP)]
+    groups = fused.fuse(model)
+    assert groups == [[f"model.layers.{i}.{name}" for name in names] for i in range(2) for names in (QKV, GATE_UP)]
     assert fused.fuse(model) == []
     products = []
     multiply = fused.packed_matmul

@@ -145,10 +145,10 @@ def compress_in_memory(folder: Path, recipe: Recipe) -> dict[str, Tensor]:
     }
 
     def inputs(*names: str) -> dict[str, list[Tensor]]:
-        found: dict[str, list[Tensor]] = {}
+        seen_inputs: dict[str, list[Tensor]] = {}
         handles = [
             linears[name].register_forward_pre_hook(
-                lambda _, args, name=name: found.setdefault(name, []).append(args[0])
+                lambda _, args, name=name: seen_inputs.setdefault(name, []).append(args[0])
             )
             for name in names
         ]
@@ -156,7 +156,7 @@ def compress_in_memory(folder: Path, recipe: Recipe) -> dict[str, Tensor]:
             model(batch, use_cache=False)
         for handle in handles:
             handle.remove()
-        return found
+        return seen_inputs
 
     packed: dict[str, Tensor] = {}
     groups: list[list[str]] = []
@@ -174,9 +174,9 @@ def compress_in_memory(folder: Path, recipe: Recipe) -> dict[str, Tensor]:
             module, transposed = linears[name], isinstance(linears[name], Conv1D)
             weight = module.weight.T.contiguous() if transposed else module.weight
             method = recipe.method_for(name)
-            found = method.quantize(weight, stats if method.needs else None)
-            packed |= {f"{name}.{part}": t for part, t in found.tensors.items()}
-            dense = found.dequantize()
+            packed_weight = method.quantize(weight, stats if method.needs else None)
+            packed |= {f"{name}.{part}": t for part, t in packed_weight.tensors.items()}
+            dense = packed_weight.dequantize()
             module.weight.copy_(dense.T if transposed else dense)
     return packed
 
@@ -196,9 +196,9 @@ def test_streaming_is_the_method_on_the_whole_model(tmp_path, save_model, recipe
         ][: None if model_type != "gpt2" else 0]
     )
     done = compress(str(folder), mixed, tmp_path / "out")
-    expected, found = compress_in_memory(folder, mixed), shards(tmp_path / "out")
+    expected, written = compress_in_memory(folder, mixed), shards(tmp_path / "out")
     assert len(expected) > 20
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
     assert done.fallbacks == {}
 
 
@@ -690,8 +690,8 @@ def test_activations_that_overflow_fall_back_loudly(model, recipe, tmp_path, cap
     assert "not finite" in done.fallbacks[Q]
     assert f"{Q}: rounded to nearest, because its activations are not finite (NaN or Inf)" in caplog.messages
     whole = RTN(bits=2, group=32).quantize(shards(model)[f"{Q}.weight"], None)
-    found = ultralowbit.load(tmp_path / "out").get_submodule(Q).packed
-    assert torch.equal(found.dequantize(), whole.dequantize())
+    loaded = ultralowbit.load(tmp_path / "out").get_submodule(Q).packed
+    assert torch.equal(loaded.dequantize(), whole.dequantize())
     assert "model.layers.0.self_attn.q_proj" not in done.fallbacks
 
 

@@ -186,9 +186,9 @@ def test_what_does_not_fit_is_said(model):
 
 def test_prints_and_json(model):
     planned = estimate(str(model), recipe(model), device="cpu")
-    found = json.loads(json.dumps(planned.to_dict()))
-    assert found["size"]["total_bytes"] == planned.size.total_bytes
-    assert found["seconds_total"] == pytest.approx(sum(planned.seconds.values()))
+    stored = json.loads(json.dumps(planned.to_dict()))
+    assert stored["size"]["total_bytes"] == planned.size.total_bytes
+    assert stored["seconds_total"] == pytest.approx(sum(planned.seconds.values()))
     assert all(seconds >= 0 for seconds in planned.seconds.values())
     assert f"{planned.size.total_bytes:,} bytes" in str(planned)
 

@@ -210,9 +210,9 @@ def test_an_interrupted_stage_ends_with_the_same_bytes(source, recipe, tmp_path,
         with pytest.raises(KeyboardInterrupt):
             compress(str(source), recipe(**stage), tmp_path / "out", progress=Stop(stop, n))
     result = compress(str(source), recipe(**stage), tmp_path / "out")
-    expected, found = tensors(whole.folder), tensors(result.folder)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    expected, resumed = tensors(whole.folder), tensors(result.folder)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
 
 
@@ -241,7 +241,7 @@ def test_training_that_makes_nothing_better_changes_nothing(source, recipe, tmp_
     result = compress(str(source), recipe(blockwise=TUNE | stage, finetune=DISTILL | stage), tmp_path / "out")
     assert result.manifest["finetune"]["best_step"] == 0
     assert result.manifest["finetune"]["after"] == result.manifest["finetune"]["before"]
-    expected, found = tensors(plain.folder), tensors(result.folder)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    expected, resumed = tensors(plain.folder), tensors(result.folder)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     errors = [[layer["error"] for layer in r.manifest["layers"].values()] for r in (plain, result)]
     assert errors[1] == pytest.approx(errors[0], rel=1e-5)  # in sums over other batches

@@ -53,12 +53,12 @@ def test_a_card_is_read_back(compress, source, tmp_path):
     result, folder = compress()
     assert result.exit_code == 0, result.output
     report = read_file(folder / "report.json", RunReport, "")
-    found = ModelCard.load(folder / "README.md")
-    data = found.data.to_dict()
+    card = ModelCard.load(folder / "README.md")
+    data = card.data.to_dict()
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
     assert {"ultralowbit", "rtn", "rtn-4bit"} <= {*data["tags"]} and data["recipe"] == "rtn-4bit"
     assert "base_model" not in data and "license" not in data  # a folder says neither
-    measured = {result.metric_type: result for result in found.data.eval_results}
+    measured = {result.metric_type: result for result in card.data.eval_results}
     assert measured.keys() == {"perplexity", "fidelity"}
     (stored,) = report.packed.metrics["perplexity"]
     assert measured["perplexity"].metric_value == pytest.approx(stored.perplexity, abs=1e-4)
@@ -73,7 +73,7 @@ def test_a_card_is_read_back(compress, source, tmp_path):
         'from_pretrained("packed")',
         "It needed no calibration text",
     ):  # fmt: skip
-        assert part in found.text
+        assert part in card.text
     assert verify(folder) == []
 
 

@@ -74,11 +74,11 @@ class Page(HTMLParser):
         assert not self.open
 
     def handle_starttag(self, tag, attributes):
-        found = dict(attributes)
-        self.ids += [found["id"]] if "id" in found else []
-        self.links += [found["href"]] if tag == "a" else []
-        self.loaded += [found[key] for key in ("src", "srcset", "data") if key in found]
-        self.loaded += [found["href"]] if tag in ("link", "image") else []
+        values = dict(attributes)
+        self.ids += [values["id"]] if "id" in values else []
+        self.links += [values["href"]] if tag == "a" else []
+        self.loaded += [values[key] for key in ("src", "srcset", "data") if key in values]
+        self.loaded += [values["href"]] if tag in ("link", "image") else []
         if tag == "td":
             self.cells.append("")
         if tag not in ("meta", "link", "br", "img"):
@@ -148,13 +148,13 @@ def test_seeds_are_one_row(run, build, tmp_path):
         run(f"runs/{seed}", "sign-2", 2.1, [build.perplexity(value)], seed=seed)
     run("runs/other", "sign-2", 2.25, [build.perplexity(58.0)])
     (section,) = collect([tmp_path / "runs"], tmp_path)
-    found = rows(section)
-    (seeds,) = (row for row in found.values() if len(row.runs) == 3)
+    by_label = rows(section)
+    (seeds,) = (row for row in by_label.values() if len(row.runs) == 3)
     quality = section.columns[0]
     value = seeds.metrics[quality.key]
     assert (value.mean, value.std, value.values) == (62.0, 2.0, [60.0, 62.0, 64.0])
     assert [run.seed for run in seeds.runs] == [0, 1, 2]
-    assert len({*found}) == 3  # the two are told apart by their folders
+    assert len({*by_label}) == 3  # the two are told apart by their folders
     assert cell(seeds, quality) == "62.000 ± 2.000"
 
 
@@ -175,8 +175,8 @@ def test_divergence_by_depth_is_drawn_for_those_on_the_same_windows(run, build, 
     run("runs/other", "sign-1", 1.1, [build.perplexity(80.0)], by_depth=replace(depth, sha256="b"))
     run("runs/without", "gptq", 3.1, [build.perplexity(55.0)])
     (section,) = collect([tmp_path / "runs"], tmp_path)
-    found = rows(section)
-    assert found["sign-2"].by_depth.kl == pytest.approx((0.2, 0.4)) and found["gptq"].by_depth is None
+    by_label = rows(section)
+    assert by_label["sign-2"].by_depth.kl == pytest.approx((0.2, 0.4)) and by_label["gptq"].by_depth is None
     drawn = [plot.name for plot in pictures(section) if plot.name.startswith("divergence-by-depth")]
     assert drawn == ["divergence-by-depth", "divergence-by-depth-2"]
 
@@ -195,9 +195,9 @@ def test_other_windows_stand_apart(run, build, tmp_path, change):
     b = run("b", "gptq", 3.15, [build.perplexity(55.0, **change)])
     (section,) = collect([a, b], tmp_path)
     one, other = [column.key for column in section.columns if column.group == "perplexity"]
-    found = rows(section)
-    assert one in found["sign-2"].metrics and other not in found["sign-2"].metrics
-    assert other in found["gptq"].metrics and one not in found["gptq"].metrics
+    by_label = rows(section)
+    assert one in by_label["sign-2"].metrics and other not in by_label["sign-2"].metrics
+    assert other in by_label["gptq"].metrics and one not in by_label["gptq"].metrics
     assert "several ways that do not compare" in section.notes[0]
     assert "(1) is of sign-2:" in section.notes[1] and "(2) is of gptq:" in section.notes[2]
     assert len([plot for plot in pictures(section) if "perplexity" in plot.name]) == 2
@@ -262,9 +262,9 @@ def test_eval_json_of_many_models_is_read_by_name(run, build, tmp_path):
     ]
     measured = Evaluation(created="", results=results)
     a = run("a", "sign-2", 2.1, [build.perplexity(62.5)], evaluated=measured)
-    found = read_run(a)
-    assert sorted(value for _, value in found.readings.values()) == [44.0, 62.5]
-    assert sorted(value for _, value in found.original.values()) == [40.0, 50.0]
+    reading = read_run(a)
+    assert sorted(value for _, value in reading.readings.values()) == [44.0, 62.5]
+    assert sorted(value for _, value in reading.original.values()) == [40.0, 50.0]
     c = run("c", "sign-2", 2.2, [build.perplexity(62.5)], evaluated=measured)
     with pytest.raises(InputError, match="none of which is this folder"):
         read_run(c)
@@ -392,8 +392,8 @@ def test_front(points, expected):
 def test_spread_moves_little_and_enough():
     assert labels.spread([0.0, 100.0], 14) == [0.0, 100.0]
     assert labels.spread([5.0, 5.0], 14) == [-2.0, 12.0]
-    found = labels.spread([30.0, 0.0, 1.0, 2.0], 10)
-    assert sorted(found) == [-9.0, 1.0, 11.0, 30.0] and found[0] == 30.0
+    placed = labels.spread([30.0, 0.0, 1.0, 2.0], 10)
+    assert sorted(placed) == [-9.0, 1.0, 11.0, 30.0] and placed[0] == 30.0
     chain = sorted(labels.spread([0.0, 1.0, 12.0, 13.0, 20.0], 10))
     assert all(b - a >= 10 - 1e-9 for a, b in itertools.pairwise(chain))
 
@@ -474,10 +474,10 @@ def test_a_browser_draws_it(run, build, tmp_path):
             "--virtual-time-budget=5000", (tmp_path / "frame.html").as_uri(),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        found = re.search(r"<title>(.*?)</title>", done.stdout)
-        if found is None:
+        match = re.search(r"<title>(.*?)</title>", done.stdout)
+        if match is None:
             pytest.skip(f"the browser does not run here: {done.stderr[-300:]}")
-        page = json.loads(found[1])
+        page = json.loads(match[1])
         assert page["sticksOut"] == 0
         assert page["bits"] == sorted(page["bits"], key=float)
         assert page["shown"] == page["figures"] > 3

@@ -94,13 +94,13 @@ def llama():
 def test_a_continuation_takes_the_likeliest_token(llama):
     tokens = torch.randint(32, (100,), generator=torch.Generator().manual_seed(1))
     seen = []
-    found = continuation(llama, Words(), tokens, prompt=8, length=6, progress=lambda *done: seen.append(done))
+    continued = continuation(llama, Words(), tokens, prompt=8, length=6, progress=lambda *done: seen.append(done))
     ids = tokens[:8].tolist()
     with torch.no_grad():
         for _ in range(6):
             ids.append(llama(torch.tensor([ids])).logits[0, -1].argmax().item())
-    assert found.prompt == Words().decode(tokens[:8].tolist()) and found.text == Words().decode(ids[8:])
-    assert found.share == max(ids[8:].count(i) for i in ids[8:]) / 6 and seen[-1] == (6, 6)
+    assert continued.prompt == Words().decode(tokens[:8].tolist()) and continued.text == Words().decode(ids[8:])
+    assert continued.share == max(ids[8:].count(i) for i in ids[8:]) / 6 and seen[-1] == (6, 6)
     short = continuation(llama, Words(), tokens[:3])  # of a short text, in a context of 32
     assert len(short.prompt.split()) == 3 and len(short.text.split()) == 24
     assert len(continuation(llama, Words(), tokens).prompt.split()) == 8  # cut so that the rest fits
@@ -110,6 +110,6 @@ def test_a_repeated_token_is_seen(llama):
     broken = LlamaForCausalLM(llama.config).eval()
     with torch.no_grad():
         broken.lm_head.weight.fill_(torch.nan)
-    found = continuation(broken, Words(), torch.arange(20))
-    assert (found.share, found.repeats) == (1, True)
-    assert not replace(found, share=0.4).repeats and Continuation("", "", 0.5).repeats
+    continued = continuation(broken, Words(), torch.arange(20))
+    assert (continued.share, continued.repeats) == (1, True)
+    assert not replace(continued, share=0.4).repeats and Continuation("", "", 0.5).repeats

@@ -16,14 +16,14 @@ from typer.testing import CliRunner
 
 from ultralowbit.cli.app import app
 from ultralowbit.cli.console import Pace
-from ultralowbit.cli.render import show
+from ultralowbit.cli.render import rows_table, show
 from ultralowbit.eval.schema import read_file, write_file
 from ultralowbit.progress import Silent
 from ultralowbit.recipe import Recipe
 from ultralowbit.report.card import CARD, is_edited
 from ultralowbit.report.run import default_source, write_texts
 from ultralowbit.report.schema import RunReport
-from ultralowbit.report.tables import grid, terminal_table
+from ultralowbit.report.tables import grid
 from ultralowbit.units import format_bytes, format_seconds
 
 CONFIG = LlamaConfig(
@@ -54,7 +54,7 @@ def test_collapse_is_shouted(build, capsys, value, gone):
 def test_the_table_fits_80_columns(build):
     report = build.report(123456.0, bits=2.008, recipe=build.recipe("sign-2-g128"))
     terminal = Console(width=80, file=io.StringIO())
-    terminal.print(terminal_table([report.original, report.packed]))
+    terminal.print(rows_table([report.original, report.packed]))
     text = terminal.file.getvalue()
     for part in ("original", "sign-2-g128", "50.000", "123,456", "2.008", "2.00", "2.89 MB", "1:02:05", "10.0 GB"):
         assert part in text

@@ -61,13 +61,13 @@ def test_seeds_failures_and_tracks_in_one_table(bench, monkeypatch, tmp_path):
     json.loads(Path("out/report.json").read_text(), parse_constant=pytest.fail)
     comparison = read_file(Path("out/report.json"), Comparison, "")
     (section,) = comparison.sections
-    found = {row.label: row for row in section.rows}
-    assert [*found] == ["original", "rtn-4bit", "sign-2"]
-    assert [run.seed for run in found["sign-2"].runs] == [0, 3]
+    by_label = {row.label: row for row in section.rows}
+    assert [*by_label] == ["original", "rtn-4bit", "sign-2"]
+    assert [run.seed for run in by_label["sign-2"].runs] == [0, 3]
     quality = next(column.key for column in section.columns if column.group == "perplexity")
     reports = [read_file(Path(f"out/runs/tiny/sign-2/seed-{s}/report.json"), RunReport, "") for s in (0, 3)]
     stored = [report.packed.metrics["perplexity"][0] for report in reports]
-    assert found["sign-2"].metrics[quality].values == [p.perplexity for p in stored]
+    assert by_label["sign-2"].metrics[quality].values == [p.perplexity for p in stored]
     failed = comparison.failed
     assert {failure.label for failure in failed} == {"broken/seed-0", "broken/seed-3", "broken/calibrated-on-other.txt"}
     assert all("matches no Linear" in failure.error for failure in failed) and "matches no Linear" in result.stdout
@@ -75,12 +75,12 @@ def test_seeds_failures_and_tracks_in_one_table(bench, monkeypatch, tmp_path):
     (of_model,) = comparison.tracks["models"]
     tracks = {row["label"]: row["tracks"] for row in of_model["rows"]}
     sign = {name: track["ratios"] for name, track in tracks["sign-2"].items()}
-    original = found["original"].mean(quality)
+    original = by_label["original"].mean(quality)
     nll = sum(p.nll for p in stored) / 2
     assert [*sign["language"].values()] == [pytest.approx(math.log(original) / nll)]
     assert sign["cost"].keys() == {"time", "seeds"} and tracks["rtn-4bit"]["cost"]["ratios"].keys() == {"time"}
     assert {"typos", "casing", "whitespace", "calibration on other.txt"} <= sign["robustness"].keys()
-    bits = found["sign-2"].mean
+    bits = by_label["sign-2"].mean
     assert sign["complexity"] == {"linear": 16 / bits("linear_bits"), "model": 16 / bits("model_bits")}
     assert sign["inference"].keys() == {"prompt", "decoding"} and not sign["tasks"]
     assert comparison.tracks["across"] == []

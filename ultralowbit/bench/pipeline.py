@@ -63,7 +63,7 @@ def pipeline_bench(
             say(
                 f"{depth:>3} layers: peak memory {format_bytes(run['peak_bytes'])}, {run['seconds']:.1f} s; a block "
                 f"{statistics.median(blocks):.2f} s ({blocks[0]:.2f} to {blocks[-1]:.2f}), of which methods "
-                f"take {run['solving_seconds'] / depth:.2f} s; outside blocks {run['seconds'] - sum(blocks):.1f} s"
+                f"take {run['quantizing_seconds'] / depth:.2f} s; outside blocks {run['seconds'] - sum(blocks):.1f} s"
             )
             if run["unavoidable"]:
                 parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in run["unavoidable"].items())
@@ -121,7 +121,7 @@ def _run(task: dict[str, Any]) -> dict[str, Any]:
         "peak_bytes": peak,
         "seconds": seconds,
         "block_seconds": blocks,
-        "solving_seconds": sum(layer["seconds"] for layer in manifest["layers"].values()),
+        "quantizing_seconds": sum(layer["seconds"] for layer in manifest["layers"].values()),
         "unavoidable": bare,
         "unavoidable_seconds": total,
         "ratio": seconds / total if total else None,

@@ -10,7 +10,7 @@ import typer
 from ultralowbit.cli.console import Watch, cell, out, say
 from ultralowbit.cli.errors import FELL_BACK
 from ultralowbit.cli.options import DeviceOption, QuietOption, RestartOption, command_line
-from ultralowbit.cli.render import new_table, shout
+from ultralowbit.cli.render import new_table, rows_table, shout
 
 
 def demo(
@@ -30,13 +30,12 @@ def demo(
 
     from ultralowbit.demo.run import run_demo
     from ultralowbit.eval.metric import protocols
-    from ultralowbit.report.tables import terminal_table
 
     # products so small gain little from a second thread, and on a busy machine the two wait for one another for minutes
     torch.set_num_threads(1)
     with Watch(quiet) as watch:
         report = run_demo(out_folder, watch, device=device, restart=restart, command=command_line(ctx.obj))
-    out.print(terminal_table(report.rows))
+    out.print(rows_table(report.rows))
     for line in protocols(report.rows[0].metrics):
         say(line, "dim")
     out.print()

@@ -11,20 +11,21 @@ from rich.table import Table
 from ultralowbit.cli.console import cell, out, say
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from ultralowbit.checkpoint.size import Size
     from ultralowbit.eval.schema import Evaluation
-    from ultralowbit.report.schema import Comparison, RunReport
+    from ultralowbit.report.schema import Comparison, Row, RunReport
 
 
 def show(report: RunReport, folder: Path) -> None:
     """Print the table of a report, and below it what nobody may miss; `folder` is where it lies."""
     from ultralowbit.eval.metric import protocols, sentences
-    from ultralowbit.report.tables import sparsity_lines, terminal_table
+    from ultralowbit.report.tables import sparsity_lines
 
     original, packed = report.original, report.packed
-    out.print(terminal_table([original, packed]))
+    out.print(rows_table([original, packed]))
     for line in [*protocols(packed.metrics), *sentences(packed.metrics), *sparsity_lines(packed)]:
         say(line, "dim")
     if original.not_measured:
@@ -50,6 +51,19 @@ def show(report: RunReport, folder: Path) -> None:
     if report.exceeded:
         shout("QUALITY GATE FAILED", "\n".join([*(f"{line}." for line in report.exceeded), report.advice]))
     say(f"{folder}  README.md, report.md, report.json")
+
+
+def rows_table(rows: Sequence[Row]) -> Table:
+    """The models of a report, for a terminal of 80 columns."""
+    from ultralowbit.report.tables import grid
+
+    headers, *lines = grid(rows)
+    table = new_table(*(header.replace(" ", "\n", 1) for header in headers), left=1)
+    for column in table.columns:
+        column.max_width = 18
+    for line in lines:
+        table.add_row(*map(cell, line))
+    return table
 
 
 def shout(title: str, text: str) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from ultralowbit.checkpoint.manifest import MANIFEST, read_manifest
 from ultralowbit.checkpoint.size import measure_size
-from ultralowbit.checkpoint.storage import sha256_file
+from ultralowbit.checkpoint.storage import json_digest, sha256_file
 from ultralowbit.errors import CheckpointError, InputError
 from ultralowbit.eval.base import Readings
 from ultralowbit.eval.metric import readings
@@ -46,7 +44,7 @@ class Run:
     @property
     def base(self) -> str:
         """Digest of the original's files."""
-        return digest_of(self.manifest["fingerprint"]["model"])
+        return json_digest(self.manifest["fingerprint"]["model"])
 
     @property
     def but_for_the_seed(self) -> str:
@@ -58,7 +56,7 @@ class Run:
             if isinstance(recipe.get(stage), dict):
                 texts[stage] = {**recipe[stage], "data": _seedless(recipe[stage].get("data"))}
         recipe = {**recipe, **texts}
-        return digest_of([{**fingerprint, "recipe": recipe, "calibration": None}, self.recipe])
+        return json_digest([{**fingerprint, "recipe": recipe, "calibration": None}, self.recipe])
 
 
 def _seedless(text: Any) -> Any:
@@ -164,8 +162,3 @@ def evaluations(
             elif name == original:
                 before.append((row, base))
     return own, before
-
-
-def digest_of(value: Any) -> str:
-    """Hex digest of a JSON value."""
-    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -9,8 +9,6 @@ from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from rich import box
-from rich.table import Table
 
 from ultralowbit.eval.base import Measured, without_original
 from ultralowbit.eval.metric import METRICS, protocols, sentences
@@ -74,17 +72,6 @@ def grid(rows: Sequence[Row]) -> list[list[str]]:
         )  # fmt: skip
     columns = zip(*lines, strict=True)
     return [list(line) for line in zip(*(c for c in columns if set(c[1:]) != {"-"}), strict=True)]
-
-
-def terminal_table(rows: Sequence[Row]) -> Table:
-    """The grid for a terminal of 80 columns."""
-    headers, *lines = grid(rows)
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for i, header in enumerate(headers):
-        shown.add_column(header.replace(" ", "\n", 1), justify="right" if i else "left", overflow="fold", max_width=18)
-    for line in lines:
-        shown.add_row(*line)
-    return shown
 
 
 def markdown(rows: Sequence[Row]) -> str:
