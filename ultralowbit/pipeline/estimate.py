@@ -194,7 +194,7 @@ def _memory(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     if work.paired:  # the sum against the original's inputs, a factor of its own, the residual's sum
         hessians += 8 * widest**2 + 4 * max(n * m for n, m in work.shapes.values())
     factorise = 5 * 4 * widest**2  # beside the sum: the fp64 matrix, its flipped copy or factor, a product of halves
-    solving = (12 if compute == 4 else 16) * max(n * m for n, m in work.shapes.values())  # fp32 copies of one weight
+    packing = (12 if compute == 4 else 16) * max(n * m for n, m in work.shapes.values())  # fp32 copies of one weight
     forward = work.batch * compute * (8 * work.hidden + 3 * max(max(shape) for shape in work.shapes.values()))
     gather = 4 * widest**2 + 8 * (work.outliers + work.batch) * widest * (work.outliers > 0)  # last group's; clipping
     process = {"this process": psutil.Process().memory_info().rss}
@@ -203,7 +203,7 @@ def _memory(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
     on_device = {
         "block": computed * (2 if work.paired else 1),
         "Hessian and its factor": hessians,
-        "working memory": forward + max(factorise, solving, gather),  # allocators keep the small pieces of a forward
+        "working memory": forward + max(factorise, packing, gather),  # allocators keep the small pieces of a forward
     }
     entering = {"embeddings and block as stored": outside + stored}
     entering_on_device = {"embeddings and block": outside_computed + computed} if work.tokens else {}

@@ -42,10 +42,10 @@ def seconds(work: Workload, size: Size) -> dict[str, float]:
     # up to each input, and the whole; with correction in two models
     passes = 5 if work.paired else 2
     parts = {"forward passes": passes * work.tokens * token / own} | parts | _training_seconds(work, token / own)
-    if not work.solved:
+    if not work.with_hessian:
         return parts
     widths = [m for block in work.hessians for m in block]
-    products = sum(n * m**2 for n, m in (work.shapes[name] for name in work.solved))
+    products = sum(n * m**2 for n, m in (work.shapes[name] for name in work.with_hessian))
     return parts | {
         "Hessians": 2 * work.tokens * sum(m**2 for m in widths) / single,
         "factors": sum(m**3 for m in widths) * _factor_seconds(device),

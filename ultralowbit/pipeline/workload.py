@@ -20,7 +20,7 @@ class Workload:
         self.decoder = decoder
         self.shapes = {name: shape for name, (_, shape) in formats.items()}
         self.methods = {name: recipe.method_for(name) for name in formats}
-        self.solved = [name for name in formats if Need.HESSIAN in self.methods[name].needs]
+        self.with_hessian = [name for name in formats if Need.HESSIAN in self.methods[name].needs]
         self.length = window_length(recipe.calibration, decoder)
         self.recipe, self.formats = recipe, [format for format, _ in formats.values()]
         outside = [decoder.source.specs[decoder.key_of[name]] for name in decoder.names_outside_blocks()]
@@ -35,9 +35,9 @@ class Workload:
         self.activations = self.tokens * self.hidden * decoder.dtype.itemsize  # bytes of one activation file
         self.paired = recipe.error_correction is not None  # two for the packed model, two for the original, the targets
         self.files = 5 if recipe.blockwise is not None else 4 if self.paired else 2
-        leaders = shared_inputs(decoder) if self.solved else {}
+        leaders = shared_inputs(decoder) if self.with_hessian else {}
         self.exact_groups = leaders is not None
-        leader_of = {name: (leaders or {}).get(name, name) for name in self.solved}
+        leader_of = {name: (leaders or {}).get(name, name) for name in self.with_hessian}
         self.hessians = [  # of each block, `in` of each input group
             [self.shapes[name][1] for name in {leader_of[n]: n for n in linears if n in leader_of}.values()]
             for linears in (decoder.linears(i) for i in range(len(decoder.blocks)))
