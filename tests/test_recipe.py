@@ -163,6 +163,44 @@ def test_a_bad_value_is_told_with_its_place(write, text, words):
     refused(write(text), "mine.yaml", *words)
 
 
+KEYS = {  # of the table in which the mistake is, so that the sentence teaches the right names
+    "calibration": "source, samples, length, seed, clip_tokens",
+    "preprocess": "training, held_out, rank, alpha, dropout, targets, exclude, data",
+    "quantize": "method, group, iterations, compensation, damp",
+    "blockwise": "training, held_out, estimator, scales, objective",
+    "finetune": "training, held_out, estimator, scales, objective, data",
+    "preprocess.data": "source, samples, length, seed, clip_tokens",
+    "finetune.data": "source, samples, length, seed, clip_tokens",
+    "rotate": "inputs",
+    "error_correction": "damp, residual",
+}
+
+
+@pytest.mark.parametrize("place", KEYS)
+def test_a_typo_in_a_stage_lists_the_keys_of_that_stage(place):
+    message = mistake([f"{place}.zzzz=1"])
+    assert f"unknown key {place}.zzzz (known: {KEYS[place]})" in message
+
+
+@pytest.mark.parametrize(
+    ("setting", "kinds"),
+    [
+        ("finetune.objective.kind=msee", "ce, kl, dad, direction, lowrank"),
+        ("blockwise.objective.kind=msee", "mse, mse_nlc"),
+        ("quantize.method=msee", "rtn, gptq, sign, pb_llm, ptq161, billm, arb_rc, db_llm"),
+    ],
+)
+def test_an_unknown_kind_lists_the_kinds_of_that_stage(setting, kinds):
+    place = setting.partition("=")[0]
+    assert f"{place} is msee, expected one of {kinds}" in mistake([setting])
+
+
+def mistake(settings: list[str]) -> str:
+    with pytest.raises(InputError) as caught:
+        Recipe.load("db-llm", settings)
+    return str(caught.value)
+
+
 def test_all_mistakes_are_told_at_once(write):
     text = "quantize: {method: gptq, bits: 7, bist: 2}\ncalibration: {samples: 0, lenght: 4}\nsumary: x"
     message = refused(
