@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from ultralowbit.eval.perplexity import perplexity
 from ultralowbit.eval.windows import token_stream
-from ultralowbit.nn.hf import cache_name
+from ultralowbit.nn.hf_names import cache_name
 
 FLOOR = 0.01
 """Nats: what a corruption costs, or a long window gains, below this is nothing."""

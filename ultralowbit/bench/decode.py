@@ -26,7 +26,7 @@ from ultralowbit.format.ints import Ints
 from ultralowbit.format.planes import Planes
 from ultralowbit.format.segment import Segment
 from ultralowbit.kernels import cpu
-from ultralowbit.nn.hf import cache_name
+from ultralowbit.nn.hf_names import cache_name
 from ultralowbit.nn.linear import PackedLinear
 from ultralowbit.units import format_bytes
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ultralowbit.data.corpora import is_collection, read_documents, read_text, token_sha256
 from ultralowbit.errors import InputError, reason
-from ultralowbit.nn.hf import cache_name
+from ultralowbit.nn.hf_names import cache_name
 from ultralowbit.progress import OnProgress
 
 _TRIES = 10_000  # documents drawn for one sample; in c4 one in fifty has 2048 tokens

@@ -25,8 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ultralowbit.checkpoint.files import Source
 from ultralowbit.errors import CheckpointError, InputError, reason
+from ultralowbit.nn.hf_names import match_keys, tied_names
 from ultralowbit.nn.linear import PackedLinear
-from ultralowbit.nn.quantizer import match_keys
 
 MAX_UNQUANTIZED = 0.05
 """Largest share of the blocks' weights that may stay outside Linears; above it (MoE experts) a model is refused."""
@@ -68,7 +68,7 @@ class Decoder:
     def _match_keys(self) -> dict[str, str]:
         """Name of each tensor of the model -> its name in the source; tied ones that the source leaves out are
         absent."""
-        tied = self.model.all_tied_weights_keys
+        tied = tied_names(self.model)
         key_of = match_keys(self.model, self.source.specs)
         key_of_name, missing = {}, []
         for name, tensor in self.model.state_dict().items():
@@ -99,7 +99,7 @@ class Decoder:
     def left_out(self) -> dict[str, tuple[int, int]]:
         """What the source holds and the model has no place for, such as a vision tower: the first two parts of a name
         -> how many tensors, and how many weights in them."""
-        used = set(self.key_of.values()) | set(self.model.all_tied_weights_keys)
+        used = set(self.key_of.values()) | set(tied_names(self.model))
         parts: dict[str, tuple[int, int]] = {}
         for name in sorted(set(self.source.specs) - used):
             part = ".".join(name.split(".")[:2])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -18,11 +16,6 @@ from ultralowbit.format.weight import PackedWeight
 from ultralowbit.nn import fused
 from ultralowbit.nn.linear import PackedLinear, swap
 from ultralowbit.nn.quantizer import UltraLowBitConfig, UltraLowBitQuantizer, check_config
-
-
-def cache_name(model: nn.Module) -> str:
-    """What the model's forward calls the keys and values of earlier tokens: `cache` from transformers 5.24 on."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def pack_model(

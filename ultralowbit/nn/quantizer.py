@@ -9,7 +9,7 @@ written with them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from ultralowbit.checkpoint.storage import read_json
 from ultralowbit.errors import CheckpointError, FormatError
 from ultralowbit.format.weight import Format
 from ultralowbit.format.words import TensorSpec
+from ultralowbit.nn.hf_names import match_keys, tied_names
 from ultralowbit.nn.linear import PackedLinear, swap
 
 if TYPE_CHECKING:
@@ -137,23 +138,6 @@ class UltraLowBitQuantizer(HfQuantizer):
         return True
 
 
-def match_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Name of each tensor of the model that a checkpoint holds -> its key there: with transformers' own renamings
-    (GPT-NeoX's `embed_out` is `lm_head` to it), and with or without the base model's prefix."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, apply_renamings
-
-    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    prefix = f"{model.base_model_prefix}."
-    renamed = {apply_renamings(key, renamings): key for key in keys}
-    key_of = {}
-    for name in model.state_dict():
-        key = next((k for k in (name, name.removeprefix(prefix), prefix + name) if k in renamed), None)
-        if key is not None:
-            key_of[name] = renamed[key]
-    return key_of
-
-
 def check_config(files: Sequence[Path]) -> None:
     """Raise `CheckpointError` unless config.json and the headers of the files are as they were written together."""
     config = read_json(files[0].parent / CONFIG)
@@ -183,7 +167,7 @@ def check_files(model: PreTrainedModel, files: Sequence[str | Path]) -> None:
         if name in packed:
             continue
         if spec is None:
-            if name not in model.all_tied_weights_keys:
+            if name not in tied_names(model):
                 problems.append(f"{name} is missing")
         elif (
             spec.shape != tuple(tensor.shape)
