@@ -227,11 +227,41 @@ def test_another_text_to_train_on_is_another_run(source, recipe, tmp_path, text)
     assert set(fingerprint["calibration"]) == {"sha256", "finetune sha256"}
 
 
-def test_a_format_without_what_is_to_be_trained_is_refused_in_words(source, recipe, tmp_path):
-    stage = TUNE | {"training": SCALES | {"lr": {"offset": 1e-3}}}
-    with pytest.raises(InputError, match="x1sign/row has none of what is to be trained: offset"):
-        compress(str(source), recipe(blockwise=stage), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    "stage, words",
+    [
+        ({"blockwise": TUNE | {"training": {"lr": {"offset": 1e-3}}}}, "x1sign/row has none of what is to be trained"),
+        (
+            {"finetune": DISTILL | {"training": {"lr": {"column": 1e-3}}}},
+            "x1sign/row has none of what is to be trained",
+        ),
+        (
+            {"blockwise": TUNE | {"training": {"lr": {"scale": 1, "column": 1}}}},
+            "blockwise.training.lr has a rate for c",
+        ),
+        (
+            {"finetune": DISTILL | {"training": {"lr": {"row": 1, "offset": 1}}}},
+            "finetune.training.lr has a rate for o",
+        ),
+        (
+            {"finetune": DISTILL | {"scales": "analytic", "training": {"lr": {"latent": 1, "scale": 1}}}},
+            "finetune.training.lr has a rate for scale",
+        ),
+        ({"blockwise": TUNE | {"scales": "analytic"}}, "blockwise has nothing to train: analytic scales need"),
+    ],
+    ids=["no offset", "no column", "one too many", "another too many", "analytic scales", "analytic without latent"],
+)
+def test_rates_for_what_no_linear_has_are_refused_before_the_work(source, recipe, tmp_path, stage, words):
+    with pytest.raises(InputError, match=words):
+        compress(str(source), recipe(**stage), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "blockwise", "finetune"])
+def test_rates_of_kinds_that_do_not_exist_are_refused(recipe, stage):
+    values = {"preprocess": PREPARE, "blockwise": TUNE, "finetune": DISTILL}[stage]
+    with pytest.raises(ValueError, match="lr names 'foo', expected some of"):
+        recipe(**{stage: values | {"training": {"lr": {"foo": 1e-3}}}})
 
 
 def test_training_that_makes_nothing_better_changes_nothing(source, recipe, tmp_path):

@@ -15,7 +15,7 @@ MIN_SCALE = 2.0**-24
 """Smallest positive fp16: a scale that rounded to 0 could not be divided by."""
 
 
-fields = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+fields = dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 """Makes a class a frozen dataclass whose fields are validated recipe keys."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from ultralowbit.data.calibration import Calibration, calibrate
 from ultralowbit.errors import InputError
 from ultralowbit.format.weight import Format
 from ultralowbit.hub import open_tokenizer
-from ultralowbit.methods.rotation import rotated_format
+from ultralowbit.methods.rotation import rotated_format, rotated_weight
 from ultralowbit.nn.decoder import Decoder
 from ultralowbit.nn.linear import linear_shape
 from ultralowbit.progress import Progress
 from ultralowbit.recipe import Recipe
-from ultralowbit.training.specs import CalibrationSpec
+from ultralowbit.training.fake_quant.linear import FakeQuantLinear
+from ultralowbit.training.specs import Blockwise, CalibrationSpec, Finetune
 
 BATCH_TOKENS = 2048
 """Tokens that run through a block at a time: enough to keep the products busy, little enough to keep them in memory."""
@@ -61,7 +63,41 @@ def planned_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format,
             f"preprocess.targets {list(spec.targets)} match no Linear that is packed, such as {next(iter(formats))}: "
             "give patterns of names"
         )
+    for stage in ("blockwise", "finetune"):
+        if getattr(recipe, stage) is not None:
+            _check_rates(stage, getattr(recipe, stage), recipe, formats)
     return formats
+
+
+def _check_rates(
+    stage: str, spec: Blockwise | Finetune, recipe: Recipe, formats: Mapping[str, tuple[Format, tuple[int, int]]]
+) -> None:
+    """Raise `InputError` where a stage has a learning rate for what no packed Linear has.
+
+    Seen by packing and making trainable a few random rows of each distinct Linear, as the stage will do.
+    """
+    there: set[str] = set()
+    nothing: InputError | None = None
+    generator = torch.Generator().manual_seed(0)
+    distinct = {(repr(recipe.method_for(name)), shape[1]): name for name, (_, shape) in formats.items()}
+    for (_, columns), name in distinct.items():
+        method = recipe.method_for(name)
+        rows = torch.randn(4, columns, generator=generator, dtype=torch.float32)  # [4, in]
+        packed, block = method.quantize(rows, None), recipe.hadamard(columns)
+        packed = rotated_weight(packed, block) if block else packed
+        try:
+            trained = FakeQuantLinear(packed, spec.training.lr, latent=rows, scales=spec.scales)
+        except InputError as e:
+            nothing = e
+        else:
+            there |= trained.by_kind().keys()
+    if not there:
+        raise InputError(f"{stage} has nothing to train: {nothing}") from nothing
+    if missing := sorted(spec.training.lr.keys() - there):
+        raise InputError(
+            f"{stage}.training.lr has a rate for {missing[0]}, of which the packed Linears have nothing to train (they "
+            f"have {', '.join(sorted(there))}): leave it out"
+        )
 
 
 def hash_model(decoder: Decoder, progress: Progress) -> dict[str, str]:

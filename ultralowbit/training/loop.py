@@ -133,7 +133,8 @@ class _Fit:
             fused=self.device.type in ("cpu", "cuda"),
         )
         self.total = spec.total_steps(samples)
-        self.judged = {round((k + 1) * self.total / spec.evaluations) for k in range(spec.evaluations)}
+        evaluations = min(spec.evaluations, self.total)
+        self.judged = {round((k + 1) * self.total / evaluations) for k in range(evaluations)}
         self.best = {name: p.detach().clone() for name, p in self.named.items()}
         self.state = _State(self._fingerprint())
         self.saved, self.wait = time.monotonic(), save_seconds

@@ -14,6 +14,12 @@ from ultralowbit.methods.base import fields
 from ultralowbit.training.estimators import ESTIMATORS, STE
 from ultralowbit.training.objectives import BLOCK_OBJECTIVES, OBJECTIVES
 
+MOST = 10**9
+"""Of anything that is counted: more is a slip of the pen."""
+MOST_SEED = 2**62
+"""Seeds that generators take, with room for the numbers that training adds."""
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 def one_of(table: dict[str, type], tag: str) -> Any:
     """The type of a recipe's key that holds one of the table's classes: the one that its key `tag` names."""
@@ -23,7 +29,7 @@ def one_of(table: dict[str, type], tag: str) -> Any:
 class StrictModel(BaseModel):
     """A part of a recipe: it cannot be changed, and a key that it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class CalibrationSpec(StrictModel):
@@ -32,9 +38,9 @@ class CalibrationSpec(StrictModel):
     source: str = Field(
         "c4", description="local .txt/.jsonl/.parquet, wikitext2, c4, ptb, org/name, python-docs or self"
     )
-    samples: int = Field(128, ge=1, description="windows drawn from the text")
-    length: int = Field(2048, ge=2, description="tokens in a window; cut to the model's context")
-    seed: int = Field(0, ge=0, description="of the windows and of the model's own samples")
+    samples: int = Field(128, ge=1, le=MOST, description="windows drawn from the text")
+    length: int = Field(2048, ge=2, le=MOST, description="tokens in a window; cut to the model's context")
+    seed: int = Field(0, ge=0, le=MOST_SEED, description="of the windows and of the model's own samples")
     clip_tokens: float | None = Field(
         None,
         gt=0,
@@ -108,7 +114,7 @@ class Preprocess(Trained):
 
     kinds = ("adapter",)
 
-    rank: int = Field(64, ge=1, description="r of the adapters")
+    rank: int = Field(64, ge=1, le=1 << 16, description="r of the adapters")
     alpha: float = Field(16, gt=0, description="the adapters count alpha / r")
     dropout: float = Field(0.1, ge=0, lt=1)
     targets: tuple[str, ...] = Field(("*",), description="shell patterns of the Linears that get an adapter")
@@ -133,18 +139,18 @@ class TrainSpec:
     """
 
     lr: dict[str, Annotated[float, Field(gt=0)]]
-    epochs: float = Field(2.0, gt=0)
-    steps: int | None = Field(None, ge=1)
-    batch: int = Field(2, ge=1)
-    accumulation: int = Field(1, ge=1)
+    epochs: float = Field(2.0, gt=0, le=MOST)
+    steps: int | None = Field(None, ge=1, le=MOST)
+    batch: int = Field(2, ge=1, le=MOST)
+    accumulation: int = Field(1, ge=1, le=MOST)
     warmup: float = Field(0.0, ge=0, le=1)
     final_lr: float = Field(0.05, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip_norm: float | None = Field(0.3, gt=0)
-    evaluations: int = Field(4, ge=1)
+    evaluations: int = Field(4, ge=1, le=MOST)
     patience: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MOST_SEED)
     autocast: Literal["auto", "on", "off"] = "auto"
 
     def total_steps(self, samples: int) -> int:
