@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import ultralowbit
 from ultralowbit.cli.app import app
 from ultralowbit.errors import CheckpointError, InputError
-from ultralowbit.export.base import EXPORTERS, export
+from ultralowbit.export.base import EXPORTERS, Exporter, export
 from ultralowbit.recipe import Recipe
 
 LLAMA = {
@@ -48,7 +48,7 @@ def test_a_dense_checkpoint_is_a_plain_one_with_the_same_weights(packed, tmp_pat
 
 
 def test_what_cannot_be_exported_is_said_before_anything_is_written(packed, tmp_path):
-    with pytest.raises(InputError, match=r"no exporter 'onnx', expected one of dense"):
+    with pytest.raises(InputError, match=r"no exporter 'onnx', expected one of dense, gguf"):
         export(packed, "onnx", tmp_path / "x")
     with pytest.raises(InputError, match="does not take these options"):
         export(packed, "dense", tmp_path / "x", colour="red")
@@ -61,7 +61,7 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(packed, tmp_
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["there", "thesis.txt"]
 
 
-class Toy:
+class Toy(Exporter):
     """Writes the names of the packed weights, one a line."""
 
     def __init__(self, shout: bool = False) -> None:
@@ -80,4 +80,4 @@ def test_a_new_exporter_is_a_line_in_the_table(packed, tmp_path, monkeypatch):
     assert "model.layers.0.mlp.down_proj" in (tmp_path / "names.txt").read_text()
     assert "names.txt" in result.stdout
     result = CliRunner().invoke(app, ["export", str(packed), "--to", "tie", "--out", str(tmp_path / "x"), "-q"])
-    assert result.exit_code == 2 and "expected one of dense, toy" in result.stderr
+    assert result.exit_code == 2 and "expected one of dense, gguf, toy" in result.stderr

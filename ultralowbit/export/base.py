@@ -5,27 +5,35 @@ from __future__ import annotations
 import importlib
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ultralowbit.errors import InputError
 from ultralowbit.progress import Progress, Silent
 
-EXPORTERS: dict[str, str] = {"dense": "ultralowbit.export.dense:DenseExporter"}
+EXPORTERS: dict[str, str] = {
+    "dense": "ultralowbit.export.dense:DenseExporter",
+    "gguf": "ultralowbit.export.gguf.exporter:GgufExporter",
+}
 """Name -> where its class is; imported when it is asked for, since a target may need a package of its own."""
 
 
-class Exporter(Protocol):
+class Exporter(ABC):
     """One target. Its fields are options, which `export` takes by name."""
 
+    @abstractmethod
     def export(self, folder: Path, out: Path, progress: Progress) -> None:
         """Write the packed checkpoint `folder` to `out`, which does not exist yet: a file or a folder.
 
         Raises `InputError` before any work for a checkpoint that the target cannot hold exactly.
         """
-        ...
+
+    def companions(self, target: Path) -> list[Path]:
+        """Files that `export` writes beside `target`."""
+        return []
 
 
 def exporter(name: str, **options: Any) -> Exporter:
@@ -44,19 +52,22 @@ def exporter(name: str, **options: Any) -> Exporter:
 def export(folder: Path | str, name: str, out: Path | str, progress: Progress | None = None, **options: Any) -> Path:
     """Turn a packed checkpoint into what another program reads; returns where it is.
 
-    name: one of `EXPORTERS`. out: a new file or folder. Raises `InputError` where `out` exists or the target cannot
-    hold the checkpoint exactly, and `CheckpointError` for a folder that is no packed checkpoint; nothing half-written
-    is left.
+    name: one of `EXPORTERS`; options: its fields; out: a new file or folder. Raises `InputError` where `out` exists or
+    the target cannot hold the checkpoint exactly, and `CheckpointError` for a folder that is no packed checkpoint;
+    nothing half-written is left.
     """
     target = Path(out).expanduser().resolve()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError(f"{target} exists: choose another --out, or move it")
     chosen = exporter(name, **options)
+    written = [target, *chosen.companions(target)]
+    for path in written:
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise InputError(f"{path} exists: choose another --out, or move it")
     with _beside(target) as place:
         chosen.export(Path(folder).expanduser(), place, progress or Silent())
         if target.is_dir():
             target.rmdir()
-        place.replace(target)
+        for path in written:
+            place.with_name(path.name).replace(path)
     return target
 
 

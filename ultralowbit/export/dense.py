@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ultralowbit.checkpoint.manifest import MANIFEST, read_manifest
+from ultralowbit.export.base import Exporter
 from ultralowbit.nn.hf import load
 from ultralowbit.progress import Progress
 
 
 @dataclass(frozen=True)
-class DenseExporter:
+class DenseExporter(Exporter):
     """Everything but the packed weights is taken over as it is: tokenizer, chat templates, code, licence."""
 
     def export(self, folder: Path, out: Path, progress: Progress) -> None:

@@ -92,15 +92,16 @@ class Ints(Segment):
         zero = (packed[:, None] >> shifts[:, None]) & ((1 << width) - 1)  # [bytes, per byte, rows]
         return zero.flatten(0, 1)[: group_count(self.columns, self.group)]
 
+    def unpack_codes(self, words: Tensor) -> Tensor:
+        """The stored codes, int16 [rows, words] -> int16 [rows, columns]."""
+        if self.bits != 3:
+            return unpack_fields(words, self.bits, self.columns)
+        low, high = words.split([word_count(self.columns, 2), word_count(self.columns, 1)], dim=-1)
+        return unpack_fields(low, 2, self.columns) + (unpack_fields(high, 1, self.columns) << 2)
+
     def decode(self, parts: Mapping[str, Tensor], out: Tensor) -> None:
         """Write the meaning of the stored rows into out [rows, columns] fp32."""
-        words = parts[""]
-        if self.bits == 3:
-            low, high = words.split([word_count(self.columns, 2), word_count(self.columns, 1)], dim=-1)
-            codes = unpack_fields(low, 2, self.columns) + (unpack_fields(high, 1, self.columns) << 2)
-        else:
-            codes = unpack_fields(words, self.bits, self.columns)
-        out.copy_(codes)
+        out.copy_(self.unpack_codes(parts[""]))
         if self.symmetric:
             out -= 2 ** (self.bits - 1)
         else:

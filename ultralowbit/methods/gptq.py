@@ -7,7 +7,7 @@ W[:, j+1:] -= e_j U[j, j+1:]   (equations 2 and 3, algorithm 1).
 Differences from the published code: scales are rounded to the stored fp16 before the codes are chosen; a group shorter
 than the code's block of 128 is fitted to weights that the whole block so far has compensated; a channel that is zero on
 all calibration text keeps its rounded weights instead of losing them; a failed Cholesky factorisation is tried again
-with ten times the damping.
+with ten times the damping. `refine` rounds of `refine.py`, which is ours, lower the whole layer's error further.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 from ultralowbit.format.ints import Ints
 from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.methods.base import fields
-from ultralowbit.methods.compensate import compensate, round_to_nearest
+from ultralowbit.methods.compensate import compensated_codes, round_to_nearest
+from ultralowbit.methods.refine import refine
 from ultralowbit.methods.rounding.ints import IntRounding
 from ultralowbit.methods.statistics import InputStats, Need
 
@@ -28,7 +29,8 @@ from ultralowbit.methods.statistics import InputStats, Need
 @fields
 class GPTQ:
     """bits: 2, 3, 4 or 8; group: columns that share a scale, null for the row; damp: share of mean(diag H) added to the
-    diagonal; act_order: columns by falling diag H, with static groups; clip: `mse` searches the range of a group."""
+    diagonal; act_order: columns by falling diag H, with static groups; clip: `mse` searches the range of a group, and
+    which way a symmetric one leans; refine: rounds of joint scales and codes after the compensation."""
 
     needs: ClassVar[Need] = Need.HESSIAN
     method: Literal["gptq"] = "gptq"
@@ -38,6 +40,7 @@ class GPTQ:
     damp: float = Field(0.01, gt=0, le=1)
     act_order: bool = False
     clip: Literal["mse"] | None = None
+    refine: int = Field(0, ge=0)
 
     def format(self, in_features: int) -> Format:
         return Format((Ints(in_features, self.bits, self.group, self.symmetric),))
@@ -46,4 +49,8 @@ class GPTQ:
         rounding = IntRounding(*weight.shape, self.bits, self.group, self.symmetric, self.clip == "mse", weight.device)
         if stats is None:
             return round_to_nearest(weight, rounding)
-        return compensate(weight, rounding, stats.factor(self.damp, self.act_order))
+        factor = stats.factor(self.damp, self.act_order)
+        codes = compensated_codes(weight, rounding, factor)
+        if self.refine:
+            codes = refine(weight, rounding, codes, stats.hessian, factor.damp, self.refine)
+        return rounding.pack(codes)

@@ -1,4 +1,4 @@
-"""Refinement of sign planes after GPTQ: scales and codes, alternately, against the whole error of the layer.
+"""Refinement after GPTQ, of sign planes and integer codes: scales and codes, alternately, against the whole error.
 
 GPTQ fixes column after column and never looks back. From where it ends,
 
@@ -8,7 +8,7 @@ falls further by two exact steps, in turn (our own composition; the steps are th
 Quantization, arXiv 1802.00150, with the layer's H in place of the identity):
 
     scales   all K G scales a of a row at once: A a = b, A = V H V^T, b = V H w, where row (g, p) of V [G K, in] is
-             plane p in the columns of group g and 0 elsewhere;
+             what scale p of group g multiplies in its columns, a plane or the integers code - zero, and 0 elsewhere;
     codes    column by column, for all rows: the level nearest to q_j + [(W - Q) H]_j / H_jj, the minimum over q_j.
 
 Neither can raise E, but for the rounding of scales to fp16: rows where it would keep what they have. The order of the
@@ -17,11 +17,12 @@ columns does not matter here (measured: 0.2 % of E), that of GPTQ before it does
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from ultralowbit.format.words import to_scale
-from ultralowbit.methods.rounding.signs import SignRounding, sign_levels
 
 _BLOCK = 16
 """Columns whose changes reach the later ones in one product."""
@@ -31,7 +32,39 @@ _SYSTEM = 1 << 24
 """Entries of the rows' least-squares systems that are in memory at a time."""
 
 
-def refine(weight: Tensor, rounding: SignRounding, codes: Tensor, hessian: Tensor, damp: float, rounds: int) -> Tensor:
+class Levels(Protocol):
+    """The values that the codes of a group stand for."""
+
+    def nearest(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """weight [..., out] -> (codes, values) of the nearest."""
+        ...
+
+    def values(self, weight: Tensor) -> Tensor:
+        """The values alone."""
+        ...
+
+
+class Refinable(Protocol):
+    """A rounding whose values are sums of K scales times what the codes say."""
+
+    group: int | None
+    scale: Tensor
+    """[groups, K, out], or [groups, out] for K = 1."""
+
+    def multiples(self, g: int, codes: Tensor, rows: slice) -> list[Tensor]:
+        """What each of the K scales multiplies in some rows of the weight, fp32, for codes [columns, rows]."""
+        ...
+
+    def levels(self, g: int, scale: Tensor, rows: slice) -> Levels:
+        """The levels of group g in some rows of the weight for scales [K, rows]."""
+        ...
+
+    def ordered(self, scale: Tensor) -> Tensor:
+        """Scales [groups, K, rows] that leave the same levels, or the nearest that may be stored."""
+        ...
+
+
+def refine(weight: Tensor, rounding: Refinable, codes: Tensor, hessian: Tensor, damp: float, rounds: int) -> Tensor:
     """Refine the codes [out, in] uint8 and the scales of `rounding`, which are replaced, for a weight [out, in] and the
     hessian [in, in] of its inputs, damped by `damp` of its mean diagonal; returns the codes."""
     H = hessian.clone()
@@ -41,33 +74,34 @@ def refine(weight: Tensor, rounding: SignRounding, codes: Tensor, hessian: Tenso
         fit.fit_scales()
         fit.fit_codes()
     fit.fit_scales()
-    rounding.scale = fit.scale
-    return torch.cat(fit.codes()).T
+    rounding.scale = fit.scale.view_as(rounding.scale)
+    return torch.cat(fit.codes()).T.to(torch.uint8)
 
 
 class _Fit:
     """The values Q of a weight W and what the rest of it puts out; a column of the weight is a row here.
 
-    W, Q, HW = H W and G = H (W - Q) are [in, out]; scale [groups, K, out] falls over the planes and is not negative, so
-    that the codes follow from Q alone.
+    W, Q, HW = H W and G = H (W - Q) are [in, out]; scale [groups, K, out] is ordered, so that the codes follow from Q
+    alone.
     """
 
-    def __init__(self, weight: Tensor, rounding: SignRounding, codes: Tensor, H: Tensor) -> None:
-        self.H, self.HW = H, H @ weight.T
+    def __init__(self, weight: Tensor, rounding: Refinable, codes: Tensor, H: Tensor) -> None:
+        self.rounding, self.H, self.HW = rounding, H, H @ weight.T
         self.G = torch.empty_like(self.HW)
-        self.scale = rounding.scale.clone()
+        self.scale = rounding.scale.view(len(rounding.scale), -1, len(weight)).clone()
         width = rounding.group or len(H)
         self.groups = [slice(start, min(start + width, len(H))) for start in range(0, len(H), width)]
         self.Q = torch.empty_like(self.HW)
-        for columns, scale in zip(self.groups, self.scale, strict=True):
-            self.Q[columns] = sum(
-                plane * a for plane, a in zip(_planes(codes.T[columns], len(scale)), scale, strict=True)
-            )
+        for g, (columns, scale) in enumerate(zip(self.groups, self.scale, strict=True)):
+            multiples = rounding.multiples(g, codes.T[columns], slice(None))
+            self.Q[columns] = sum(plane * a for plane, a in zip(multiples, scale, strict=True))
 
     def codes(self, rows: slice = slice(None)) -> list[Tensor]:
         """Of each group [columns, rows] uint8."""
-        pairs = zip(self.groups, self.scale, strict=True)
-        return [sign_levels(scale[:, rows]).nearest(self.Q[columns, rows])[0] for columns, scale in pairs]
+        return [
+            self.rounding.levels(g, scale[:, rows], rows).nearest(self.Q[columns, rows])[0]
+            for g, (columns, scale) in enumerate(zip(self.groups, self.scale, strict=True))
+        ]
 
     def fit_scales(self) -> None:
         """The joint least squares, a few rows of the weight at a time."""
@@ -78,7 +112,7 @@ class _Fit:
 
     def _fit_scales(self, rows: slice) -> None:
         Q, G, HW, scale = self.Q[:, rows], self.G[:, rows], self.HW[:, rows], self.scale[..., rows]
-        planes = [_planes(codes, scale.shape[1]) for codes in self.codes(rows)]
+        planes = [self.rounding.multiples(g, codes, rows) for g, codes in enumerate(self.codes(rows))]
         products = [self.H[:, c] @ plane for c, group in zip(self.groups, planes, strict=True) for plane in group]
 
         def by_group(values: Tensor) -> Tensor:  # [in, rows] -> V values [groups K, rows]
@@ -105,13 +139,13 @@ class _Fit:
         G.copy_(HW)
         for product, s in zip(products, factors, strict=True):
             G.addcmul_(product, s, value=-1)
-        # a plane with a negative scale is turned over, and planes change places: the levels stay what they are
-        scale.copy_(factors.abs().unflatten(0, scale.shape[:2]).sort(dim=1, descending=True).values)
+        scale.copy_(self.rounding.ordered(factors.unflatten(0, scale.shape[:2])))
 
     def fit_codes(self) -> None:
         """One pass of coordinate descent over the columns. `fit_scales` has made G, and makes it anew after it."""
         H, Q, G = self.H, self.Q, self.G
-        levels, width = [sign_levels(scale) for scale in self.scale], self.groups[0].stop
+        levels = [self.rounding.levels(g, scale, slice(None)) for g, scale in enumerate(self.scale)]
+        width = self.groups[0].stop
         inverse = H.diagonal().reciprocal().tolist()
         for low in range(0, len(H), _BLOCK):
             block = slice(low, min(low + _BLOCK, len(H)))
@@ -123,8 +157,3 @@ class _Fit:
                 g.addr_(row, q[j - low] - value)
                 q[j - low].copy_(value)
             G[block.stop :].addmm_(H[block.stop :, block], Q[block] - before, alpha=-1)
-
-
-def _planes(codes: Tensor, count: int) -> list[Tensor]:
-    """The planes of -1 and +1 that codes stand for, fp32."""
-    return [((codes >> p) & 1).float().mul_(2).sub_(1) for p in range(count)]

@@ -20,7 +20,8 @@ from ultralowbit.methods.statistics import InputStats, Need
 
 @fields
 class RTN:
-    """bits: 2, 3, 4 or 8; group: columns that share a scale, null for the row; clip: `mse` searches the range."""
+    """bits: 2, 3, 4 or 8; group: columns that share a scale, null for the row; clip: `mse` searches the range, and
+    which way a symmetric one leans."""
 
     needs: ClassVar[Need] = Need.NOTHING
     method: Literal["rtn"] = "rtn"

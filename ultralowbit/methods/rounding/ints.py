@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,10 +13,27 @@ from ultralowbit.format.words import group_count, to_scale
 from ultralowbit.methods.base import MIN_SCALE
 
 
+class Grid(NamedTuple):
+    """The levels (c - zero) s for the codes c = 0 to top."""
+
+    scale: Tensor  # [out]
+    zero: Tensor  # [out], whole numbers
+    top: int
+
+    def nearest(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """weight [..., out] -> (codes, values) of the nearest level."""
+        codes = (weight / self.scale).round_().add_(self.zero).clamp_(0, self.top)
+        return codes, (codes - self.zero).mul_(self.scale)
+
+    def values(self, weight: Tensor) -> Tensor:
+        return self.nearest(weight)[1]
+
+
 class IntRounding:
     """Uniform integer grid between the smallest and largest weight of a group, zero included (GPTQ's quantizer).
 
-    clip: shrink the range, per row and group, in 80 steps of 1 % to the one with the least sum |w - q|^2.4.
+    clip: shrink the range, per row and group, in 80 steps of 1 % to the one with the least sum |w - q|^2.4. A symmetric
+    grid has one code more below zero than above: the scale is negative where the same grid turned over fits better.
     """
 
     def __init__(
@@ -37,8 +56,9 @@ class IntRounding:
             return
         best = (self.round(g, weight)[1] - weight).abs_().pow_(2.4).sum(0)
         scale, zero = self.scale[g].clone(), self.zero[g].clone()
-        for i in range(1, 80):
-            self._set(g, low * (1 - i / 100), high * (1 - i / 100))
+        kept = [1 - i / 100 for i in range(1, 80)]
+        for share in [*kept, -1, *(-share for share in kept)] if self.symmetric else kept:
+            self._set(g, low * share, high * share)
             error = (self.round(g, weight)[1] - weight).abs_().pow_(2.4).sum(0)
             better = error < best
             best = torch.where(better, error, best)
@@ -46,14 +66,22 @@ class IntRounding:
         self.scale[g], self.zero[g] = scale, zero
 
     def _set(self, g: int, low: Tensor, high: Tensor) -> None:
-        scale = to_scale((high - low) / self.top).clamp_min_(MIN_SCALE)
+        scale = self.ordered(to_scale((high - low) / self.top))
         self.scale[g] = scale
         self.zero[g] = (self.top + 1) / 2 if self.symmetric else (-low / scale).round_().clamp_(0, self.top)
 
     def round(self, g: int, weight: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
-        scale, zero = self.scale[g], self.zero[g]
-        codes = (weight / scale).round_().add_(zero).clamp_(0, self.top)
-        return codes, (codes - zero).mul_(scale)
+        return Grid(self.scale[g], self.zero[g], self.top).nearest(weight)
+
+    def multiples(self, g: int, codes: Tensor, rows: slice) -> list[Tensor]:
+        return [codes - self.zero[g, rows]]
+
+    def levels(self, g: int, scale: Tensor, rows: slice) -> Grid:
+        return Grid(scale[0], self.zero[g, rows], self.top)
+
+    def ordered(self, scale: Tensor) -> Tensor:
+        """Scales of any shape that weights can be divided by."""
+        return torch.where(scale.abs() < MIN_SCALE, MIN_SCALE, scale)
 
     def pack(self, codes: Tensor) -> PackedWeight:
         zero = None if self.symmetric else self.zero.T

@@ -31,11 +31,17 @@ class SignRounding(AlternatingRounding):
         return torch.stack(scales)
 
     def _least_squares(self, codes: Tensor, weight: Tensor, h: Tensor) -> Tensor:
-        return self._ordered(self._free(codes, weight, h))
+        return self.ordered(self._free(codes, weight, h))
 
-    def _ordered(self, scale: Tensor) -> Tensor:
-        """The same levels with positive, falling scales: a negative one only flips its plane."""
-        return scale.abs().sort(dim=0, descending=True).values
+    def ordered(self, scale: Tensor) -> Tensor:
+        """The same levels with positive, falling scales [..., K, out]: a negative one only flips its plane."""
+        return scale.abs().sort(dim=-2, descending=True).values
+
+    def multiples(self, g: int, codes: Tensor, rows: slice) -> list[Tensor]:
+        return [self.plane(codes, p) for p in range(self.planes)]
+
+    def levels(self, g: int, scale: Tensor, rows: slice) -> Levels | Greedy:
+        return sign_levels(scale)
 
     def _table(self, scale: Tensor) -> Levels | Greedy:
         return sign_levels(scale)
@@ -47,7 +53,7 @@ class SignRounding(AlternatingRounding):
         """The alternation in terms of u = |w| and r, the product of the two signs: 1 where u >= a_1, else -1."""
         u, total = weight.abs(), h.sum()
         energy, first = h @ u.square(), h @ u  # [out]
-        scale = tried = to_scale(self._ordered(self._start(weight, h)))  # [2, out]
+        scale = tried = to_scale(self.ordered(self._start(weight, h)))  # [2, out]
         best = torch.full_like(first, torch.inf)
         for _ in range(self.iterations + 1):
             outer = (u >= tried[0]).float()  # [columns, out]
@@ -63,7 +69,7 @@ class SignRounding(AlternatingRounding):
             diagonal = total * (1 + 1e-6)
             determinant = diagonal * diagonal - both * both
             solution = torch.stack([diagonal * first - both * second, diagonal * second - both * first]) / determinant
-            tried = to_scale(self._ordered(solution))
+            tried = to_scale(self.ordered(solution))
         return scale
 
 

@@ -1,0 +1,206 @@
+"""The tensors of a GGUF file: their names, their block types, and their bytes, a tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from ultralowbit.checkpoint.files import Source
+from ultralowbit.errors import CheckpointError, InputError
+from ultralowbit.export.gguf.architectures import Architecture
+from ultralowbit.export.gguf.blocks import BlockType, Eight, Multiples, exact_type, is_product
+from ultralowbit.format.weight import Format, PackedWeight
+from ultralowbit.nn.hf_names import match_keys
+from ultralowbit.nn.linear import PackedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+F32, F16 = 0, 1
+"""Numbers of ggml's types that are no blocks."""
+
+RECIPES = (("q1_0", 1.125), ("q2_0", 2.25), ("q4_0", 4.5))
+"""Recipes whose weights block types hold exactly, and the bits of a weight."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of the file: type is ggml's number, shape that of the weight; `read` makes its bytes, in that shape or
+    as rows of blocks."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    bytes: int
+    read: Callable[[], np.ndarray]
+    block: BlockType | None = None
+    """The block type of a packed weight."""
+    packed_bytes: int = 0
+    """What the weight takes in the packed checkpoint."""
+
+
+class Tensors:
+    """The tensors of a model as llama.cpp names and stores them.
+
+    model: the checkpoint `folder` on meta, its packed Linears in place. Every tensor is planned on construction, from
+    shapes and the scales and zero points of packed weights: raises `InputError` for one that the file cannot hold.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, folder: Path, architecture: Architecture, q8_embeddings: bool, dequantize: bool
+    ) -> None:
+        import gguf
+
+        self.config, self.architecture = model.config, architecture
+        self.q8_embeddings, self.dequantize = q8_embeddings, dequantize
+        self.source = Source(folder)
+        self.key_of = match_keys(model, self.source.specs)
+        kind = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+        self.names = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers)
+        self.stored = [*self._plan(model)]
+
+    def _plan(self, model: PreTrainedModel) -> Iterator[Stored]:
+        modules = {n: module for n, module in model.named_modules() if isinstance(module, PackedLinear)}
+        inside = {f"{n}.{tensor}" for n, module in modules.items() for tensor in module.format.row_axes}
+        for name, module in modules.items():
+            if not self.dequantize:
+                _check_format(name, module.format)
+        for name, tensor in model.state_dict().items():
+            module = modules.get(name.removesuffix(".weight"))
+            if module is not None and name.endswith(".weight"):
+                yield self._packed(name, module)
+            elif name not in inside and name in self.key_of:
+                yield self._plain(name, tuple(tensor.shape))
+            elif name not in inside and name not in model.all_tied_weights_keys:
+                raise CheckpointError(f"{name} is missing in {self.source.folder}: copy the checkpoint again")
+        for name, values in self.architecture.rope_tensors(self.config).items():
+            yield Stored(name, tuple(values.shape), F32, values.nbytes, values.numpy)
+
+    def _name(self, name: str) -> str:
+        """llama.cpp's name of a tensor."""
+        own = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if own is None or (name.endswith(".bias") and name.split(".")[-2] not in self.architecture.biases):
+            raise InputError(
+                f"{name} has no place in llama.cpp's code for {self.architecture.name}: export to dense instead"
+            )
+        return own
+
+    def _packed(self, name: str, module: PackedLinear) -> Stored:
+        shape = (module.out_features, module.in_features)
+        weight = self._weight(name, module.format, shape)
+        if self.dequantize:
+            read = partial(self._dequantized, name, module.format, shape)
+            return Stored(self._name(name), shape, F16, 2 * shape[0] * shape[1], read, packed_bytes=weight.nbytes)
+        multiples = Multiples.of(weight)
+        block = exact_type(multiples)
+        if block is None:
+            raise _inexact(name, module.format)
+        read = partial(self._blocks, name, module.format, shape, block)
+        return Stored(
+            self._name(name), shape, block.number, block.bytes_of(shape), read, block, packed_bytes=weight.nbytes
+        )
+
+    def _plain(self, name: str, shape: tuple[int, ...]) -> Stored:
+        if len(shape) == 1:
+            return Stored(self._name(name), shape, F32, 4 * shape[0], partial(self._vector, name))
+        embeddings = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        if self.q8_embeddings and embeddings:
+            block = Eight()
+            if shape[1] % block.size:
+                raise InputError(
+                    f"{name} has rows of {shape[1]} columns, which --embeddings q8_0 cannot store in blocks of "
+                    f"{block.size}: leave it out"
+                )
+            return Stored(self._name(name), shape, block.number, block.bytes_of(shape), partial(self._eight_bits, name))
+        return Stored(self._name(name), shape, F16, 2 * shape[0] * shape[1], partial(self._half, name))
+
+    def _weight(self, name: str, format: Format, shape: tuple[int, int]) -> PackedWeight:
+        prefix = self.key_of[name].removesuffix("weight")
+        stored = self.source.read([prefix + suffix for suffix in format.row_axes])
+        weight = PackedWeight(format, shape, {suffix: stored[prefix + suffix] for suffix in format.row_axes})
+        format.check_values(weight.tensors)
+        return weight
+
+    def _rows(self, name: str, values: Tensor) -> Tensor:
+        """Rows in llama.cpp's order."""
+        order = self.architecture.row_order(name, len(values), self.config)
+        return values if order is None else values[order]
+
+    def _blocks(self, name: str, format: Format, shape: tuple[int, int], block: BlockType) -> np.ndarray:
+        encoded = block.encode(Multiples.of(self._weight(name, format, shape)))
+        return self._rows(name, encoded).contiguous().numpy()
+
+    def _dequantized(self, name: str, format: Format, shape: tuple[int, int]) -> np.ndarray:
+        return self._halves(name, self._weight(name, format, shape).dequantize())
+
+    def _half(self, name: str) -> np.ndarray:
+        return self._halves(name, self._tensor(name))
+
+    def _halves(self, name: str, values: Tensor) -> np.ndarray:
+        halves = values.half()
+        if not halves.isfinite().all():
+            raise InputError(
+                f"{name} holds {values.abs().max().item():.3g}, and 16-bit floats end at 65504: no file of llama.cpp "
+                "with F16 weights can hold this model, export to dense instead"
+            )
+        return self._rows(name, halves).contiguous().numpy()
+
+    def _eight_bits(self, name: str) -> np.ndarray:
+        import gguf
+
+        return gguf.quants.quantize(self._tensor(name).numpy(), gguf.GGMLQuantizationType.Q8_0)
+
+    def _vector(self, name: str) -> np.ndarray:
+        values = self._tensor(name)
+        if name.endswith("norm.weight"):
+            values += self.architecture.norm_offset
+        return self._rows(name, values).contiguous().numpy()
+
+    def _tensor(self, name: str) -> Tensor:
+        """A tensor that is not packed, fp32."""
+        key = self.key_of[name]
+        return self.source.read([key])[key].float()
+
+
+def _check_format(name: str, format: Format) -> None:
+    """Raise `InputError` for a format that no block type holds, whatever is stored."""
+    if not is_product(format):
+        raise _inexact(name, format)
+
+
+def _inexact(name: str, format: Format) -> InputError:
+    recipe = next((recipe for recipe, bits in RECIPES if bits > format.claimed_bits), RECIPES[-1][0])
+    if format.in_features % 32:
+        remedy = f"all of them hold blocks of 32 to 128 columns, and its rows have {format.in_features}"
+    else:
+        remedy = f"compress the model again with `--recipe {recipe}`, whose weights they do hold"
+    return InputError(
+        f"no block type of llama.cpp holds {name.removesuffix('.weight')} exactly as it is stored, {format.summary}: "
+        f"{remedy}, or give --dequantize to write 16 bits a weight"
+    )
+
+
+def write(path: Path, architecture: Architecture, describe: Callable[[Any], None], tensors: Tensors, step: Any) -> None:
+    """Write the file: what `describe` adds to its keys, then the tensors one after another; `step` gets their bytes."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture.name)
+    try:
+        describe(writer)
+        for tensor in tensors.stored:
+            # a type is given by its number and a shape in weights: the package does not know all types yet
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, tensor.type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors.stored:
+            writer.write_tensor_data(tensor.read())
+            step(tensor.bytes)
+    finally:
+        writer.close()
