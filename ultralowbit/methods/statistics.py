@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ultralowbit.format.transform import block_hadamard
+from ultralowbit.methods.bound import Spectrum, spectrum
 
 
 class SingularHessian(ArithmeticError):
@@ -64,6 +65,7 @@ class InputStats:
     count: int = 0
     notes: list[str] = field(default_factory=list)
     _factors: dict[Any, Factor] = field(default_factory=dict, repr=False)
+    _spectrum: Spectrum | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if Need.MAGNITUDES in self.needs:
@@ -172,9 +174,17 @@ class InputStats:
             self._factors[key] = self._factorise(damp, act_order, last)
         return self._factors[key]
 
+    @property
+    def spectrum(self) -> Spectrum:
+        """How the eigenvalues of H are distributed, kept for the other Linears of this input."""
+        if self._spectrum is None:
+            self._spectrum = spectrum(self.hessian)
+        return self._spectrum
+
     def forget_factors(self) -> None:
-        """Let the next `factor` be computed again."""
+        """Let what is made of H be computed again."""
         self._factors.clear()
+        self._spectrum = None
 
     def _factorise(self, damp: float, act_order: bool, last: Tensor | None) -> Factor:
         # fp64: at 1-2 bits the small eigenvalues decide where the error goes

@@ -13,6 +13,7 @@ from ultralowbit.errors import FormatError
 from ultralowbit.format.transform import block_hadamard
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.methods.base import Method
+from ultralowbit.methods.bound import least_error
 from ultralowbit.methods.error_correction import ErrorCorrection
 from ultralowbit.methods.rotation import rotated_weight
 from ultralowbit.methods.statistics import InputStats, Need, SingularHessian, relative_error
@@ -32,7 +33,7 @@ def quantize_linear(
 
     Statistics that cannot be used, or none where some are needed, fall back to round-to-nearest, and that is said in
     the result's `fallback`. `error` is known where there is a Hessian: the share of the outputs' energy that is lost,
-    of the corrected weight where there is a correction.
+    of the corrected weight where there is a correction; `least_error` is what any code of as many bits loses at least.
     """
     started = time.perf_counter()
     weight = module.weight.detach().float()
@@ -48,8 +49,10 @@ def quantize_linear(
     except SingularHessian as e:
         fallback = str(e)
         packed = method.quantize(weight, None)
-    measured = stats and Need.HESSIAN in stats.needs and not fallback
-    error = relative_error(weight, packed.dequantize(), stats.hessian) if measured else None
+    error = least = None
+    if stats and Need.HESSIAN in stats.needs and not fallback:
+        error = relative_error(weight, packed.dequantize(), stats.hessian)
+        least = least_error(stats.spectrum, packed.bits_per_weight)
     packed = rotated_weight(packed, hadamard) if hadamard else packed
     dense = packed.dequantize()
     _check_not_lost(weight, dense)
@@ -60,6 +63,7 @@ def quantize_linear(
         "layout": packed.format.to_dict(),
         "bits_per_weight": packed.bits_per_weight,
         "error": error,
+        "least_error": least,
         "fallback": fallback,
         "notes": list(stats.notes) if stats else [],
         "seconds": round(time.perf_counter() - started, 3),

@@ -268,14 +268,17 @@ def _by_depth(group: Sequence[Run]) -> Depth | None:
 
 
 def _layers(group: Sequence[Run]) -> list[ComparedLayer]:
-    """Each Linear with its error, the mean over seeds, in the order of the model."""
+    """Each Linear with its errors, means over seeds, in the order of the model."""
     reports = [{layer.name: layer for layer in run.report.layers} for run in group]
     layers = []
     for name in group[0].manifest["layers"]:
-        errors = [report[name].error for report in reports if name in report]
         if name in reports[0]:
             first = reports[0][name].model_dump(include={"name", "shape", "format", "bits_per_weight", "fallback"})
-            layers.append(ComparedLayer(**first, error=None if None in errors else statistics.fmean(errors)))
+            means = {}
+            for key in ("error", "least_error"):
+                values = [getattr(report[name], key) for report in reports if name in report]
+                means[key] = None if None in values else statistics.fmean(values)
+            layers.append(ComparedLayer(**first, **means))
     return sorted(layers, key=lambda layer: place(layer.name)[0])
 
 

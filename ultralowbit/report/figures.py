@@ -6,14 +6,14 @@ import math
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from ultralowbit.eval.base import Column
 from ultralowbit.report import plots
 from ultralowbit.report.columns import place, slug
 from ultralowbit.report.labels import Point
-from ultralowbit.report.schema import ORIGINAL, ComparedRow, Section
+from ultralowbit.report.schema import ORIGINAL, ComparedLayer, ComparedRow, Section
 from ultralowbit.report.style import Plot
 from ultralowbit.units import format_quantity
 
@@ -26,7 +26,7 @@ BUDGET = (
 def pictures(section: Section) -> list[Plot]:
     """The plots of a section, those that there is something to draw for."""
     pictures = [plot for column in section.columns if column.drawn for plot in _quality(section, column)]
-    pictures += [*_divergence(section), *_errors(section), *_spent(section), *_cost(section)]
+    pictures += [*_divergence(section), *_errors(section), *_bits(section), *_spent(section), *_cost(section)]
     names = [plot.name for plot in pictures]
     return [
         replace(plot, name=f"{name}-{i}") if name in names[:i] else plot
@@ -104,28 +104,12 @@ def _divergence(section: Section) -> list[Plot]:
 
 
 def _errors(section: Section) -> list[Plot]:
-    """Errors of the outputs of the Linears, by depth and by kind."""
-    depth: list[tuple[str, list[float]]] = []
-    kinds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in section.rows:
-        blocks: dict[int, list[float]] = defaultdict(list)
-        for layer in row.layers:
-            if layer.error:  # 0 has no place on a logarithmic axis
-                block, kind = place(layer.name)
-                blocks[block].append(layer.error)
-                kinds[kind][row.label].append(layer.error)
-        if blocks:
-            last = max(blocks)
-            depth.append((row.label, [statistics.fmean(blocks.get(i) or [math.nan]) for i in range(last + 1)]))
+    """Errors of the outputs of the Linears, by depth and by kind, and how far they are from what is possible."""
+    depth, by_kind, labels = _layer_means(section, lambda layer: layer.error or None)  # 0 has no place on a log axis
     if not depth:
         return []
-    labels = [label for label, _ in depth]
-    by_kind = [
-        (kind, [statistics.fmean(values.get(label) or [math.nan]) for label in labels])
-        for kind, values in kinds.items()
-    ]
     lost = "share of the output lost"
-    return [
+    drawn = [
         Plot(
             "error-by-depth", "Where in the model it is lost",
             "Share of the energy of the Linears' outputs that is lost on the calibration text: the mean of a block.",
@@ -136,6 +120,55 @@ def _errors(section: Section) -> list[Plot]:
             plots.dots(by_kind, labels, lost),
         ),
     ]  # fmt: skip
+    _, by_kind, labels = _layer_means(section, lambda layer: layer.times_bound)
+    if by_kind:
+        caption = (
+            "What the Linears lose, divided by the least that any code of as many bits can lose, scales included: the "
+            "rate-distortion bound of their inputs for Gaussian weights. The mean of a kind of Linear."
+        )
+        plot = plots.dots(by_kind, labels, "times the bound", percent=False)
+        drawn.append(Plot("error-beside-the-bound", "How far it is from the limit", caption, plot))
+    return drawn
+
+
+def _bits(section: Section) -> list[Plot]:
+    """Where the bits are, of runs that give Linears different numbers of them."""
+    uneven = [row for row in section.rows if len({layer.format for layer in row.layers}) > 1]
+    depth, by_kind, labels = _layer_means(section, lambda layer: layer.bits_per_weight, uneven)
+    if not depth:
+        return []
+    bits = "true bits a weight"
+    return [
+        Plot("bits-by-depth", "Where the bits are", "The mean of a block.", plots.lines(depth, "block", bits)),
+        Plot(
+            "bits-by-linear", "Which Linears have them", "The mean of a kind of Linear.",
+            plots.dots(by_kind, labels, bits, percent=False),
+        ),
+    ]  # fmt: skip
+
+
+def _layer_means(
+    section: Section, value: Callable[[ComparedLayer], float | None], rows: Sequence[ComparedRow] | None = None
+) -> tuple[list[tuple[str, list[float]]], list[tuple[str, list[float]]], list[str]]:
+    """Means over Linears of a value that some of them have: of each run by block, and of each kind by run, with the
+    labels of the runs."""
+    depth: list[tuple[str, list[float]]] = []
+    kinds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in section.rows if rows is None else rows:
+        blocks: dict[int, list[float]] = defaultdict(list)
+        for layer in row.layers:
+            if (number := value(layer)) is not None:
+                block, kind = place(layer.name)
+                blocks[block].append(number)
+                kinds[kind][row.label].append(number)
+        if blocks:
+            depth.append((row.label, [statistics.fmean(blocks.get(i) or [math.nan]) for i in range(max(blocks) + 1)]))
+    labels = [label for label, _ in depth]
+    by_kind = [
+        (kind, [statistics.fmean(values.get(label) or [math.nan]) for label in labels])
+        for kind, values in kinds.items()
+    ]
+    return depth, by_kind, labels
 
 
 def budget(row: ComparedRow) -> dict[str, int]:

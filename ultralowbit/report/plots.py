@@ -135,7 +135,9 @@ def lines(
     return draw
 
 
-def dots(rows: Sequence[tuple[str, Sequence[float]]], labels: Sequence[str], x_label: str) -> Callable[[int], Figure]:
+def dots(
+    rows: Sequence[tuple[str, Sequence[float]]], labels: Sequence[str], x_label: str, *, percent: bool = True
+) -> Callable[[int], Figure]:
     """`draw` of one row a kind of Linear with a dot for each run."""
 
     def draw(width: int) -> Figure:
@@ -146,7 +148,8 @@ def dots(rows: Sequence[tuple[str, Sequence[float]]], labels: Sequence[str], x_l
             marker = ("o", "s", "^")[i // len(SERIES) % 3]
             ax.plot(xs, range(len(rows)), marker, color=SERIES[i % len(SERIES)], markersize=6.5, label=label)
         _scale(ax.xaxis, [v for _, values in rows for v in values], log=True)
-        as_percent(ax.xaxis)
+        if percent:
+            as_percent(ax.xaxis)
         _names(ax, [name for name, _ in rows])
         ax.set_xlabel(x_label)
         add_legend(figure, ax.get_lines(), width)

@@ -27,7 +27,7 @@ from ultralowbit.report.markdown import public_command
 from ultralowbit.report.measure import Models, plane_sparsity
 from ultralowbit.report.schema import ORIGINAL, REPORT, Layer, Limits, ManifestRecord, Row, RunReport, SizeRecord
 from ultralowbit.report.tables import render
-from ultralowbit.system import forget_peak_memory, peak_memory, pick_device
+from ultralowbit.system import forget_peak_memory, pick_device
 
 AUTO_TOKENS = 40_960
 """Tokens to measure on unless texts are named: twenty windows of 2048, enough to see what happened."""
@@ -95,12 +95,10 @@ def compress_and_measure(
     watch.start("reading texts", 1)
     wanted = texts.read(folder, recipe, trust_remote_code)
     watch.step()
-    there = (out / MANIFEST).exists() and not restart
     forget_peak_memory()  # what this process did before is no cost of this run
     compressed = compress(
         model, recipe, out, device=device, restart=restart, trust_remote_code=trust_remote_code, progress=watch
     )
-    peak = None if there else peak_memory()
     try:
         report = _begin(model, folder, recipe, out, compressed, command)
     except (ValidationError, KeyError, TypeError, FormatError) as error:
@@ -108,8 +106,6 @@ def compress_and_measure(
         raise CheckpointError(
             f"{out / MANIFEST} is not as `ultralowbit compress` wrote it ({what}): copy it again, or give --restart"
         ) from error
-    report.packed.peak_memory_bytes = peak or report.packed.peak_memory_bytes
-    write_file(out / REPORT, report)  # the memory it took, and what was measured before, outlive a kill from here on
     models = Models(folder, out, where, pick_dtype(folder, where), trust_remote_code, watch, model, recipe.name)
     models.measure(report, wanted, known or {}, thorough)
     report.limits, report.advice = limits, advice(recipe)
@@ -127,7 +123,7 @@ def _begin(
     manifest, digest, packed_size = compressed.manifest, sha256_file(out / MANIFEST), measure_size(out)
     original = Row(label=ORIGINAL, size=SizeRecord.model_validate(measure_size(folder)))
     packed = Row(
-        label=recipe.name, size=SizeRecord.model_validate(packed_size),
+        label=recipe.name, size=SizeRecord.model_validate(packed_size), peak_memory_bytes=compressed.peak_memory_bytes,
         seconds=round(sum(manifest["block_seconds"].values()), 3), plane_sparsity=plane_sparsity(out, manifest),
     )  # fmt: skip
     layers, calibration = manifest["layers"], manifest["calibration"]
@@ -145,7 +141,7 @@ def _begin(
     if earlier:
         report.original.metrics, report.packed.metrics = earlier.original.metrics, earlier.packed.metrics
         report.packed.divergence_by_depth = earlier.packed.divergence_by_depth
-        report.packed.peak_memory_bytes = earlier.packed.peak_memory_bytes
+        report.packed.peak_memory_bytes = compressed.peak_memory_bytes or earlier.packed.peak_memory_bytes
         report.continuation = earlier.continuation
     return report
 
@@ -165,7 +161,7 @@ def _layers(sizes: tuple[LayerSize, ...], results: dict[str, dict]) -> list[Laye
         Layer(
             name=size.name, shape=size.shape, format=size.format, parts=size.parts, claimed_bits=size.claimed_bits,
             bytes=size.bytes, bits_per_weight=size.bits_per_weight,
-            **{key: results[size.name].get(key) for key in ("error", "fallback", "seconds")},
+            **{key: results[size.name].get(key) for key in ("error", "least_error", "fallback", "seconds")},
             notes=results[size.name].get("notes") or [],
         )
         for size in sizes

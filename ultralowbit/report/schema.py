@@ -58,21 +58,33 @@ class Row(Record):
     """Share of zeros in each 0/1 plane of all packed Linears together."""
 
 
-class Layer(Record):
-    """What a packed Linear takes, and how far its output is off."""
+class PackedLinear(Record):
+    """A packed Linear, and how far its output is off."""
 
     name: str
     shape: tuple[int, int]
     """(out, in)"""
     format: str
-    parts: dict[str, int]
-    claimed_bits: float
-    bytes: int
     bits_per_weight: float
     error: float | None
     """Share of the energy of its output that is lost on the calibration text; None where that was not measured."""
+    least_error: float | None = None
+    """The share that any code of as many bits loses at least, for Gaussian rows: the rate-distortion bound."""
     fallback: str | None
     """Why it was rounded to nearest instead, in words."""
+
+    @property
+    def times_bound(self) -> float | None:
+        """The error, divided by the least that is possible."""
+        return self.error / self.least_error if self.error and self.least_error else None
+
+
+class Layer(PackedLinear):
+    """A packed Linear of one run, with what it takes."""
+
+    parts: dict[str, int]
+    claimed_bits: float
+    bytes: int
     notes: list[str] = Field(default_factory=list)
     seconds: float | None = None
 
@@ -219,15 +231,8 @@ class Provenance(Record):
     fallbacks: dict[str, str]
 
 
-class ComparedLayer(Record):
-    """A packed Linear of a row; its error is the mean over seeds."""
-
-    name: str
-    shape: tuple[int, int]
-    format: str
-    bits_per_weight: float
-    fallback: str | None
-    error: float | None
+class ComparedLayer(PackedLinear):
+    """A packed Linear of a row; its errors are means over seeds."""
 
 
 class ComparedRow(Record):

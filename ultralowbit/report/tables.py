@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import statistics
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
@@ -14,8 +15,9 @@ from ultralowbit.eval.base import Measured, without_original
 from ultralowbit.eval.metric import METRICS, protocols, sentences
 from ultralowbit.eval.schema import Evaluation, ModelResults
 from ultralowbit.eval.scores import Average
+from ultralowbit.report.columns import place
 from ultralowbit.report.markdown import code, escape, table
-from ultralowbit.report.schema import Row
+from ultralowbit.report.schema import Layer, Row
 from ultralowbit.units import format_bytes, format_number, format_seconds
 
 
@@ -39,7 +41,8 @@ def render(template: str, **values: Any) -> str:
         "sentence": lambda line: line[:1].upper() + line[1:],
     }
     environment.globals |= {
-        "markdown": markdown, "protocols": protocols, "sentences": sentences, "sparsity_lines": sparsity_lines
+        "markdown": markdown, "protocols": protocols, "sentences": sentences, "sparsity_lines": sparsity_lines,
+        "bits_map": bits_map, "mean_times_bound": mean_times_bound,
     }  # fmt: skip
     text = (files("ultralowbit.report") / "templates" / template).read_text(encoding="utf-8")
     return environment.from_string(text).render(values)
@@ -89,6 +92,26 @@ def sparsity_lines(packed: Row) -> list[str]:
 
 Grid = list[list[str]]
 """Headers, then cells."""
+
+
+def mean_times_bound(layers: Sequence[Layer]) -> float:
+    """How many times the rate-distortion bound Linears lose, the mean over those where that is known."""
+    return statistics.fmean(times for layer in layers if (times := layer.times_bound) is not None)
+
+
+def bits_map(layers: Sequence[Layer]) -> list[str]:
+    """A line for each kind of Linear with a digit for each block, its true bits; no lines where all are alike."""
+    kinds: dict[str, dict[int, str]] = {}
+    for layer in layers:
+        block, kind = place(layer.name)
+        kinds.setdefault(kind, {})[block] = f"{min(layer.bits_per_weight, 9):.0f}"
+    if len({digit for digits in kinds.values() for digit in digits.values()}) < 2:
+        return []
+    width, depth = max(map(len, kinds)), 1 + max(block for digits in kinds.values() for block in digits)
+    return [
+        f"{kind:<{width}}  {''.join(digits.get(block, ' ') for block in range(depth))}".rstrip()
+        for kind, digits in sorted(kinds.items())
+    ]
 
 
 def evaluation_grids(evaluation: Evaluation) -> list[Grid]:
