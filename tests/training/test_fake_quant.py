@@ -54,6 +54,8 @@ def random_packed(format: Format, rows: int, seed: int = 0) -> PackedWeight:
                 if part.alphabet == "01" and part.planes == 2:  # every third group is mirrored
                     sign = torch.where(torch.rand(scale.shape[1:], generator=generator) < 0.3, -1.0, 1.0)
                     scale = torch.stack([sign * scale[0], -sign * scale[1]])
+            elif isinstance(part, Ints):
+                scale *= torch.where(torch.rand(scale.shape, generator=generator) < 0.3, -1.0, 1.0)
             packed.tensors[f"{prefix}_scale"] = (50 * scale if isinstance(part, InputTransform) else scale).half()
         if f"{prefix}_offset" in packed.tensors:
             offset = torch.randn(packed.tensors[f"{prefix}_offset"].shape, generator=generator)
@@ -351,12 +353,15 @@ def test_replaced_weights_stay():
     assert all(torch.equal(after[n], t) for n, t in packed.tensors.items() if n.startswith("weight_outliers"))
 
 
-def test_scales_of_integers_stay_positive():
+def test_scales_of_integers_keep_their_sign_and_stay_off_zero():
+    """A negative one turns a symmetric grid over; weights are divided by all of them."""
     packed = random_packed(Format((Ints(20, 4, 8),)), 3)
     linear = FakeQuantLinear(packed, {"scale"})
+    stored = torch.tensor([[-1.0, 0.0, -1e-9], [1e-9, 0.5, -0.0]])
     with torch.no_grad():
-        linear.parts[0].scale[0] = -1.0
-    assert (linear.pack().tensors["weight_scale"][:, 0].float() == MIN_SCALE).all()
+        linear.parts[0].scale[:2] = stored
+    expected = torch.tensor([[-1.0, MIN_SCALE, -MIN_SCALE], [MIN_SCALE, 0.5, -MIN_SCALE]])
+    assert torch.equal(linear.pack().tensors["weight_scale"][:, :2].T.float(), expected)
     agrees(linear)
     linear.dense().sum().backward()  # the gradient still reaches it
     assert linear.parts[0].scale.grad.isfinite().all()

@@ -189,7 +189,7 @@ def _step(step: dict[str, Any]) -> str | None:
 
 def _unknown(folder: Path, what: str) -> InputError:
     return InputError(
-        f"the tokenizer of {folder} {what}, which llama.cpp would read differently: it reads byte-level BPE that "
-        "splits words as GPT-2, SmolLM, Llama 3, Qwen 2, Tekken or GPT-4o do, and BPE over SentencePiece's pieces; export to "
+        f"the tokenizer of {folder} {what}, which llama.cpp would read differently: expected BPE over SentencePiece's "
+        "pieces, or over bytes with words split as GPT-2, SmolLM, Llama 3, Qwen 2, Tekken or GPT-4o do; export to "
         "dense instead"
     )

@@ -13,12 +13,12 @@ from ultralowbit.format.segment import Segment
 
 
 class StoreFp16(torch.autograd.Function):
-    """Rounding to fp16, and up to `low`, with the gradient passed straight through."""
+    """Rounding to fp16, and away from 0 to `low` or -`low`, with the gradient passed straight through."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, low: float | None) -> Tensor:
         stored = values.half().float()
-        return stored if low is None else stored.clamp_min_(low)
+        return stored if low is None else stored.abs().clamp_min_(low).copysign(stored)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
