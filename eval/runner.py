@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ultralowbit.checkpoint.config import QUANT_METHOD, read_config_json, text_config
 from ultralowbit.checkpoint.size import measure_size
 from ultralowbit.data.corpora import public_name, read_text, token_sha256
-from ultralowbit.errors import CheckpointError, InputError, reason
+from ultralowbit.errors import CheckpointError, InputError, naming_memory, reason
 from ultralowbit.eval.base import Bos, Measured, Result, without_original
 from ultralowbit.eval.fidelity import Depth, by_depth, recorded
 from ultralowbit.eval.metric import METRICS, by_metric
@@ -130,9 +130,10 @@ def open_model(
         activations = "int8" if int8 else "exact"
         return load(folder, activations, fuse, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
-        )
+        with naming_memory(f"loading {folder}"):
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
+            )
     except (OSError, ValueError, ImportError) as e:
         raise InputError(f"transformers cannot load {folder} ({reason(e)}): check the folder") from e
     if loading["missing_keys"]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ultralowbit.data.corpora import token_sha256
-from ultralowbit.errors import InputError
+from ultralowbit.errors import InputError, naming_memory
 from ultralowbit.eval.base import Bos, Metric, Result, without_original
 
 _BATCH_TOKENS = 2048
@@ -77,8 +77,12 @@ def forward(model: nn.Module, windows: Tensor, batch_size: int | None = None) ->
     model.eval()
     try:
         for batch in windows.split(batch_size or batch_windows(context)):
-            batch = batch.to(device)
-            yield batch, model(batch, use_cache=False).logits
+            with naming_memory(
+                f"running windows of {context} tokens through {getattr(model, 'name_or_path', 'a model')}"
+            ):
+                batch = batch.to(device)
+                logits = model(batch, use_cache=False).logits
+            yield batch, logits
     finally:
         model.train(training)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message is one sentence with what was found, expected and to be done."""
@@ -24,3 +28,40 @@ class CheckpointError(ValueError):
 
 class DiskFull(OSError):
     """No space is left; what was committed is kept."""
+
+
+class OutOfMemory(MemoryError):
+    """Memory ran out; the message says while doing what. What was committed is kept."""
+
+
+_ALLOCATOR = re.compile(r"^\[enforce fail at [^]]*\] [^.]*\. ")
+"""The place in torch's source with which its allocator's message begins."""
+
+
+def out_of_memory(error: Exception, doing: str) -> OutOfMemory | None:
+    """The same as an `OutOfMemory`, or None where the error says something else; `doing` is what with which file, as in
+    "reading model.safetensors"."""
+    if isinstance(error, OutOfMemory):
+        return error  # it names something nearer
+    text = " ".join(str(error).split())
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+    if not known and "can't allocate memory" not in text and "Cannot allocate memory" not in text:
+        return None
+    what = _ALLOCATOR.sub("", text).split(". ")[0].rstrip(".")
+    return OutOfMemory(
+        f"out of memory while {doing}{f' ({what})' if what else ''}: free some, or use fewer samples or a shorter "
+        "length, then run the same command to go on"
+    )
+
+
+@contextmanager
+def naming_memory(doing: str) -> Iterator[None]:
+    """Raise `OutOfMemory` in place of whatever says that memory ran out: Python, numpy, torch and the system each have
+    their own."""
+    try:
+        yield
+    except Exception as error:
+        named = out_of_memory(error, doing)
+        if named is None or named is error:
+            raise
+        raise named from error

@@ -107,7 +107,7 @@ def test_running_out_of_memory_says_of_what(tmp_path, monkeypatch):
     with pytest.raises(MemoryError) as error:
         read_headers([tmp_path / "model.safetensors"])
     assert str(tmp_path / "model.safetensors") in explain(error.value)
-    assert explain(error.value).startswith("out of memory (")
+    assert explain(error.value).startswith("out of memory while reading ")
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_any_work(tmp_path):

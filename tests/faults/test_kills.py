@@ -26,22 +26,25 @@ PLACES = ["new", "over an old checkpoint", "inside"]
 """Where a run writes: a new folder, one that `--restart` replaces, one that cannot be renamed."""
 
 
+NOTES = ("manifest.json", ".ultralowbit-local.json")
+"""Files that hold what was measured while they were made."""
+MEASURED = ("seconds", "block_seconds", "peak_memory_bytes")
+
+
 def timeless(value: Any) -> Any:
-    """A manifest without what a clock wrote."""
+    """Notes without what was measured."""
     if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "block_seconds")}
+        return {k: timeless(v) for k, v in value.items() if k not in MEASURED}
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
 def is_same(folder: Path, expected: Path) -> bool:
-    """Whether two checkpoints hold the same files with the same bytes, but for the times in manifest.json."""
+    """Whether two checkpoints hold the same files with the same bytes, but for what was measured."""
     if sorted(p.name for p in folder.iterdir()) != sorted(p.name for p in expected.iterdir()):
         return False
-    manifests = [timeless(json.loads((f / "manifest.json").read_text())) for f in (folder, expected)]
-    others = [path.name for path in expected.iterdir() if path.name != "manifest.json"]
-    return manifests[0] == manifests[1] and all(
-        (folder / name).read_bytes() == (expected / name).read_bytes() for name in others
-    )
+    mine, theirs = ([timeless(json.loads((f / name).read_text())) for name in NOTES] for f in (folder, expected))
+    others = [path.name for path in expected.iterdir() if path.name not in NOTES]
+    return mine == theirs and all((folder / name).read_bytes() == (expected / name).read_bytes() for name in others)
 
 
 def in_a_killed_process(run: Callable[[], Any], event: int | None = None, seconds: float | None = None) -> bool:

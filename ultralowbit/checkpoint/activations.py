@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ultralowbit.checkpoint.storage import raise_disk_full
-from ultralowbit.errors import CheckpointError
+from ultralowbit.errors import CheckpointError, naming_memory
 
 
 class Activations:
@@ -27,7 +27,8 @@ class Activations:
         elif not path.is_file() or path.stat().st_size != nbytes:
             there = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
             raise CheckpointError(f"{path} {there}, expected {nbytes} bytes of activations: begin again with --restart")
-        self.tensor = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+        with naming_memory(f"mapping {path}"):
+            self.tensor = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
 
     def _reserve(self, nbytes: int) -> None:
         self.path.unlink(missing_ok=True)

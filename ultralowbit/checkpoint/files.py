@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ultralowbit.checkpoint.storage import read_json
-from ultralowbit.errors import CheckpointError
+from ultralowbit.errors import CheckpointError, naming_memory
 from ultralowbit.format.words import TensorSpec
 
 WEIGHTS = "model.safetensors"
@@ -101,12 +101,10 @@ def _header(file: Path) -> dict[str, TensorSpec]:
 def _opened(file: str | Path) -> Iterator[Any]:
     """A safetensors file, mapped into memory; every error of the body is the file's, and names it."""
     try:
-        with safe_open(str(file), framework="pt") as shard:
+        with naming_memory(f"reading {file}"), safe_open(str(file), framework="pt") as shard:
             yield shard
     except (SafetensorError, OSError) as e:
         raise CheckpointError(f"{file} is not a complete safetensors file ({e}): copy or compress it again") from e
-    except MemoryError as e:  # where addresses are limited
-        raise MemoryError(f"{file} does not fit: {e}") from e
 
 
 class Source:
@@ -134,9 +132,10 @@ class Source:
             for name in names:
                 file = self.file_of[name]
                 try:
-                    if file not in shards:
-                        shards[file] = stack.enter_context(safe_open(str(self.folder / file), framework="pt"))
-                    tensors[name] = shards[file].get_tensor(name).clone()
+                    with naming_memory(f"reading {name} of {self.folder / file}"):
+                        if file not in shards:
+                            shards[file] = stack.enter_context(safe_open(str(self.folder / file), framework="pt"))
+                        tensors[name] = shards[file].get_tensor(name).clone()
                 except (SafetensorError, OSError) as e:
                     raise CheckpointError(
                         f"{self.folder / file} cannot be read at {name} ({e}): download the model again"

@@ -35,12 +35,13 @@ from ultralowbit.checkpoint.storage import (
     write_json,
     write_tensors,
 )
-from ultralowbit.errors import CheckpointError, InputError
+from ultralowbit.errors import CheckpointError, InputError, naming_memory
 from ultralowbit.progress import Progress
 
 INSIDE = ".ultralowbit-work"
 LOCAL = ".ultralowbit-local.json"
-"""Where the model and the texts lay on this machine, for `verify --rerun`; it is not uploaded with the checkpoint."""
+"""Where the model and the texts lay on this machine, for `verify --rerun`, and the memory that the run took; it is not
+uploaded with the checkpoint."""
 
 _MARK = {"made_by": "ultralowbit"}
 _FOLDERS = ("blocks", "checkpoint", "replaced", "finetuned", "preprocess")
@@ -63,7 +64,7 @@ class Job:
         self.checkpoint = self.work / "checkpoint"
         self.state: dict[str, Any] = {
             **_MARK, "fingerprint": fingerprint, "blocks": 0, "layers": {}, "seconds": {}, "blockwise": {},
-            "files": {}, "publishing": False,
+            "files": {}, "publishing": False, "peak_memory_bytes": 0,
         }  # fmt: skip
         self._lock = FileLock(self.work / "lock")
 
@@ -192,7 +193,8 @@ class Job:
         self.record([path])
 
     def read_block(self, i: int) -> dict[str, Tensor]:
-        return load_file(self.block_file(i))
+        with naming_memory(f"reading {self.block_file(i)}"):
+            return load_file(self.block_file(i))
 
     def record(self, paths: Iterable[Path]) -> None:
         """Note size and digest of files in the work folder."""
@@ -204,6 +206,10 @@ class Job:
         """Do not expect files of the work folder any more."""
         for path in paths:
             self.state["files"].pop(str(path.relative_to(self.work)), None)
+
+    def note_memory(self, nbytes: int) -> None:
+        """Keep the largest of what each process that was at the job has needed so far."""
+        self.state["peak_memory_bytes"] = max(self.state["peak_memory_bytes"], nbytes)
 
     def commit(self) -> None:
         """Make `state` what a resumed job starts from."""

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from ultralowbit.errors import CheckpointError, DiskFull
+from ultralowbit.errors import CheckpointError, DiskFull, naming_memory
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says where a file cannot grow."""
@@ -65,8 +65,9 @@ def json_digest(value: Any) -> str:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file, atomically."""
-    stored = {name: t.contiguous() for name, t in tensors.items()}
-    write_atomic(path, save(stored, metadata={"format": "pt", **(metadata or {})}))
+    with naming_memory(f"writing {path}"):
+        stored = {name: t.contiguous() for name, t in tensors.items()}
+        write_atomic(path, save(stored, metadata={"format": "pt", **(metadata or {})}))
 
 
 def read_json(path: Path, remedy: str = "copy it again") -> dict[str, Any]:

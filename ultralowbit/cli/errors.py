@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import errno
-import re
 
-from ultralowbit.errors import CheckpointError, DiskFull, FormatError, InputError
+from ultralowbit.errors import CheckpointError, DiskFull, FormatError, InputError, out_of_memory
 
 FAILED, USAGE, FELL_BACK, QUALITY, INTERRUPTED = 1, 2, 3, 4, 130
 
@@ -15,9 +14,6 @@ _FULL = {
     errno.EFBIG: "the file would be larger than the system allows",
 }
 
-_ALLOCATOR = re.compile(r"^\[enforce fail at [^]]*\] [^.]*\. ")
-"""The place in torch's source with which its allocator's message begins."""
-
 
 def explain(error: Exception) -> str:
     """An error in one sentence that says what to do."""
@@ -26,9 +22,8 @@ def explain(error: Exception) -> str:
         return error.strerror
     if isinstance(error, InputError | CheckpointError | FormatError):
         return text
-    if _is_out_of_memory(error, text):
-        what = _ALLOCATOR.sub("", text).split(". ")[0] or "allocation failed"
-        return f"out of memory ({what}): free some, or use fewer --samples or a shorter --length"
+    if memory := out_of_memory(error, "running this command"):
+        return str(memory)
     if isinstance(error, OSError) and error.errno in _FULL:
         where = error.filename or "a file"
         return f"{_FULL[error.errno]} to write {where}: make room, then run the same command to go on"
@@ -36,8 +31,3 @@ def explain(error: Exception) -> str:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     kind = type(error).__name__
     return f"unexpected {kind}: {text} (ULTRALOWBIT_DEBUG=1 shows where; please report it)"
-
-
-def _is_out_of_memory(error: Exception, text: str) -> bool:
-    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
-    return out_of_memory or "can't allocate memory" in text or "Cannot allocate memory" in text

@@ -11,7 +11,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from ultralowbit.checkpoint.config import QUANT_METHOD, read_config_json
 from ultralowbit.checkpoint.files import weight_files
-from ultralowbit.errors import CheckpointError, reason
+from ultralowbit.errors import CheckpointError, naming_memory, reason
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.nn import fused
 from ultralowbit.nn.linear import PackedLinear, swap
@@ -70,7 +70,8 @@ def load(
             )
         check_config(weight_files(folder))  # before transformers builds what an edited one describes
         _check_generation_config(folder)
-    model = AutoModelForCausalLM.from_pretrained(path, **{"dtype": "auto", **kwargs}).eval()
+    with naming_memory(f"loading {path}"):
+        model = AutoModelForCausalLM.from_pretrained(path, **{"dtype": "auto", **kwargs}).eval()
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.int8 = activations == "int8"

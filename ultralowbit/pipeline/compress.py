@@ -17,15 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultralowbit.checkpoint.job import Job
+from ultralowbit.checkpoint.job import LOCAL, Job
 from ultralowbit.checkpoint.manifest import read_manifest
+from ultralowbit.checkpoint.storage import read_json
 from ultralowbit.data.calibration import Calibration
 from ultralowbit.data.corpora import public_name
+from ultralowbit.errors import CheckpointError, naming_memory
 from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.format.words import VERSION
 from ultralowbit.hub import resolve_model
 from ultralowbit.methods.statistics import Need
 from ultralowbit.nn.decoder import Decoder
+from ultralowbit.pipeline.allocate import allocated, expected_planes
 from ultralowbit.pipeline.source import TextReader, hash_model, open_decoder, planned_formats
 from ultralowbit.pipeline.stream import BlockStream
 from ultralowbit.pipeline.write import write_checkpoint
@@ -48,6 +51,15 @@ class Compressed:
         """Linears that were rounded to nearest because their statistics failed, and why."""
         return {name: layer["fallback"] for name, layer in self.manifest["layers"].items() if layer["fallback"]}
 
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        """The largest resident set of the processes that made it; None where it was made elsewhere."""
+        try:
+            nbytes = read_json(self.folder / LOCAL).get("peak_memory_bytes")
+        except CheckpointError:
+            return None
+        return nbytes if type(nbytes) is int and 0 < nbytes < 2**63 else None
+
 
 def compress(
     model: str,
@@ -62,14 +74,14 @@ def compress(
     """Compress a local folder or hub model into the packed checkpoint `out`.
 
     Killed at any moment, the same call goes on from the last committed block and ends with the same bytes; once
-    `out` is there it returns at once. Raises `InputError`, `CheckpointError` or `DiskFull` in one sentence; `out` is
-    then untouched.
+    `out` is there it returns at once. Raises `InputError`, `CheckpointError`, `DiskFull` or `OutOfMemory` in one
+    sentence; `out` is then untouched.
     """
     progress = progress or Silent()
     where = pick_device(device)
     folder = resolve_model(model)
     decoder = open_decoder(folder, where, trust_remote_code)
-    formats = planned_formats(decoder, recipe)
+    formats = planned_formats(decoder, expected_planes(decoder, recipe))
     texts = _read_texts(recipe, formats, TextReader(folder, decoder, trust_remote_code, progress))
     fingerprint = _fingerprint(decoder, recipe, texts, hash_model(decoder, progress))
     job = Job.open(Path(out), fingerprint, restart, progress)
@@ -84,11 +96,15 @@ def compress(
 
     try:
         if recipe.preprocess is not None:
-            made = _preprocess(job, recipe, texts["preprocess"].tokens, decoder, again, trust_remote_code, progress)
+            with naming_memory(f"training adapters of {folder}"):
+                made = _preprocess(job, recipe, texts["preprocess"].tokens, decoder, again, trust_remote_code, progress)
             decoder = open_decoder(made, where, trust_remote_code)
-        BlockStream(job, decoder, recipe, texts.get("calibration"), progress).run()
+        with naming_memory(f"running {folder} block by block"):
+            chosen = allocated(job, decoder, recipe, texts.get("calibration"), progress)
+        BlockStream(job, decoder, chosen, texts.get("calibration"), progress).run()
         if recipe.finetune is not None:
-            _finetune(job, folder, decoder, recipe, texts["finetune"].tokens, trust_remote_code, progress)
+            with naming_memory(f"fine-tuning {folder}"):
+                _finetune(job, folder, decoder, recipe, texts["finetune"].tokens, trust_remote_code, progress)
         manifest = write_checkpoint(job, model, folder, decoder, recipe, texts.get("calibration"))
         job.publish()
     finally:
@@ -100,7 +116,8 @@ def _read_texts(recipe: Recipe, formats: Mapping[str, Any], reader: TextReader) 
     """The windows that each stage reads, by the stage's name; none where no stage reads text."""
     trained = {"preprocess": recipe.preprocess, "finetune": recipe.finetune}
     trained = {stage: spec for stage, spec in trained.items() if spec is not None}
-    needs_data = recipe.blockwise or trained or any(recipe.method_for(n).needs is not Need.NOTHING for n in formats)
+    stages = any((recipe.allocate, recipe.blockwise, trained))
+    needs_data = stages or any(recipe.method_for(n).needs is not Need.NOTHING for n in formats)
     if not needs_data:
         return {}
     texts = {"calibration": reader.read(recipe.calibration)}

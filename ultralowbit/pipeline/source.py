@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ultralowbit.checkpoint.storage import sha256_file
 from ultralowbit.data.calibration import Calibration, calibrate
-from ultralowbit.errors import InputError
+from ultralowbit.errors import InputError, naming_memory
 from ultralowbit.format.weight import Format
 from ultralowbit.hub import open_tokenizer
 from ultralowbit.methods.rotation import rotated_format, rotated_weight
@@ -123,10 +123,12 @@ class TextReader:
         length = window_length(spec, self.decoder)
         if length < spec.length:
             self.progress.say(f"windows of {spec.source} cut from {spec.length} to the model's {length} positions")
-        data = calibrate(
-            spec.source, self.tokenizer, samples=spec.samples, length=length, seed=spec.seed, model_path=self.folder,
-            device=self.decoder.device, progress=self.progress.counter(f"text from {spec.source}"),
-        )  # fmt: skip
+        with naming_memory(f"reading {spec.samples} windows of {spec.source}"):
+            data = calibrate(
+                spec.source, self.tokenizer, samples=spec.samples, length=length, seed=spec.seed,
+                model_path=self.folder, device=self.decoder.device,
+                progress=self.progress.counter(f"text from {spec.source}"),
+            )  # fmt: skip
         rows = self.decoder.model.get_input_embeddings().weight.shape[0]
         if data.tokens.max() >= rows:
             raise InputError(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ultralowbit.checkpoint.activations import Activations
 from ultralowbit.checkpoint.job import Job
 from ultralowbit.data.calibration import Calibration
-from ultralowbit.errors import CheckpointError, FormatError
+from ultralowbit.errors import CheckpointError, FormatError, naming_memory
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.methods.statistics import InputStats, Need
 from ultralowbit.nn.decoder import BlockCall, Decoder, run_block
@@ -29,7 +29,7 @@ from ultralowbit.pipeline.quantize import give_weight, quantize_linear
 from ultralowbit.pipeline.source import batched
 from ultralowbit.progress import OnProgress, Progress
 from ultralowbit.recipe import Recipe
-from ultralowbit.system import return_free_memory
+from ultralowbit.system import peak_memory, return_free_memory
 from ultralowbit.training.blockwise import Streams, train_block
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class BlockStream:
             self.job.forget(self._file(i, stream) for stream in self.streams)
             if i + 1 < len(self.decoder.blocks):
                 self.job.record(self._file(i + 1, stream) for stream in self.streams)
+        self.job.note_memory(peak_memory())
         self.job.commit()
 
     def _file(self, i: int, stream: str) -> Path:
@@ -100,7 +101,10 @@ class BlockStream:
 
     def _block(self, i: int, call: BlockCall | None) -> None:
         decoder, state = self.decoder, self.job.state
-        with decoder.filled_block(i) as (block, stored):
+        with (
+            naming_memory(f"packing {decoder.block_name(i)} of {decoder.source.folder}"),
+            decoder.filled_block(i) as (block, stored),
+        ):
             linears = decoder.linears(i, self.recipe.ignore)
             tensors = {name: tensor for name, tensor in stored.items() if name.removesuffix(".weight") not in linears}
             inputs = None if call is None else self._activations(i).tensor

@@ -21,7 +21,7 @@ from ultralowbit.format.weight import Format
 from ultralowbit.nn.decoder import Decoder
 from ultralowbit.nn.quantizer import UltraLowBitConfig
 from ultralowbit.recipe import Recipe
-from ultralowbit.system import environment
+from ultralowbit.system import environment, peak_memory
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 _NOT_CARRIED = {CONFIG, "README.md", INDEX, MANIFEST, "recipe.yaml"}
@@ -61,7 +61,9 @@ def write_checkpoint(
     write_json(out / MANIFEST, manifest)
     paths = {public_name(source): str(Path(source).expanduser().absolute()) for source in recipe.sources}
     places = {name: path for name, path in paths.items() if Path(path).exists()}
-    write_json(out / LOCAL, {"model": _place(model), "texts": places})
+    job.note_memory(peak_memory())
+    local = {"model": _place(model), "texts": places, "peak_memory_bytes": job.state["peak_memory_bytes"]}
+    write_json(out / LOCAL, local)
     return manifest
 
 
@@ -91,7 +93,11 @@ def _manifest(job: Job, model: str, decoder: Decoder, recipe: Recipe, data: Cali
         "calibration": calibration,
         "layers": job.state["layers"],
         "block_seconds": job.state["seconds"],
-        **{stage: job.state[stage] for stage in ("preprocess", "blockwise", "finetune") if job.state.get(stage)},
+        **{
+            stage: job.state[stage]
+            for stage in ("preprocess", "allocation", "blockwise", "finetune")
+            if job.state.get(stage)
+        },
         "left_out": {part: {"tensors": n, "weights": weights} for part, (n, weights) in left_out.items()},
         "environment": environment(decoder.device),
     }

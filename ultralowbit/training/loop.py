@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -271,7 +271,8 @@ class _Fit:
             tensors[f"parameter/{name}"] = p.detach()
             tensors |= {f"{moment}/{name}": t for moment, t in self.optimizer.state.get(p, {}).items()}
         tensors = {name: t.cpu() for name, t in tensors.items()}
-        write_tensors(self.file, tensors, {"state": json.dumps(asdict(self.state))})
+        state = json.dumps(asdict(self.state))
+        write_tensors(self.file, tensors, {"state": state, "sha256": _digest(state, tensors, tensors.get)})
         self.saved = time.monotonic()
         if self.save_seconds:
             self.wait = max(self.save_seconds, 50 * (self.saved - started))
@@ -282,12 +283,15 @@ class _Fit:
             return False
         try:
             with safe_open(self.file, framework="pt") as stored:
-                state = _State(**json.loads(stored.metadata()["state"]))
+                names, metadata = list(stored.keys()), stored.metadata()
+                if metadata["sha256"] != _digest(metadata["state"], names, stored.get_tensor):
+                    raise ValueError("its bytes have changed since they were written")
+                state = _State(**json.loads(metadata["state"]))
                 if state.run != self.state.run:
                     raise InputError(
                         f"{self.file} is the state of another training, or of other settings: remove it to start anew"
                     )
-                for key in stored.keys():  # noqa: SIM118 - no mapping
+                for key in names:
                     what, _, name = key.partition("/")
                     p, value = self.named[name], stored.get_tensor(key)
                     if what == "best":
@@ -302,3 +306,13 @@ class _Fit:
             raise InputError(f"{self.file} is no state of a training ({reason(e)}): remove it to start anew") from e
         self.state = state
         return True
+
+
+def _digest(state: str, names: Iterable[str], tensor_of: Callable[[str], Tensor]) -> str:
+    """Hex digest of what a saved state holds; its tensors are asked for one at a time."""
+    digest = hashlib.sha256(state.encode())
+    for name in sorted(names):
+        tensor = tensor_of(name)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -9,7 +9,6 @@ and W', which lies near what the format can hold, is the model that is then quan
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ultralowbit.checkpoint.storage import write_json
+from ultralowbit.checkpoint.manifest import changed_files
+from ultralowbit.checkpoint.storage import json_digest, read_json, sha256_file, write_json
 from ultralowbit.errors import InputError
 from ultralowbit.nn.hf import load
 from ultralowbit.nn.linear import PackedLinear, linear_shape, swap
@@ -88,9 +88,14 @@ def preprocess(
             swap(model, name, model.get_submodule(name).merge())
         half_done = work / "merging"
         model.to(dtype).save_pretrained(half_done)
-        write_json(half_done / "preprocess.json", asdict(fitted))
+        files = {path.name: sha256_file(path) for path in half_done.iterdir()}
+        made = {"fitted": asdict(fitted), "files": files}
+        write_json(half_done / "preprocess.json", {**made, "sha256": json_digest(made)})
         half_done.replace(merged)
-    return merged, json.loads((merged / "preprocess.json").read_text())
+    made = read_json(merged / "preprocess.json", "begin again with --restart")
+    if made.pop("sha256", None) != json_digest(made) or changed_files(merged, made):
+        raise InputError(f"{merged} has changed since it was made: begin again with --restart")
+    return merged, made["fitted"]
 
 
 def _train(
