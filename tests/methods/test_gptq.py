@@ -15,7 +15,8 @@ def grid(bits: int, symmetric: bool, clip: bool = False):
     top = 2**bits - 1
 
     def ranged(low, high):
-        scale = ((high - low) / top).half().double().clamp_min(2.0**-24)
+        scale = ((high - low) / top).half().double()
+        scale = scale.where(scale.abs() >= 2.0**-24, 2.0**-24)
         zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else (-low / scale).round().clamp(0, top)
         return scale, zero
 
@@ -24,7 +25,10 @@ def grid(bits: int, symmetric: bool, clip: bool = False):
         if symmetric:
             high = torch.maximum(high, -low)
             low = -high
-        tried = [ranged(low * (1 - i / 100), high * (1 - i / 100)) for i in range(80 if clip else 1)]
+        shares = [1 - i / 100 for i in range(80 if clip else 1)]
+        if symmetric and clip:
+            shares += [-share for share in shares]
+        tried = [ranged(low * share, high * share) for share in shares]
         errors = torch.stack(
             [
                 (weight - (((weight / s[:, None]).round() + z[:, None]).clamp(0, top) - z[:, None]) * s[:, None])
@@ -53,12 +57,13 @@ def test_it_is_algorithm_1(layer, gptq_reference, differing_rows, bits, group, s
     assert differing_rows(method.quantize(problem.weight, problem.stats).dequantize(), expected) <= 1
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
 @pytest.mark.parametrize("group", [32, None], ids=["g32", "row"])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_it_is_algorithm_1_with_clipped_ranges(layer, gptq_reference, differing_rows, bits, group):
+def test_it_is_algorithm_1_with_clipped_ranges(layer, gptq_reference, differing_rows, bits, group, symmetric):
     problem = layer(24, 80, seed=bits)
-    method = GPTQ(bits=bits, group=group, clip="mse")
-    expected = gptq_reference(problem, grid(bits, False, clip=True), group, method.damp)
+    method = GPTQ(bits=bits, group=group, symmetric=symmetric, clip="mse")
+    expected = gptq_reference(problem, grid(bits, symmetric, clip=True), group, method.damp)
     assert differing_rows(method.quantize(problem.weight, problem.stats).dequantize(), expected) <= 1
 
 

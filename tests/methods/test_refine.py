@@ -1,4 +1,4 @@
-"""Refinement of sign planes: every step against what it minimises, in fp64."""
+"""Refinement of sign planes and integer codes: every step against what it minimises, in fp64."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.format.words import unpack_fields
 from ultralowbit.methods.compensate import compensated_codes
+from ultralowbit.methods.gptq import GPTQ
 from ultralowbit.methods.refine import refine
 from ultralowbit.methods.rounding.signs import SignRounding
 from ultralowbit.methods.sign import Sign
@@ -102,6 +103,42 @@ def test_no_single_code_is_left_that_lowers_the_error(layer, planes):
             assert (errors(weight, tried, H) >= base * (1 - 1e-4)).all()
 
 
+INTS = [(2, 64, True), (2, None, False), (4, 32, True), (3, 32, False)]
+
+
+def refined_ints(problem, bits: int, group: int | None, symmetric: bool, rounds: int) -> PackedWeight:
+    method = GPTQ(bits=bits, group=group, symmetric=symmetric, clip="mse" if symmetric else None, refine=rounds)
+    return method.quantize(problem.weight, problem.stats)
+
+
+@pytest.mark.parametrize("ints", INTS)
+def test_no_round_raises_the_error_of_a_row_of_integers(layer, ints):
+    problem = layer(9, 100)
+    H = damped(problem.stats.hessian)
+    before = first = errors(problem.weight, refined_ints(problem, *ints, 0).dequantize(), H)
+    for rounds in (1, 2, 4):
+        after = errors(problem.weight, refined_ints(problem, *ints, rounds).dequantize(), H)
+        assert (after <= before * (1 + 1e-5)).all()
+        before = after
+    assert before.sum() < 0.95 * first.sum()
+
+
+def test_refined_integers_are_a_minimum_in_every_coordinate(layer):
+    problem = layer(6, 48)
+    weight, packed = problem.weight, refined_ints(problem, 2, None, True, 50)
+    H = damped(problem.stats.hessian)
+    values, scale = packed.dequantize(), packed.tensors["weight_scale"].float()[0]  # [out]
+    base = errors(weight, values, H)
+    for j in range(48):
+        for number in range(-2, 2):
+            tried = values.clone()
+            tried[:, j] = number * scale
+            assert (errors(weight, tried, H) >= base * (1 - 1e-4)).all()
+    # and so is each scale, but for its rounding to fp16: the error is a parabola in it
+    for nearby in (scale * (1 - 2**-9), scale * (1 + 2**-9)):
+        assert (errors(weight, values / scale[:, None] * nearby[:, None], H) >= base).all()
+
+
 @pytest.mark.parametrize("group", [32, None])
 def test_fitting_a_few_rows_at_a_time_changes_nothing(layer, monkeypatch, group):
     problem = layer(23, 64)
@@ -117,13 +154,19 @@ def test_edges(layer):
     weight = torch.full((4, 64), 0.5)
     packed = Sign(damp=DAMP, refine=2).quantize(weight, constant.stats)
     assert torch.equal(packed.dequantize(), weight)
+    packed = GPTQ(bits=2, group=None, symmetric=True, refine=2).quantize(weight, constant.stats)
+    assert torch.equal(packed.dequantize(), weight)
     nothing = torch.zeros(4, 64)
     packed = Sign(planes=2, damp=DAMP, refine=2).quantize(nothing, constant.stats)
     assert torch.equal(packed.dequantize(), nothing)
 
 
 @pytest.mark.parametrize("alive", [0, 3, 128], ids=["none", "a few", "one group"])
-@pytest.mark.parametrize("method", [Sign(planes=2, refine=1), Sign(refine=1)], ids=["two planes", "one plane"])
+@pytest.mark.parametrize(
+    "method",
+    [Sign(planes=2, refine=1), Sign(refine=1), GPTQ(bits=2, symmetric=True, refine=1)],
+    ids=["two planes", "one plane", "integers"],
+)
 def test_inputs_that_are_always_zero_are_no_error(method, alive):
     x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     x[:, alive:] = 0
