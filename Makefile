@@ -3,8 +3,11 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+VERSION ?= 5.10.1
+OTHER = build/transformers-$(VERSION)
+PURELIB = import sysconfig; print(sysconfig.get_path('purelib'))
 
-.PHONY: demo test test-all campaign lint clean
+.PHONY: demo test test-all campaign test-transformers lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ultralowbit demo
@@ -17,6 +20,12 @@ test-all: $(VENV)/.installed
 
 campaign: $(VENV)/.installed
 	$(PYTEST) -m campaign -s
+
+test-transformers: $(VENV)/.installed # an environment of its own on all else that .venv has; by default the oldest
+	$(BIN)/python -m venv $(OTHER)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "$(PURELIB)")')" > "$$($(OTHER)/bin/python -c "$(PURELIB)")/shared.pth"
+	$(OTHER)/bin/python -m pip install --quiet transformers==$(VERSION)
+	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -n 2 tests/nn/test_hf.py tests/nn/test_hf_names.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
