@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from importlib.resources import files
@@ -12,13 +12,15 @@ from types import MappingProxyType
 from typing import Any, ClassVar, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from ultralowbit.errors import InputError
 from ultralowbit.methods import METHODS
+from ultralowbit.methods.allocation import Allocate
 from ultralowbit.methods.base import Method
 from ultralowbit.methods.error_correction import ErrorCorrection
 from ultralowbit.methods.rotation import Rotate
+from ultralowbit.methods.sign import Sign
 from ultralowbit.training.specs import Blockwise, CalibrationSpec, Finetune, Preprocess, StrictModel, one_of
 
 Quantize = one_of(METHODS, "method")
@@ -40,12 +42,14 @@ class Recipe(StrictModel):
     preprocess: Preprocess | None = None
     rotate: Rotate | None = None
     error_correction: ErrorCorrection | None = None
+    allocate: Allocate | None = None
     quantize: Quantize
     blockwise: Blockwise | None = None
     finetune: Finetune | None = None
     calibration: CalibrationSpec = CalibrationSpec()
     ignore: tuple[str, ...] = Field((), description="shell patterns of Linears to leave as they are")
     overrides: tuple[Override, ...] = ()
+    _planes: Mapping[str, int] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _can_correct(self) -> Recipe:
@@ -53,10 +57,29 @@ class Recipe(StrictModel):
             raise ValueError("error_correction counts all tokens alike: leave calibration.clip_tokens out")
         return self
 
+    @model_validator(mode="after")
+    def _has_planes(self) -> Recipe:
+        if self.allocate is not None and (not isinstance(self.quantize, Sign) or self.quantize.tied):
+            raise ValueError("allocate chooses planes: give it quantize: {method: sign, tied: false}")
+        return self
+
     def method_for(self, name: str) -> Method:
-        """The method of the Linear with this full name: the last matching override, or `quantize`."""
+        """The method of the Linear with this full name: the last matching override, or `quantize`, with the planes that
+        were allocated to it."""
         matching = [override.quantize for override in self.overrides if fnmatch(name, override.match)]
-        return (matching or [self.quantize])[-1]
+        if matching:
+            return matching[-1]
+        return replace(self.quantize, planes=self._planes[name]) if name in self._planes else self.quantize
+
+    def with_planes(self, planes: Mapping[str, int]) -> Recipe:
+        """The recipe with so many planes for these Linears, by their full names."""
+        recipe = self.model_copy()
+        recipe._planes = dict(planes)
+        return recipe
+
+    def is_allocated(self, name: str) -> bool:
+        """Whether the planes of the Linear with this full name are chosen by `allocate`."""
+        return self.allocate is not None and not any(fnmatch(name, override.match) for override in self.overrides)
 
     def hadamard(self, in_features: int) -> int | None:
         """The block of the Hadamard matrix that multiplies so many inputs of a Linear, None where there is none."""
@@ -66,7 +89,8 @@ class Recipe(StrictModel):
     def reads_text(self) -> bool:
         """Whether a stage trains, or a method asks for statistics of inputs."""
         methods = (self.quantize, *(override.quantize for override in self.overrides))
-        return any((self.preprocess, self.blockwise, self.finetune)) or any(method.needs for method in methods)
+        stages = (self.preprocess, self.allocate, self.blockwise, self.finetune)
+        return any(stages) or any(method.needs for method in methods)
 
     @property
     def sources(self) -> list[str]:

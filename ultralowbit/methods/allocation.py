@@ -9,9 +9,20 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from pydantic import Field
 from torch import Tensor
 
 from ultralowbit.errors import InputError
+from ultralowbit.methods.base import fields
+
+
+@fields
+class Allocate:
+    """bits: true bits a weight of all packed Linears together, scales included, never exceeded; each Linear gets as
+    many planes as pay most. windows: of the calibration text, on which it is measured what pays."""
+
+    bits: float = Field(gt=0, le=16)
+    windows: int = Field(8, ge=1, le=4096)
 
 
 def allocate(losses: Tensor, nbytes: Tensor, budget: int) -> list[int]:

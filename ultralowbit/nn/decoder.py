@@ -205,7 +205,7 @@ class Decoder:
                     sink(k, spy.hidden)
             finally:
                 spy.leave()
-        calls = spy.calls
+        calls, self._returned = spy.calls, spy.returned
         if len(calls) != len(self.blocks):
             raise InputError(
                 f"{self.config.model_type} runs its {len(self.blocks)} blocks {len(calls)} times in one forward pass: "
@@ -219,6 +219,35 @@ class Decoder:
         for name in outside:
             set_module_tensor_to_device(self.model, name, "meta")
         return calls
+
+    @contextmanager
+    def after_blocks(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        """Everything but the blocks on the device, once `block_inputs` has run.
+
+        Yields what makes logits [batch, length, vocabulary] of the tokens [batch, length] and of the hidden states
+        [batch, length, hidden] that leave the last block, with a gradient to the latter.
+        """
+        names = self.names_outside_blocks()
+        self.fill(self.read(names))
+        tied = {name: source for name, source in tied_names(self.model).items() if name not in self.key_of}
+        for name, source in tied.items():
+            owner, _, leaf = name.rpartition(".")
+            self.model.get_submodule(owner)._parameters[leaf] = self.model.get_parameter(source)
+
+        def logits(tokens: Tensor, hidden: Tensor) -> Tensor:
+            for block in self.blocks:
+                block.forward = lambda *args, **kwargs: self._returned(hidden)
+            try:
+                return self.model(input_ids=tokens, use_cache=False).logits
+            finally:
+                for block in self.blocks:
+                    del block.forward
+
+        try:
+            yield logits
+        finally:
+            for name in [*names, *tied]:
+                set_module_tensor_to_device(self.model, name, "meta")
 
 
 class _Reached(Exception):
@@ -255,14 +284,14 @@ class _Spy:
                 self.alike &= _alike(BlockCall((), own), BlockCall((), kwargs))
             # blocks return hidden states bare, or first in a tuple
             bare = isinstance(output, Tensor)
-            self._like = (lambda hidden: hidden) if bare else lambda hidden: (hidden, *output[1:])
+            self.returned = (lambda hidden: hidden) if bare else lambda hidden: (hidden, *output[1:])
             return output
-        return self._like(self.hidden)
+        return self.returned(self.hidden)
 
     def _pass(self, *args: Any, **kwargs: Any) -> Any:
         hidden, call = _split_call(args, kwargs)
         self._note(call)
-        return self._like(hidden)
+        return self.returned(hidden)
 
     def _note(self, call: BlockCall) -> None:
         if self._passes == 1:

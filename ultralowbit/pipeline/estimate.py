@@ -21,6 +21,7 @@ from ultralowbit.hub import resolve_model
 from ultralowbit.methods.base import Method
 from ultralowbit.methods.statistics import InputStats
 from ultralowbit.nn.decoder import Decoder
+from ultralowbit.pipeline.allocate import expected_planes
 from ultralowbit.pipeline.rates import random, seconds
 from ultralowbit.pipeline.source import open_decoder, planned_formats, window_length
 from ultralowbit.pipeline.workload import Workload
@@ -122,10 +123,12 @@ def estimate(
     where = pick_device(device)
     folder = resolve_model(model)
     decoder = open_decoder(folder, where, trust_remote_code)
+    recipe = expected_planes(decoder, recipe)
     formats = planned_formats(decoder, recipe)
     size = _size(decoder, formats)
     work = Workload(decoder, recipe, formats)
-    notes = [] if work.exact_groups else ["which Linears share an input is not known: one Hessian a Linear is assumed"]
+    notes = [] if recipe.allocate is None else ["which Linears get how many planes is decided on the text"]
+    notes += [] if work.exact_groups else ["which Linears share an input is not known: one Hessian a Linear is assumed"]
     if any(_depends_on_data(method) for method in set(work.methods.values())):
         notes.append("with this recipe the size depends on data: bits and bytes are expected ones, not exact")
     if work.tokens:

@@ -26,6 +26,7 @@ from ultralowbit.system import environment, peak_memory
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 _NOT_CARRIED = {CONFIG, "README.md", INDEX, MANIFEST, "recipe.yaml"}
 _MEASURED = ("eval*.json", "report.*")  # of the original, and not of what is made from it
+_RECORDED = ("preprocess", "allocation", "blockwise", "finetune")  # what stages note of themselves
 _IN_FOLDERS = (".py", ".jinja")  # what sub-folders hold that loading needs: code, and further chat templates
 
 log = logging.getLogger(__name__)
@@ -93,11 +94,7 @@ def _manifest(job: Job, model: str, decoder: Decoder, recipe: Recipe, data: Cali
         "calibration": calibration,
         "layers": job.state["layers"],
         "block_seconds": job.state["seconds"],
-        **{
-            stage: job.state[stage]
-            for stage in ("preprocess", "allocation", "blockwise", "finetune")
-            if job.state.get(stage)
-        },
+        **{stage: job.state[stage] for stage in _RECORDED if job.state.get(stage)},
         "left_out": {part: {"tensors": n, "weights": weights} for part, (n, weights) in left_out.items()},
         "environment": environment(decoder.device),
     }

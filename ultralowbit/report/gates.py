@@ -114,8 +114,10 @@ def advice(recipe: Recipe) -> str:
         ("block", "smaller blocks", smaller),
     )
     hints = []
+    if recipe.allocate is not None:
+        hints.append(f"more bits (--bits {recipe.allocate.bits + 0.5:g})")
     for key, words, values in steps:
-        if hasattr(quantize, key):
+        if hasattr(quantize, key) and not (key == "planes" and recipe.allocate is not None):
             value = next((v for v in values(getattr(quantize, key)) if _takes(quantize, key, v)), None)
             hints += [] if value is None else [f"{words} (--set quantize.{key}={value})"]
     if recipe.reads_text:
@@ -140,5 +142,5 @@ def _next_recipe(recipe: Recipe) -> str | None:
         specs = quantize.format(_COLUMNS).tensors(_COLUMNS, _COLUMNS).values()
         return 8 * sum(torch.Size(s.shape).numel() * s.dtype.itemsize for s in specs) / _COLUMNS**2
 
-    enough = bits(recipe.quantize) + 0.25
+    enough = (bits(recipe.quantize) if recipe.allocate is None else recipe.allocate.bits) + 0.25
     return next((name for name in LADDER if bits(Recipe.load(name).quantize) > enough), None)

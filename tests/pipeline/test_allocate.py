@@ -1,0 +1,190 @@
+"""The stage `allocate`: sensitivities are those of the whole model, and bits go where they matter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import ultralowbit
+from ultralowbit.errors import InputError
+from ultralowbit.methods.rtn import RTN
+from ultralowbit.methods.sign import Sign
+from ultralowbit.nn.linear import PackedLinear
+from ultralowbit.pipeline.compress import compress
+from ultralowbit.pipeline.estimate import estimate
+from ultralowbit.pipeline.sensitivity import sensitivities
+from ultralowbit.pipeline.source import open_decoder
+from ultralowbit.pipeline.verify import rerun
+from ultralowbit.recipe import Recipe
+
+LLAMA = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+GPT2 = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+GEMMA = LLAMA | {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+GEMMA |= {"num_hidden_layers": 4, "tie_word_embeddings": True}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, save_model) -> Path:
+    return save_model(AutoConfig.for_model("llama", **LLAMA), tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture
+def recipe(text) -> Callable[..., Recipe]:
+    """recipe(bits, key=value, ...): sign planes allocated on four windows of a local text."""
+
+    def make(bits: float, **values: Any) -> Recipe:
+        data = {"name": "test", "allocate": {"bits": bits, "windows": 2}, "quantize": {"method": "sign"}}
+        data["calibration"] = {"source": text, "samples": 4, "length": 24}
+        return Recipe.model_validate(data | values)
+
+    return make
+
+
+def whole_model(folder: Path, tokens: torch.Tensor, lost: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The same figures from one backward pass through the whole model."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    costs, generator = dict.fromkeys(lost, 0.0), torch.Generator().manual_seed(0)
+    for window in tokens:
+        seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        hooks = [
+            model.get_submodule(name).register_forward_hook(
+                lambda _, args, out, name=name, seen=seen: seen.update({name: (args[0], out)})
+            )
+            for name in lost
+        ]
+        embedded = model.get_input_embeddings()(window[None]).requires_grad_(True)
+        log_p = model(inputs_embeds=embedded, use_cache=False).logits[0].log_softmax(-1)
+        draw = torch.rand(len(log_p), 1, generator=generator)
+        y = torch.searchsorted(log_p.detach().exp().cumsum(-1), draw).clamp_max(95)
+        gradients = torch.autograd.grad(log_p.gather(1, y).sum(), [out for _, out in seen.values()])
+        for (name, (x, _)), g in zip(seen.items(), gradients, strict=True):
+            costs[name] += torch.einsum("bto,oi,bti->bt", g, lost[name], x).square().sum().item()
+        for hook in hooks:
+            hook.remove()
+    return {name: cost / 2 / tokens.numel() for name, cost in costs.items()}
+
+
+def dense(module: torch.nn.Module) -> torch.Tensor:
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"), [("llama", LLAMA), ("gpt2", GPT2), ("gemma3_text", GEMMA)], ids=["llama", "gpt2", "gemma3"]
+)
+def test_block_by_block_is_the_whole_model(save_model, recipe, tmp_path, kind, values):
+    folder = save_model(AutoConfig.for_model(kind, **values), tmp_path / "model", seed=3)
+    decoder = open_decoder(folder, torch.device("cpu"))
+    tokens = torch.randint(96, (3, 20), generator=torch.Generator().manual_seed(1))
+    linears = {n: m for i in range(len(decoder.blocks)) for n, m in decoder.linears(i).items()}
+    method, steps = Sign(planes=2), []
+    got = sensitivities(
+        decoder, recipe(2.0), dict.fromkeys(linears, method), tokens, tmp_path / "scratch", lambda *at: steps.append(at)
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    weights = {name: dense(model.get_submodule(name)).detach() for name in linears}
+    lost = {name: w - method.quantize(w.contiguous(), None).dequantize() for name, w in weights.items()}
+    expected = whole_model(folder, tokens, lost)
+    assert got.keys() == expected.keys() and min(expected.values()) > 0
+    for name, value in expected.items():
+        assert got[name] == pytest.approx(value, rel=1e-3), name
+    total = 2 * len(decoder.blocks)
+    assert steps == [(i + 1, total) for i in range(total)] and not (tmp_path / "scratch").exists()
+    assert all(p.is_meta for p in decoder.model.parameters())
+
+
+def test_it_is_the_divergence_to_second_order(source, recipe, tmp_path):
+    """Of a small loss, over enough tokens for the draws to average out."""
+    decoder, method = open_decoder(source, torch.device("cpu")), RTN(bits=4, group=32)
+    tokens = torch.randint(96, (40, 32), generator=torch.Generator().manual_seed(1))
+    names = ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj", "model.layers.2.mlp.up_proj"]
+    got = sensitivities(
+        decoder, recipe(2.0), dict.fromkeys(names, method), tokens, tmp_path / "scratch", lambda *at: None
+    )
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    with torch.no_grad():
+        before = model(tokens).logits.log_softmax(-1)
+        for name in names:
+            weight = model.get_submodule(name).weight
+            kept = weight.clone()
+            weight.copy_(method.quantize(kept, None).dequantize())
+            after = model(tokens).logits.log_softmax(-1)
+            weight.copy_(kept)
+            kl = (before.exp() * (before - after)).sum(-1).mean().item()
+            assert got[name] == pytest.approx(kl, rel=0.2), name
+
+
+@pytest.mark.parametrize("bits", [1.6, 2.3, 3.7])
+def test_bits_go_where_they_matter_and_are_never_more_than_asked_for(source, recipe, tmp_path, bits):
+    wanted = recipe(bits)
+    compressed = compress(str(source), wanted, tmp_path / "out", device="cpu")
+    model = ultralowbit.load(tmp_path / "out")
+    packed = {n: m.packed for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+    weights = sum(p.shape[0] * p.shape[1] for p in packed.values())
+    true_bits = 8 * sum(p.nbytes for p in packed.values()) / weights
+    planes = {name: p.format.segments[0].planes for name, p in packed.items()}
+    largest_step = 3 * 8 * max(p.shape[0] * (p.shape[1] / 8 + 2) for p in packed.values()) / weights
+    assert bits - largest_step < true_bits <= bits and len({*planes.values()}) > 1
+    kl = compressed.manifest["allocation"]["kl"]
+    per_weight = {name: kl[name] / (p.shape[0] * p.shape[1]) for name, p in packed.items()}
+    most, least = max(per_weight, key=per_weight.get), min(per_weight, key=per_weight.get)
+    assert planes[most] > planes[least]
+    predicted = estimate(str(source), wanted, "cpu", out=tmp_path / "other").size.linear_bits_per_weight
+    assert bits - largest_step < predicted <= bits
+    assert rerun(tmp_path / "out").different == {}
+
+
+def test_a_killed_run_measures_once(source, recipe, tmp_path, monkeypatch):
+    whole = compress(str(source), recipe(2.2), tmp_path / "whole", device="cpu")
+
+    class Killed(BaseException): ...
+
+    def die(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ultralowbit.pipeline.stream.BlockStream._commit", die)
+        with pytest.raises(Killed):
+            compress(str(source), recipe(2.2), tmp_path / "out", device="cpu")
+    monkeypatch.setattr("ultralowbit.pipeline.allocate.sensitivities", die)
+    resumed = compress(str(source), recipe(2.2), tmp_path / "out", device="cpu")
+    assert resumed.manifest["files"] == whole.manifest["files"]
+
+
+def test_overrides_keep_their_method_and_count(source, recipe, tmp_path):
+    wanted = recipe(2.5, overrides=[{"match": "*.down_proj", "quantize": {"method": "rtn", "bits": 4, "group": 32}}])
+    manifest = compress(str(source), wanted, tmp_path / "out", device="cpu").manifest
+    layers = manifest["layers"].values()
+    weights = [layer["shape"][0] * layer["shape"][1] for layer in layers]
+    bits = sum(layer["bits_per_weight"] * n for layer, n in zip(layers, weights, strict=True)) / sum(weights)
+    assert 2.0 < bits <= 2.5
+    assert "model.layers.0.mlp.down_proj" not in manifest["allocation"]["kl"]
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["allocation"]["planes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("bits", "values", "words"),
+    [
+        (1.0, {}, r"allocate\.bits is 1, and one plane for every Linear takes 1\.\d+ true bits"),
+        (2.0, {"overrides": [{"match": "*", "quantize": {"method": "rtn"}}]}, "no Linear to choose planes for"),
+    ],
+)
+def test_what_cannot_be_allocated_is_refused_before_the_work(source, recipe, tmp_path, bits, values, words):
+    with pytest.raises(InputError, match=words):
+        compress(str(source), recipe(bits, **values), tmp_path / "out", device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("quantize", [{"method": "gptq", "bits": 2}, {"method": "sign", "planes": 2, "tied": True}])
+def test_only_planes_can_be_allocated(recipe, quantize):
+    with pytest.raises(ValueError, match="allocate chooses planes"):
+        recipe(2.0, quantize=quantize)

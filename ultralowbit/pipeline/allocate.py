@@ -1,0 +1,96 @@
+"""The stage `allocate`: how many planes each Linear gets, within the bits that a recipe asks for."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ultralowbit.checkpoint.job import Job
+from ultralowbit.data.calibration import Calibration
+from ultralowbit.errors import InputError
+from ultralowbit.format.weight import Format
+from ultralowbit.methods.allocation import allocate
+from ultralowbit.methods.base import Method
+from ultralowbit.nn.decoder import Decoder
+from ultralowbit.nn.linear import linear_shape
+from ultralowbit.pipeline.sensitivity import sensitivities
+from ultralowbit.progress import Progress
+from ultralowbit.recipe import Recipe
+
+PLANES = (1, 2, 3, 4)
+MEASURED = 2
+"""Planes with which sensitivities are measured; others count in proportion to what they lose of a Gaussian weight."""
+
+
+def expected_planes(decoder: Decoder, recipe: Recipe) -> Recipe:
+    """The recipe as if all weights mattered alike: where it allocates, the planes that then fit its bits.
+
+    Which Linears they are for is not known before the text is read; that their bytes are not more than asked for is.
+    """
+    return _within_budget(decoder, recipe, {})
+
+
+def allocated(job: Job, decoder: Decoder, recipe: Recipe, text: Calibration | None, progress: Progress) -> Recipe:
+    """The recipe with planes for each Linear, by the sensitivities in the job; where they are not there yet they are
+    measured on the first windows of the calibration text."""
+    if recipe.allocate is None:
+        return recipe
+    if "allocation" not in job.state:
+        methods = {name: replace(recipe.quantize, planes=MEASURED) for name in _linears(decoder, recipe)}
+        methods = {name: method for name, method in methods.items() if recipe.is_allocated(name)}
+        windows, started = text.tokens[: recipe.allocate.windows], time.perf_counter()
+        file, step = job.work / "allocation.bin", progress.counter("how much each Linear matters")
+        losses = sensitivities(decoder, recipe, methods, windows, file, step)
+        job.state["allocation"] = {"planes": MEASURED, "kl": losses}
+        job.state["seconds"]["allocate"] = round(time.perf_counter() - started, 3)
+        job.commit()
+    return _within_budget(decoder, recipe, job.state["allocation"]["kl"])
+
+
+def _linears(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[int, int]]:
+    """(out, in) of each Linear that the recipe packs."""
+    blocks = (decoder.linears(i, recipe.ignore) for i in range(len(decoder.blocks)))
+    return {name: linear_shape(module) for linears in blocks for name, module in linears.items()}
+
+
+def _within_budget(decoder: Decoder, recipe: Recipe, losses: Mapping[str, float]) -> Recipe:
+    if recipe.allocate is None:
+        return recipe
+    shapes = _linears(decoder, recipe)
+    free = {name: shape for name, shape in shapes.items() if recipe.is_allocated(name)}
+    if not free:
+        raise InputError("allocate has no Linear to choose planes for: every one has an override or is ignored")
+    weights = sum(n * m for n, m in shapes.values())
+    fixed = sum(
+        _nbytes(recipe.method_for(name).format(shape[1]), shape) for name, shape in shapes.items() if name not in free
+    )
+    nbytes = torch.tensor(
+        [[_nbytes(replace(recipe.quantize, planes=K).format(m), (n, m)) for K in PLANES] for n, m in free.values()]
+    )
+    least = 8 * (fixed + int(nbytes[:, 0].sum())) / weights
+    if least > recipe.allocate.bits:
+        raise InputError(
+            f"allocate.bits is {recipe.allocate.bits:g}, and one plane for every Linear takes {least:.4g} true bits a "
+            "weight, scales included: ask for that at least"
+        )
+    of_each = torch.tensor([losses.get(name, n * m) for name, (n, m) in free.items()], dtype=torch.float64)
+    lost = _lost_by_planes(recipe.quantize)
+    budget = int(recipe.allocate.bits * weights / 8) - fixed
+    chosen = allocate(of_each[:, None] * lost / lost[MEASURED - 1], nbytes, budget)
+    return recipe.with_planes({name: PLANES[choice] for name, choice in zip(free, chosen, strict=True)})
+
+
+def _nbytes(format: Format, shape: tuple[int, int]) -> int:
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in format.tensors(*shape).values())
+
+
+def _lost_by_planes(method: Method) -> Tensor:
+    """What each number of planes loses of a Gaussian weight [planes] fp64, rounded without data."""
+    weight = torch.randn(16, 4096, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    lost = [weight - replace(method, planes=K).quantize(weight, None).dequantize() for K in PLANES]
+    return torch.stack([d.double().square().sum() for d in lost])
