@@ -10,7 +10,7 @@ import typer
 
 from ultralowbit.cli.console import Watch, out, say
 from ultralowbit.cli.errors import FAILED
-from ultralowbit.cli.options import FolderArgument, QuietOption, TrustOption
+from ultralowbit.cli.options import FolderArgument, QuietOption, TrustOption, given
 from ultralowbit.cli.render import layer_table, size_table
 from ultralowbit.errors import InputError
 from ultralowbit.export.base import EXPORTERS
@@ -92,16 +92,29 @@ def export(
     folder: FolderArgument,
     target: Annotated[str, typer.Option("--to", metavar="NAME", help=f"format to write: {', '.join(EXPORTERS)}")],
     out_path: Annotated[Path, typer.Option("--out", help="new file or folder to write")],
+    embeddings: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE", help="gguf: f16, or q8_0 to round the embeddings and the head to 8 bits"),
+    ] = None,
+    dequantize: Annotated[
+        bool | None, typer.Option("--dequantize", help="gguf: write 16 bits for every packed weight")
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Turn a packed checkpoint into what another program reads.
 
     dense: a plain transformers checkpoint of the weights that the packed bytes mean.
 
+    gguf: one file for llama.cpp, Ollama and LM Studio whose block types hold the packed weights exactly, with an Ollama
+    Modelfile beside it. What they cannot hold is refused, with a recipe whose weights they do.
+
     [bold]ultralowbit export model-sign-2 --to dense --out model-sign-2-dense[/]
+
+    [bold]ultralowbit export model-q1_0 --to gguf --out model.gguf[/]
     """
     from ultralowbit.export.base import export as export_checkpoint
 
+    options = given(embeddings=embeddings, dequantize=dequantize or None)
     with Watch(quiet) as watch:
-        written = export_checkpoint(folder, target, out_path, watch)
+        written = export_checkpoint(folder, target, out_path, watch, **options)
     say(f"written: {written}")

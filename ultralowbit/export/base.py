@@ -8,6 +8,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ EXPORTERS: dict[str, str] = {
 
 
 class Exporter(ABC):
-    """One target. Its fields are options, which `export` takes by name."""
+    """One target: a dataclass whose fields are options, which `export` takes by name."""
 
     @abstractmethod
     def export(self, folder: Path, out: Path, progress: Progress) -> None:
@@ -43,10 +44,13 @@ def exporter(name: str, **options: Any) -> Exporter:
         raise InputError(f"there is no exporter {name!r}, expected one of {', '.join(sorted(EXPORTERS))}")
     module, _, attribute = place.partition(":")
     cls = getattr(importlib.import_module(module), attribute)
-    try:
-        return cls(**options)
-    except TypeError as e:
-        raise InputError(f"the exporter {name} does not take these options ({e}): leave them out") from e
+    known = [field.name for field in fields(cls)]
+    if unknown := options.keys() - {*known}:
+        names = ", ".join(f"--{option}" for option in sorted(unknown))
+        raise InputError(
+            f"the exporter {name} has no {names}, expected {' or '.join(known) or 'no options'}: leave it out"
+        )
+    return cls(**options)
 
 
 def export(folder: Path | str, name: str, out: Path | str, progress: Progress | None = None, **options: Any) -> Path:

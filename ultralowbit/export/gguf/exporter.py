@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
 import re
 import shutil
 from collections import Counter
@@ -19,13 +20,15 @@ from ultralowbit.checkpoint.files import weight_files
 from ultralowbit.errors import InputError, reason
 from ultralowbit.export.base import Exporter
 from ultralowbit.export.gguf.architectures import architecture
-from ultralowbit.export.gguf.tensors import F16, RECIPES, Tensors, write
+from ultralowbit.export.gguf.tensors import F16, Tensors, fitting_recipe, write
 from ultralowbit.export.gguf.vocabulary import Vocabulary
 from ultralowbit.nn.hf import load
 from ultralowbit.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ultralowbit.export.gguf.blocks import BlockType
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,9 @@ _OLDEST = (0, 19)
 
 _BLOCK_VERSION = 2
 """Of ggml's block types."""
+
+_GROWN = 1.3
+"""How much larger packed weights become without a word: scales for smaller groups alone make less."""
 
 
 @dataclass(frozen=True)
@@ -111,30 +117,26 @@ def _listed(tokens: int | list[int] | None) -> list[int]:
 
 
 def _file_type(tensors: Tensors) -> int:
-    """llama.cpp's number for the type that most weights have."""
-    weights = Counter()
+    """llama.cpp's number for the type that most of the packed weights have."""
+    weights: Counter[BlockType] = Counter()
     for tensor in tensors.stored:
-        if tensor.packed_bytes:
-            weights[tensor.block] += tensor.shape[0] * tensor.shape[1]
-    most = max(weights, key=weights.get, default=None)
-    return F16 if most is None else most.file_type
+        if tensor.block is not None:
+            weights[tensor.block] += math.prod(tensor.shape)
+    return weights.most_common(1)[0][0].file_type if weights else F16
 
 
 def _say_types(tensors: Tensors, progress: Progress) -> None:
-    """Say which types packed weights get, and warn where they grow by more than scales."""
-    packed = [tensor for tensor in tensors.stored if tensor.block is not None and tensor.packed_bytes]
+    """Say which types packed weights get, and warn where that makes them much larger."""
+    packed = [tensor for tensor in tensors.stored if tensor.block is not None]
     if not packed:
         return
-    counts = Counter(tensor.block for tensor in packed)
-    weights = sum(tensor.shape[0] * tensor.shape[1] for tensor in packed)
-    before, after = (
-        8 * sum(sizes) / weights for sizes in zip(*((t.packed_bytes, t.bytes) for t in packed), strict=True)
-    )
-    types = ", ".join(f"{count} as {block.name}" for block, count in counts.most_common())
-    progress.say(f"packed weights: {types}, {after:.3f} bits per weight")
-    if after > 1.3 * before:
-        smaller = [f"{name} ({bits:g} bits)" for name, bits in RECIPES if bits < after]
+    weights = sum(math.prod(tensor.shape) for tensor in packed)
+    before = 8 * sum(tensor.packed_bytes for tensor in packed) / weights
+    after = 8 * sum(tensor.bytes for tensor in packed) / weights
+    counts = Counter(tensor.block.name for tensor in packed).most_common()
+    progress.say(f"packed weights: {', '.join(f'{n} as {name}' for name, n in counts)}, {after:.3f} bits per weight")
+    if after > _GROWN * before:
         log.warning(
-            "the smallest block types of llama.cpp that hold these weights exactly take %.2f bits per weight, %.2f in "
-            "the checkpoint: made for them are the recipes %s", after, before, " and ".join(smaller) or "of others",
+            "the block types of llama.cpp that hold these weights exactly take %.3f bits per weight, %.3f in the "
+            "checkpoint: the recipe %s makes weights for one of %g", after, before, *fitting_recipe(packed[0].format),
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 F32, F16 = 0, 1
 """Numbers of ggml's types that are no blocks."""
 
-RECIPES = (("q1_0", 1.125), ("q2_0", 2.25), ("q4_0", 4.5))
+_RECIPES = (("q1_0", 1.125), ("q2_0", 2.25), ("q4_0", 4.5))
 """Recipes whose weights block types hold exactly, and the bits of a weight."""
 
 
@@ -39,10 +40,15 @@ class Stored:
     type: int
     bytes: int
     read: Callable[[], np.ndarray]
+    format: Format | None = None
+    """Of a packed weight, in the checkpoint."""
     block: BlockType | None = None
-    """The block type of a packed weight."""
-    packed_bytes: int = 0
-    """What the weight takes in the packed checkpoint."""
+    """The block type that it gets."""
+
+    @property
+    def packed_bytes(self) -> int:
+        """What a packed weight takes in the checkpoint."""
+        return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in self.format.tensors(*self.shape).values())
 
 
 class Tensors:
@@ -96,15 +102,12 @@ class Tensors:
         weight = self._weight(name, module.format, shape)
         if self.dequantize:
             read = partial(self._dequantized, name, module.format, shape)
-            return Stored(self._name(name), shape, F16, 2 * shape[0] * shape[1], read, packed_bytes=weight.nbytes)
-        multiples = Multiples.of(weight)
-        block = exact_type(multiples)
+            return Stored(self._name(name), shape, F16, 2 * math.prod(shape), read, module.format)
+        block = exact_type(Multiples.of(weight))
         if block is None:
             raise _inexact(name, module.format)
         read = partial(self._blocks, name, module.format, shape, block)
-        return Stored(
-            self._name(name), shape, block.number, block.bytes_of(shape), read, block, packed_bytes=weight.nbytes
-        )
+        return Stored(self._name(name), shape, block.number, block.bytes_of(shape), read, module.format, block)
 
     def _plain(self, name: str, shape: tuple[int, ...]) -> Stored:
         if len(shape) == 1:
@@ -118,7 +121,7 @@ class Tensors:
                     f"{block.size}: leave it out"
                 )
             return Stored(self._name(name), shape, block.number, block.bytes_of(shape), partial(self._eight_bits, name))
-        return Stored(self._name(name), shape, F16, 2 * shape[0] * shape[1], partial(self._half, name))
+        return Stored(self._name(name), shape, F16, 2 * math.prod(shape), partial(self._half, name))
 
     def _weight(self, name: str, format: Format, shape: tuple[int, int]) -> PackedWeight:
         prefix = self.key_of[name].removesuffix("weight")
@@ -174,12 +177,16 @@ def _check_format(name: str, format: Format) -> None:
         raise _inexact(name, format)
 
 
+def fitting_recipe(format: Format) -> tuple[str, float]:
+    """The recipe nearest to a format whose weights a block type holds exactly, and the bits of a weight."""
+    return next(((recipe, bits) for recipe, bits in _RECIPES if bits > format.claimed_bits), _RECIPES[-1])
+
+
 def _inexact(name: str, format: Format) -> InputError:
-    recipe = next((recipe for recipe, bits in RECIPES if bits > format.claimed_bits), RECIPES[-1][0])
     if format.in_features % 32:
         remedy = f"all of them hold blocks of 32 to 128 columns, and its rows have {format.in_features}"
     else:
-        remedy = f"compress the model again with `--recipe {recipe}`, whose weights they do hold"
+        remedy = f"compress the model again with `--recipe {fitting_recipe(format)[0]}`, whose weights they do hold"
     return InputError(
         f"no block type of llama.cpp holds {name.removesuffix('.weight')} exactly as it is stored, {format.summary}: "
         f"{remedy}, or give --dequantize to write 16 bits a weight"
