@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ultralowbit.checkpoint.config import QUANT_METHOD, read_config_json
@@ -36,6 +37,32 @@ def pack_model(
     return model
 
 
+def check_checkpoint(folder: Path) -> None:
+    """Raise what `load` would raise for a folder, but for values that cannot be; only the files' headers are read."""
+    _check_configs(folder)
+    config = AutoConfig.from_pretrained(folder)
+    packing = UltraLowBitConfig.from_dict(dict(config.quantization_config))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    UltraLowBitQuantizer(packing, pre_quantized=True).preprocess_model(
+        model, dtype=config.dtype, checkpoint_files=list(map(str, weight_files(folder)))
+    )
+
+
+def _check_configs(folder: Path) -> None:
+    """Raise `CheckpointError` unless config.json is that of a packed checkpoint and belongs to the weights, and
+    transformers can read the generation_config.json."""
+    packing = read_config_json(folder).get("quantization_config")
+    method = packing.get("quant_method") if isinstance(packing, dict) else None
+    if method != QUANT_METHOD:
+        raise CheckpointError(
+            f"{folder} is not a packed checkpoint (its quant_method is {method!r}): make one with "
+            f"`ultralowbit compress {folder} --recipe NAME --out DIR`"
+        )
+    check_config(weight_files(folder))  # before transformers builds what an edited one describes
+    _check_generation_config(folder)
+
+
 def _check_generation_config(folder: Path) -> None:
     """Raise `CheckpointError` where there is a generation_config.json that transformers would trip over."""
     if not (folder / GENERATION_CONFIG_NAME).exists():
@@ -59,17 +86,8 @@ def load(
     """
     if activations not in ("exact", "int8"):
         raise ValueError(f"activations is {activations!r}, expected 'exact' or 'int8'")
-    folder = Path(path)
-    if folder.exists():
-        packing = read_config_json(folder).get("quantization_config")
-        method = packing.get("quant_method") if isinstance(packing, dict) else None
-        if method != QUANT_METHOD:
-            raise CheckpointError(
-                f"{folder} is not a packed checkpoint (its quant_method is {method!r}): make one with "
-                f"`ultralowbit compress {folder} --recipe NAME --out DIR`"
-            )
-        check_config(weight_files(folder))  # before transformers builds what an edited one describes
-        _check_generation_config(folder)
+    if (folder := Path(path)).exists():
+        _check_configs(folder)
     with naming_memory(f"loading {path}"):
         model = AutoModelForCausalLM.from_pretrained(path, **{"dtype": "auto", **kwargs}).eval()
     for module in model.modules():
