@@ -7,7 +7,7 @@ VERSION ?= 5.10.1
 OTHER = build/transformers-$(VERSION)
 PURELIB = import sysconfig; print(sysconfig.get_path('purelib'))
 
-.PHONY: demo test test-all campaign test-transformers lint clean
+.PHONY: demo test test-all campaign test-transformers test-llama lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ultralowbit demo
@@ -26,6 +26,10 @@ test-transformers: $(VENV)/.installed # an environment of its own on all else th
 	echo "import site; site.addsitedir('$$($(BIN)/python -c "$(PURELIB)")')" > "$$($(OTHER)/bin/python -c "$(PURELIB)")/shared.pth"
 	$(OTHER)/bin/python -m pip install --quiet transformers==$(VERSION)
 	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -n 2 tests/nn/test_hf.py tests/nn/test_hf_names.py
+
+test-llama: $(VENV)/.installed # builds llama.cpp with cmake, which takes some minutes the first time
+	$(BIN)/python -m pip install --quiet llama-cpp-python==0.3.36
+	$(PYTEST) tests/export
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
