@@ -16,7 +16,7 @@ FOLDERS = {"ultralowbit": ROOT / "ultralowbit"} | {
 }
 ALLOWED = {
     "errors": "",
-    "units": "",
+    "units": "errors",
     "progress": "",
     "system": "errors",
     "format": "errors",

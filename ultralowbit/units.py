@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+
+from ultralowbit.errors import InputError
 
 
 def format_seconds(seconds: float) -> str:
@@ -20,6 +23,15 @@ def format_bytes(count: float) -> str:
     power = min(4, int(math.log10(count) / 3))
     value = count / 1000**power
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {'kMGT'[power - 1]}B"
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from 60MB, 1.5 GB, 900MiB or a plain number; `InputError` for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kKMGT]?)(i?)B?)\s*", text)
+    if match is None:
+        raise InputError(f"{text!r} is no size: give bytes with a unit, such as 60MB, 1.5GB or 900MiB")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
 
 
 def format_number(value: float | str) -> str:

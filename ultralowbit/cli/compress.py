@@ -9,6 +9,7 @@ import typer
 
 from ultralowbit.cli.console import Watch, say
 from ultralowbit.cli.errors import FELL_BACK, QUALITY
+from ultralowbit.cli.goal import BitsOption, EffortOption, Goal, RecipeOption, SizeOption
 from ultralowbit.cli.options import (
     CalibOption,
     ContextOption,
@@ -18,7 +19,6 @@ from ultralowbit.cli.options import (
     MaxTokensOption,
     ModelArgument,
     QuietOption,
-    RecipeOption,
     RestartOption,
     SamplesOption,
     SeedOption,
@@ -57,7 +57,10 @@ DryRunOption = Annotated[
 def compress(
     ctx: typer.Context,
     model: ModelArgument,
-    recipe: RecipeOption,
+    recipe: RecipeOption = None,
+    bits: BitsOption = None,
+    size: SizeOption = None,
+    effort: EffortOption = None,
     out_folder: OutOption = None,
     calib: CalibOption = None,
     samples: SamplesOption = None,
@@ -83,27 +86,24 @@ def compress(
     Killed at any moment, the same command goes on where it stopped. The folder ends up with report.md, report.json and
     a model card, README.md.
 
-    [bold]ultralowbit compress meta-llama/Llama-3.2-1B --recipe sign-2 --calib wikitext2[/]
+    [bold]ultralowbit compress meta-llama/Llama-3.2-1B --bits 2 --effort fast --calib wikitext2[/]
 
     [bold]ultralowbit compress ./model --recipe gptq-2bit --set quantize.group=64 --calib notes.txt --out small[/]
     """
-    from ultralowbit.hub import check_push
     from ultralowbit.pipeline.estimate import estimate
-    from ultralowbit.recipe import Recipe
     from ultralowbit.report.run import Texts, compress_and_measure
     from ultralowbit.report.schema import Limits
 
     windows = [f"calibration.{key}={value}" for key, value in given(samples=samples, length=length).items()]
-    chosen = Recipe.load(recipe, [*settings, *windows], small=small, texts=given(source=calib, seed=seed))
+    goal = Goal(recipe, bits, size, effort)
+    texts_of = given(source=calib, seed=seed)
+    chosen = goal.load(model, [*settings, *windows], device, trust_remote_code, small=small, texts=texts_of)
     measured = Texts(eval_sources(texts), context, max_tokens)
     folder = out_folder or Path(default_name(model, chosen))
     if dry_run:
         say(str(estimate(model, chosen, device, trust_remote_code, folder)))
         return
-    if private and not push_to_hub:
-        raise InputError("--private needs a model on the hub: give --push-to-hub ORG/NAME too")
-    if push_to_hub:
-        check_push(push_to_hub)
+    _check_push(push_to_hub, private)
     download(model, quiet)
     with Watch(quiet) as watch:
         report = compress_and_measure(
@@ -112,6 +112,16 @@ def compress(
         )  # fmt: skip
     show(report, folder)
     _finish(report, folder, push_to_hub, private)
+
+
+def _check_push(repo: str | None, private: bool) -> None:
+    """Raise `InputError`, before any work, where the result could not be uploaded."""
+    from ultralowbit.hub import check_push
+
+    if private and not repo:
+        raise InputError("--private needs a model on the hub: give --push-to-hub ORG/NAME too")
+    if repo:
+        check_push(repo)
 
 
 def _finish(report: RunReport, folder: Path, repo: str | None, private: bool) -> None:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="folder, or hub name like org/model@revision")]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="folder of a checkpoint")]
-RecipeOption = Annotated[str, typer.Option(help="shipped recipe (`ultralowbit recipes list`) or .yaml file")]
 CalibOption = Annotated[
     str | None,
     typer.Option(

@@ -22,7 +22,7 @@ class Allocate:
     many planes as pay most. windows: of the calibration text, on which it is measured what pays."""
 
     bits: float = Field(gt=0, le=16)
-    windows: int = Field(8, ge=1, le=4096)
+    windows: int = Field(16, ge=1, le=4096)
 
 
 def allocate(losses: Tensor, nbytes: Tensor, budget: int) -> list[int]:

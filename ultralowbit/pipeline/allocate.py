@@ -41,7 +41,7 @@ def allocated(job: Job, decoder: Decoder, recipe: Recipe, text: Calibration | No
     if recipe.allocate is None:
         return recipe
     if "allocation" not in job.state:
-        methods = {name: replace(recipe.quantize, planes=MEASURED) for name in _linears(decoder, recipe)}
+        methods = {name: replace(recipe.quantize, planes=MEASURED, refine=0) for name in _linears(decoder, recipe)}
         methods = {name: method for name, method in methods.items() if recipe.is_allocated(name)}
         windows, started = text.tokens[: recipe.allocate.windows], time.perf_counter()
         file, step = job.work / "allocation.bin", progress.counter("how much each Linear matters")
@@ -78,10 +78,10 @@ def _within_budget(decoder: Decoder, recipe: Recipe, losses: Mapping[str, float]
             f"allocate.bits is {recipe.allocate.bits:g}, and one plane for every Linear takes {least:.4g} true bits a "
             "weight, scales included: ask for that at least"
         )
-    of_each = torch.tensor([losses.get(name, n * m) for name, (n, m) in free.items()], dtype=torch.float64)
+    of_each = torch.tensor([losses.get(k, 0.0) if losses else n * m for k, (n, m) in free.items()], dtype=torch.float64)
     lost = _lost_by_planes(recipe.quantize)
     budget = int(recipe.allocate.bits * weights / 8) - fixed
-    chosen = allocate(of_each[:, None] * lost / lost[MEASURED - 1], nbytes, budget)
+    chosen = allocate(torch.outer(of_each, lost / lost[MEASURED - 1]), nbytes, budget)
     return recipe.with_planes({name: PLANES[choice] for name, choice in zip(free, chosen, strict=True)})
 
 

@@ -6,6 +6,7 @@ estimates for the pipeline as it is: `_memory` and `_seconds` follow pipeline.py
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import psutil
 import torch
 
 from ultralowbit.checkpoint.size import Size
+from ultralowbit.errors import InputError
 from ultralowbit.format.weight import Format
 from ultralowbit.hub import resolve_model
 from ultralowbit.methods.base import Method
@@ -155,6 +157,27 @@ def estimate(
         available_disk=shutil.disk_usage(existing(Path(out).expanduser())).free,
         notes=notes,
     )
+
+
+def bits_for_size(model: str, recipe: Recipe, nbytes: int, device: str, trust_remote_code: bool = False) -> float:
+    """The bits a weight with which a recipe that allocates them writes a file of at most `nbytes`, headers included.
+
+    Raises `InputError` where one plane for every Linear, with all that is not packed, is larger than that.
+    """
+    decoder = open_decoder(resolve_model(model), pick_device(device), trust_remote_code)
+    least = recipe.model_copy(update={"allocate": None})
+    size = _size(decoder, planned_formats(decoder, least))
+    names = [f"{layer.name}.weight_{part}" for layer in size.layers for part in layer.parts]
+    entry = {"dtype": "BF16", "shape": [10**7] * 3, "data_offsets": [nbytes] * 2}
+    headers = len(json.dumps(dict.fromkeys([*names, *decoder.names_outside_blocks()], entry))) + (1 << 12)
+    beside = size.total_bytes - size.linear_bytes + headers
+    if beside + size.linear_bytes > nbytes:
+        raise InputError(
+            f"a file of {format_bytes(nbytes)} is asked for, and embeddings, head, norms and headers take "
+            f"{format_bytes(beside)} of it, one plane for every Linear {format_bytes(size.linear_bytes)}: ask for "
+            f"{format_bytes(1.01 * (beside + size.linear_bytes))} at least"
+        )
+    return max(size.linear_bits_per_weight, math.floor(8e4 * (nbytes - beside) / size.linear_weights) / 1e4)
 
 
 def _size(decoder: Decoder, formats: dict[str, tuple[Format, tuple[int, int]]]) -> Size:

@@ -5,8 +5,8 @@ g^T] is the Fisher information of these outputs, and a weight that is off by D m
 
     KL ~ 1/2 mean (g^T D x)^2,
 
-over tokens (Martens: New insights and perspectives on the natural gradient method, JMLR 2020, section 5). D is what
-rounding without data would lose: it stands for what the method will lose in proportion.
+over tokens (Martens: New insights and perspectives on the natural gradient method, JMLR 2020, section 5). D is what the
+method loses against the original's inputs: compensated errors lie where inputs are small, and those of rounding do not.
 
 The model is never in memory as a whole: its blocks run forwards, what enters each is kept in one file, and then they
 run backwards in turn.
@@ -25,8 +25,11 @@ from transformers.pytorch_utils import Conv1D
 from ultralowbit.checkpoint.activations import Activations
 from ultralowbit.format.transform import block_hadamard
 from ultralowbit.methods.base import Method
+from ultralowbit.methods.statistics import InputStats, Need, SingularHessian
 from ultralowbit.nn.decoder import BlockCall, Decoder, run_block
+from ultralowbit.nn.inputs import input_groups
 from ultralowbit.nn.linear import linear_shape
+from ultralowbit.pipeline.collect import collect
 from ultralowbit.progress import OnProgress
 from ultralowbit.recipe import Recipe
 
@@ -34,7 +37,7 @@ from ultralowbit.recipe import Recipe
 def sensitivities(
     decoder: Decoder, recipe: Recipe, methods: Mapping[str, Method], tokens: Tensor, scratch: Path, step: OnProgress
 ) -> dict[str, float]:
-    """KL in nats a token that each Linear would cost alone, rounded by its method without data.
+    """KL in nats a token that each Linear that is reached would cost alone, packed by its method.
 
     methods: by the full names of the Linears. tokens [windows, length] int64; scratch: a file for what enters the
     blocks, which is removed. Calls `step(done, total)` after each of the two passes through a block.
@@ -47,11 +50,12 @@ def sensitivities(
         with decoder.filled_block(i) as (block, _):
             block.requires_grad_(False)
             wanted = {name: m for name, m in decoder.linears(i, recipe.ignore).items() if name in methods}
-            lost = {name: _lost(module, methods[name], recipe) for name, module in wanted.items()}
-            costs = dict.fromkeys(wanted, 0.0)
+            prefix = f"{decoder.block_name(i)}."
+            lost = _lost(block, prefix, wanted, methods, calls[i], hidden[i], recipe, decoder.device)
+            costs = dict.fromkeys(lost, 0.0)
             for k in range(len(tokens)):
                 entering = hidden[i, k].to(decoder.device)
-                gradient[k] = _backwards(block, calls[i], entering, gradient[k], wanted, lost, costs)
+                gradient[k] = _backwards(block, calls[i], entering, gradient[k], prefix, lost, costs)
         losses |= {name: cost / 2 / tokens.numel() for name, cost in costs.items()}
         step(total - i, total)
     scratch.unlink()
@@ -96,14 +100,29 @@ def _after_blocks(decoder: Decoder, tokens: Tensor, hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _lost(module: nn.Module, method: Method, recipe: Recipe) -> Tensor:
-    """D [out, in]: what rounding without data loses of a weight, in the basis of the inputs as they are."""
-    weight = module.weight.detach().float()
-    weight = weight.T.contiguous() if isinstance(module, Conv1D) else weight
-    block = recipe.hadamard(linear_shape(module)[1])
-    rotated = block_hadamard(weight, block) if block else weight
-    lost = rotated - method.quantize(rotated, None).dequantize()
-    return block_hadamard(lost, block) if block else lost
+def _lost(
+    block: nn.Module, prefix: str, linears: Mapping[str, nn.Module], methods: Mapping[str, Method], call: BlockCall,
+    entering: Tensor, recipe: Recipe, device: torch.device,
+) -> dict[str, Tensor]:  # fmt: skip
+    """D [out, in] of each Linear of a block, whose full names begin with `prefix`: what its method loses of the weight,
+    in the basis of the inputs as they are, where `entering` [windows, 1, length, d] enters the block."""
+    lost = {}
+    for group in input_groups(block, dict(linears), call, entering[0].to(device)):
+        columns = linear_shape(linears[group.names[0]])[1]
+        hadamard = recipe.hadamard(columns)
+        stats = InputStats(columns, 0, device, Need.HESSIAN, hadamard)
+        collect(block, group.names[0].removeprefix(prefix), group.calls, call, entering, stats)
+        for name in group.names:
+            weight = linears[name].weight.detach().float()
+            weight = weight.T.contiguous() if isinstance(linears[name], Conv1D) else weight
+            rotated = block_hadamard(weight, hadamard) if hadamard else weight
+            try:
+                packed = methods[name].quantize(rotated, stats)
+            except SingularHessian:
+                packed = methods[name].quantize(rotated, None)
+            off = rotated - packed.dequantize()
+            lost[name] = block_hadamard(off, hadamard) if hadamard else off
+    return lost
 
 
 def _backwards(
@@ -111,7 +130,7 @@ def _backwards(
     call: BlockCall,
     hidden: Tensor,
     gradient: Tensor,
-    linears: Mapping[str, nn.Module],
+    prefix: str,
     lost: Mapping[str, Tensor],
     costs: dict[str, float],
 ) -> Tensor:
@@ -130,8 +149,9 @@ def _backwards(
         return after
 
     with ExitStack() as hooks:
-        for name, module in linears.items():
-            hooks.callback(module.register_forward_hook(watch(name)).remove)
+        for name in lost:
+            linear = block.get_submodule(name.removeprefix(prefix))
+            hooks.callback(linear.register_forward_hook(watch(name)).remove)
         hidden = hidden.clone().requires_grad_(True)  # a view of the file otherwise
         (before,) = torch.autograd.grad(run_block(block, hidden, call), hidden, gradient.to(hidden.device))
     return before.cpu()
