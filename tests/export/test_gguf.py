@@ -336,11 +336,19 @@ def test_weights_beyond_sixteen_bits(save_packed, small_config, tmp_path):
     refused(source, tmp_path, r"up_proj\.weight holds 1e\+05, and 16-bit floats end at 65504")
 
 
-def test_weights_that_grow_are_told_with_the_recipes_made_for_them(save_packed, small_config, tmp_path, caplog):
-    folder = save_packed(small_config("llama"), Sign(group=32), tmp_path / "model")
+@pytest.mark.parametrize(
+    ("method", "hidden", "reason"),
+    [
+        (Sign(group=32), 128, "take 4.500 bits per weight, 1.500 in the checkpoint: the recipe q1_0 makes weights for"),
+        (Sign(group=128), 192, "checkpoint: rows of 192 columns are no whole blocks of Q1_0, which have 128"),
+    ],
+)
+def test_weights_that_grow_are_told_with_the_reason(
+    method, hidden, reason, save_packed, small_config, tmp_path, caplog
+):
+    folder = save_packed(small_config("llama", hidden_size=hidden), method, tmp_path / "model")
     export(folder, "gguf", tmp_path / "m.gguf")
-    assert "exactly take 4.500 bits per weight, 1.500 in the checkpoint" in caplog.text
-    assert "the recipe q1_0 makes weights for one of 1.125" in caplog.text
+    assert reason in caplog.text
 
 
 def test_layers_that_look_back_over_a_window_are_told(save_packed, small_config, tmp_path, caplog):

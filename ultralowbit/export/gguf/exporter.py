@@ -20,7 +20,7 @@ from ultralowbit.checkpoint.files import weight_files
 from ultralowbit.errors import InputError, reason
 from ultralowbit.export.base import Exporter
 from ultralowbit.export.gguf.architectures import architecture
-from ultralowbit.export.gguf.tensors import F16, Tensors, fitting_recipe, write
+from ultralowbit.export.gguf.tensors import F16, Stored, Tensors, fitting_recipe, write
 from ultralowbit.export.gguf.vocabulary import Vocabulary
 from ultralowbit.nn.hf import load
 from ultralowbit.progress import Progress
@@ -138,5 +138,14 @@ def _say_types(tensors: Tensors, progress: Progress) -> None:
     if after > _GROWN * before:
         log.warning(
             "the block types of llama.cpp that hold these weights exactly take %.3f bits per weight, %.3f in the "
-            "checkpoint: the recipe %s makes weights for one of %g", after, before, *fitting_recipe(packed[0].format),
+            "checkpoint: %s", after, before, _why_larger(packed),
         )  # fmt: skip
+
+
+def _why_larger(packed: list[Stored]) -> str:
+    """Rows that the blocks of the recipe's own type do not divide, or another recipe."""
+    recipe, kind = fitting_recipe(packed[0].format)
+    undivided = next((tensor for tensor in packed if tensor.shape[1] % kind.size), None)
+    if undivided is not None:
+        return f"rows of {undivided.shape[1]} columns are no whole blocks of {kind.name}, which have {kind.size}"
+    return f"the recipe {recipe} makes weights for {kind.name}, {kind.bits:g} bits"

@@ -15,7 +15,7 @@ from torch import Tensor
 from ultralowbit.checkpoint.files import Source
 from ultralowbit.errors import CheckpointError, InputError
 from ultralowbit.export.gguf.architectures import Architecture
-from ultralowbit.export.gguf.blocks import BlockType, Eight, Multiples, exact_type, is_product
+from ultralowbit.export.gguf.blocks import BlockType, Eight, Four, Multiples, Signs, Two, exact_type, is_product
 from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.nn.hf_names import match_keys
 from ultralowbit.nn.linear import PackedLinear
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 F32, F16 = 0, 1
 """Numbers of ggml's types that are no blocks."""
 
-_RECIPES = (("q1_0", 1.125), ("q2_0", 2.25), ("q4_0", 4.5))
-"""Recipes whose weights block types hold exactly, and the bits of a weight."""
+_RECIPES = {"q1_0": Signs(), "q2_0": Two(), "q4_0": Four()}
+"""Recipes -> the block types that hold their weights exactly."""
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,10 @@ def _check_format(name: str, format: Format) -> None:
         raise _inexact(name, format)
 
 
-def fitting_recipe(format: Format) -> tuple[str, float]:
-    """The recipe nearest to a format whose weights a block type holds exactly, and the bits of a weight."""
-    return next(((recipe, bits) for recipe, bits in _RECIPES if bits > format.claimed_bits), _RECIPES[-1])
+def fitting_recipe(format: Format) -> tuple[str, BlockType]:
+    """The recipe nearest to a format, and the block type that holds its weights exactly."""
+    enough = [(recipe, kind) for recipe, kind in _RECIPES.items() if kind.bits > format.claimed_bits]
+    return enough[0] if enough else ("q4_0", _RECIPES["q4_0"])
 
 
 def _inexact(name: str, format: Format) -> InputError:
