@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +16,18 @@ from torch import Tensor
 import ultralowbit
 from ultralowbit.checkpoint.config import DIGEST
 from ultralowbit.checkpoint.files import read_metadata
+from ultralowbit.checkpoint.job import Job
 from ultralowbit.errors import CheckpointError
 from ultralowbit.hub import open_tokenizer
 from ultralowbit.pipeline.compress import compress
 from ultralowbit.pipeline.verify import verify
 from ultralowbit.recipe import Recipe
+from ultralowbit.training import loop
+from ultralowbit.training.loop import fit
 
 SHARD = "model.safetensors"
+
+
 # --- a packed checkpoint ---------------------------------------------------------------------------------------------
 
 
@@ -127,6 +136,76 @@ def test_a_job_goes_on_to_the_same_bytes_or_refuses(unfinished, source, every_fo
     names = [str(path.relative_to(unfinished)) for path in sorted(unfinished.rglob("*")) if path.suffix in suffixes]
     assert {Path(name).suffix for name in names} == suffixes
     corrupt(unfinished, ["out.work/job.json", *names], read, 120)
+    tensors = [name for name in names if name.endswith(".safetensors")]
+    corrupt(unfinished, tensors, read, 20, ["payload"])
+
+
+TRAINING = {"lr": {"scale": 0.01}, "steps": 3, "batch": 2, "evaluations": 3}
+STAGES = {
+    "preprocess": {"preprocess": {"rank": 2, "held_out": 0.3, "training": {**TRAINING, "lr": {"adapter": 0.01}}}},
+    "merged": {"preprocess": {"rank": 2, "held_out": 0.3, "training": {**TRAINING, "lr": {"adapter": 0.01}}}},
+    "blockwise": {"blockwise": {"held_out": 0.3, "objective": {"kind": "mse"}, "training": TRAINING}},
+    "finetune": {"finetune": {"held_out": 0.3, "objective": {"kind": "kl"}, "training": TRAINING}},
+}
+
+
+def killed_while_training(model: Path, recipe: Recipe, out: Path, merged: bool) -> None:
+    """Leave behind what a run leaves that is killed when it has saved the state of its training for the second time, or
+    when it has packed the first block of the model with merged adapters."""
+    child = os.fork()
+    if child == 0:
+        saved = 0
+        fit.__kwdefaults__["save_seconds"] = 0.0
+
+        def save(self: Any, whole: Callable = loop._Fit._save) -> None:
+            nonlocal saved
+            whole(self)
+            saved += 1
+            if saved == 2 and not merged:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def commit(self: Job, whole: Callable = Job.commit) -> None:
+            whole(self)
+            if merged and (self.work / "preprocess/model").exists() and self.state["blocks"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        loop._Fit._save, Job.commit = save, commit
+        try:
+            compress(str(model), recipe, out)
+        finally:
+            os._exit(1)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_training_goes_on_to_the_same_bytes_or_refuses(source, text, corrupt, tmp_path, stage):
+    calibration = {"source": text, "samples": 4, "length": 16}
+    values = {"name": stage, "quantize": {"method": "sign"}, "ignore": ["*mlp*"], "calibration": calibration}
+    recipe = Recipe.model_validate(values | STAGES[stage])
+    weights = (compress(str(source), recipe, tmp_path / "whole").folder / SHARD).read_bytes()
+    (tmp_path / "unfinished").mkdir()
+    killed_while_training(source, recipe, tmp_path / "unfinished/out", stage == "merged")
+    names = [
+        str(path.relative_to(tmp_path / "unfinished"))
+        for path in sorted((tmp_path / "unfinished").rglob("*"))
+        if path.suffix in (".json", ".bin", ".safetensors")
+    ]
+    wanted = {
+        "preprocess": "adapters.",
+        "merged": "preprocess.json",
+        "blockwise": "blockwise-",
+        "finetune": "finetune.",
+    }
+    states = [name for name in names if wanted[stage] in name]
+    assert states
+
+    def read(folder: Path) -> bool:
+        compress(str(source), recipe, folder / "out")
+        return (folder / "out" / SHARD).read_bytes() == weights
+
+    corrupt(tmp_path / "unfinished", [*states, *names], read, 40)
+    tensors = [name for name in states if name.endswith(".safetensors")]
+    corrupt(tmp_path / "unfinished", tensors, read, 20, ["payload"])
 
 
 # --- stored values ---------------------------------------------------------------------------------------------------

@@ -264,6 +264,17 @@ def test_rates_of_kinds_that_do_not_exist_are_refused(recipe, stage):
         recipe(**{stage: values | {"training": {"lr": {"foo": 1e-3}}}})
 
 
+@pytest.mark.parametrize(
+    "rest",
+    [{"ignore": ["*.1.*"]}, {"overrides": [{"match": "*.1.*", "quantize": {"method": "billm", "block": 32}}]}],
+    ids=["skipped", "of a format that is not trained"],
+)
+def test_a_block_without_anything_to_train_is_passed_over(source, recipe, tmp_path, rest):
+    result = compress(str(source), recipe(blockwise=TUNE, finetune=DISTILL, **rest), tmp_path / "out")
+    assert result.manifest["blockwise"].keys() == {"model.layers.0"}
+    ultralowbit.load(result.folder)
+
+
 def test_training_that_makes_nothing_better_changes_nothing(source, recipe, tmp_path):
     """A rate so large that the first step spoils all."""
     stage = {"training": SCALES | {"lr": {"scale": 1e3}}}

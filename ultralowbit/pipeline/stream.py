@@ -183,7 +183,8 @@ class BlockStream:
             give_weight(linears[n], p.dequantize())
             # the error was that of the codes and scales before
             state["layers"][n] |= {"error": None}
-        state["blockwise"][name] = asdict(fitted)
+        if fitted is not None:
+            state["blockwise"][name] = asdict(fitted)
         for done in self.job.work.glob("blockwise-*.safetensors"):
             if done != file:  # this one a run that is killed before the commit still needs
                 done.unlink()

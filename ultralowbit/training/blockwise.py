@@ -46,8 +46,9 @@ def train_block(
     spec: Blockwise,
     state: Path,
     progress: Progress,
-) -> tuple[dict[str, PackedWeight], Fitted]:
-    """Train the packed Linears of a block and return those that are better for it, with how the training went.
+) -> tuple[dict[str, PackedWeight], Fitted | None]:
+    """Train the packed Linears of a block and return those that are better for it, with how the training went, which is
+    None where the block has nothing to train.
 
     weights, packed: the original weights as their modules store them, and the packed ones, by names in `model`.
     state: the file that a killed run goes on from. The block itself is left as it was.
@@ -68,6 +69,8 @@ def train_block(
         return sum(loss([k]).item() for k in held_out) / len(held_out)
 
     with fake_quantized(model, packed, weights, spec) as linears:
+        if not linears:
+            return {}, None
         fitted = fit(
             parameter_groups(block), loss, spec.loop, len(training), evaluate, state=state, progress=progress,
             on_progress=lambda share: set_progress(block, share),
@@ -81,7 +84,7 @@ def fake_quantized(
 ) -> Iterator[dict[str, FakeQuantLinear]]:
     """Put fake-quantized Linears in the place of the named ones while the context lasts, and freeze all else.
 
-    A Linear whose format has nothing of what is trained is packed instead. Raises `InputError` where none has any.
+    A Linear whose format has nothing of what is trained is packed instead.
     """
     required = {p: p.requires_grad for p in model.parameters()}
     replaced = {name: model.get_submodule(name) for name in packed}
@@ -97,12 +100,10 @@ def fake_quantized(
                     here, spec.training.lr, latent=weight.to(device), bias=module.bias,
                     estimator=spec.estimator, scales=spec.scales,
                 )  # fmt: skip
-            except InputError as e:
-                nothing, linear = e, PackedLinear.replacing(module, stored.format)
+            except InputError:
+                linear = PackedLinear.replacing(module, stored.format)
                 linear.fill(here)
             swap(model, name, linear)
-        if not linears:
-            raise nothing
         yield linears
     finally:
         for name, module in replaced.items():
