@@ -1,0 +1,112 @@
+"""compress --bits, --size and --effort: what is asked for is what is there, and what cannot be is said first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from ultralowbit.checkpoint.size import measure_size
+from ultralowbit.cli.app import app
+from ultralowbit.cli.goal import OURS, Effort
+from ultralowbit.errors import InputError
+from ultralowbit.recipe import Recipe
+from ultralowbit.units import format_bytes, parse_bytes
+
+CONFIG = LlamaConfig(
+    vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(save_model, tmp_path_factory) -> str:
+    return str(save_model(CONFIG, tmp_path_factory.mktemp("goal") / "tiny", dtype=torch.bfloat16))
+
+
+@pytest.fixture
+def compress(model, text, tmp_path, monkeypatch):
+    """Compress the model into the current, empty folder on a short text."""
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner(env={"COLUMNS": "80"})
+    short = ["--calib", text, "--samples", "4", "--length", "24", "--eval", "none", "--device", "cpu", "-q"]
+    return lambda *args: runner.invoke(app, ["compress", model, *args, *short])
+
+
+@pytest.mark.parametrize("effort", Effort)
+def test_bits_are_at_most_what_is_asked_for_by_a_recipe_that_is_named(compress, effort):
+    few = ["--set", f"{'finetune' if effort == Effort.BEST else 'blockwise'}.training.epochs=1"]
+    few += ["--small", "--set", "finetune.data=null", "--set", "finetune.training.steps=2"] * (effort == Effort.BEST)
+    done = compress("--bits", "1.9", "--effort", effort, *few * (effort != Effort.FAST))
+    assert done.exit_code == 0, done.output
+    (folder,) = Path().iterdir()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert folder.name.endswith(f"{OURS[effort]}-1.9bit") and manifest["recipe"] == f"{OURS[effort]}-1.9bit"
+    assert 1.6 < measure_size(folder).linear_bits_per_weight <= 1.9
+    report = (folder / "report.md").read_text()
+    assert "## Where the bits are" in report and "self_attn.q_proj  " in report
+
+
+def test_default_effort_trains_blocks_and_fast_nothing():
+    assert {effort: Recipe.load(name).blockwise is not None for effort, name in OURS.items()} == {
+        Effort.FAST: False, Effort.DEFAULT: True, Effort.BEST: False
+    }  # fmt: skip
+    assert Recipe.load(OURS[Effort.BEST]).finetune is not None
+
+
+@pytest.mark.parametrize("room", [1.0, 1.1, 1.4])
+def test_a_file_is_no_larger_than_what_is_asked_for(compress, room):
+    told = compress("--size", "1kB")
+    assert told.exit_code == 2
+    least = parse_bytes(told.stderr.split("ask for ")[1].split(" at least")[0])
+    wanted = int(room * least)
+    done = compress("--size", str(wanted), "--effort", "fast", "--out", "packed")
+    assert done.exit_code == 0, done.output
+    size = measure_size(Path("packed"))
+    assert size.file_bytes == (Path("packed") / "model.safetensors").stat().st_size <= wanted
+    assert size.file_bytes > 0.9 * wanted - 8000  # bounds of headers are for long names
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "neither --bits nor --size nor --recipe is given"),
+        (["--bits", "2", "--recipe", "sign-1"], "--recipe and --bits are given"),
+        (["--bits", "2", "--size", "1MB"], "--bits and --size are given"),
+        (["--recipe", "sign-1", "--effort", "best"], "--effort goes with --bits and --size"),
+        (["--bits", "0.9"], "one plane for every Linear takes"),
+        (["--bits", "nan"], "allocate.bits"),
+        (["--size", "60 potatoes"], "is no size"),
+        (["--size", "10kB"], "embeddings, head, norms and headers take"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence_before_the_work(compress, args, words):
+    done = compress(*args)
+    assert done.exit_code == 2 and words in " ".join(done.stderr.split())
+    assert done.stderr.startswith("error: ") and list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("60MB", 60_000_000),
+        ("1.5 GB", 1_500_000_000),
+        ("900MiB", 900 << 20),
+        ("12", 12),
+        ("3k", 3000),
+        ("2TB", 2 * 10**12),
+    ],
+)
+def test_sizes_are_read(text, count):
+    assert parse_bytes(text) == count
+    assert parse_bytes(format_bytes(count).removesuffix(" bytes")) == count or "i" in text
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-3MB", "1e3MB", "60 XB", "nan"])
+def test_no_sizes(text):
+    with pytest.raises(InputError, match="is no size"):
+        parse_bytes(text)
