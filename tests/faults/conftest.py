@@ -209,6 +209,8 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 def edited(value: Any, draw: Callable) -> Any:
     """A JSON value with one place changed: another value, no value, or one more."""
+    if not value:
+        return draw(st.sampled_from(VALUES))
     container, key = draw(st.sampled_from(list(places(value))))
     action = draw(st.sampled_from(["replace", "replace", "replace", "delete", "add", "swap"]))
     if action == "replace":
@@ -230,7 +232,7 @@ def edit_json(data: bytes, draw: Callable) -> bytes:
 
 def edit_twice(data: bytes, draw: Callable) -> bytes:
     """A key that stands there twice, first or last with another value."""
-    key = draw(st.sampled_from(sorted(json.loads(data))))
+    key = draw(st.sampled_from(sorted(json.loads(data)) or ["x"]))
     again = f"{json.dumps(key)}: {json.dumps(draw(st.sampled_from(VALUES)))}".encode()
     inner = data.strip()[1:-1]
     return b"{" + (again + b"," + inner if draw(st.booleans()) else inner + b"," + again) + b"}"
@@ -238,7 +240,7 @@ def edit_twice(data: bytes, draw: Callable) -> bytes:
 
 def edit_deep(data: bytes, draw: Callable) -> bytes:
     """A value that is nested so deeply that no parser may follow it."""
-    container, key = draw(st.sampled_from(list(places(value := json.loads(data)))))
+    container, key = draw(st.sampled_from(list(places(value := json.loads(data) or {"x": 1}))))
     container[key] = "deep"
     depth = draw(st.sampled_from([100, 900, 100_000]))
     deep = draw(st.sampled_from([b"[" * depth + b"]" * depth, b'{"a":' * depth + b"1" + b"}" * depth]))
@@ -251,6 +253,12 @@ def edit_encoding(data: bytes, draw: Callable) -> bytes:
 
 def edit_yaml(data: bytes, draw: Callable) -> bytes:
     return yaml.safe_dump(edited(yaml.safe_load(data), draw), allow_unicode=True).encode("utf-8", "replace")
+
+
+def edit_front(data: bytes, draw: Callable) -> bytes:
+    """Another value in the front matter of a Markdown file."""
+    before, mark, rest = data.removeprefix(b"---\n").partition(b"\n---\n")
+    return b"---\n" + edit_yaml(before, draw) + b"---\n" + rest if mark else data
 
 
 def edit_header(data: bytes, draw: Callable) -> bytes:

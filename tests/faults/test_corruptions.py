@@ -190,12 +190,7 @@ def test_training_goes_on_to_the_same_bytes_or_refuses(source, text, corrupt, tm
         for path in sorted((tmp_path / "unfinished").rglob("*"))
         if path.suffix in (".json", ".bin", ".safetensors")
     ]
-    wanted = {
-        "preprocess": "adapters.",
-        "merged": "preprocess.json",
-        "blockwise": "blockwise-",
-        "finetune": "finetune.",
-    }
+    wanted = {"preprocess": "adapters.", "merged": "model/", "blockwise": "blockwise-", "finetune": "finetune."}
     states = [name for name in names if wanted[stage] in name]
     assert states
 
