@@ -31,11 +31,12 @@ ALLOWED = {
     "pipeline": "recipe training methods data nn checkpoint format hub system errors progress units",
     "eval": "nn data checkpoint format hub system errors progress units",
     "export": "nn checkpoint format hub errors progress units",
+    "serve": "nn checkpoint format hub errors",
     "report": "eval export pipeline recipe training methods data nn checkpoint format hub system errors progress units",
-    "bench": "report eval export pipeline recipe training methods data nn kernels checkpoint format hub system errors "
-    "progress units",
+    "bench": "serve report eval export pipeline recipe training methods data nn kernels checkpoint format hub system "
+    "errors progress units",
     "demo": "bench report eval pipeline recipe data nn checkpoint format hub system errors progress units",
-    "cli": "demo bench report export eval pipeline recipe training methods data nn kernels checkpoint format hub "
+    "cli": "demo bench serve report export eval pipeline recipe training methods data nn kernels checkpoint format hub "
     "system errors progress units",
     "": "nn pipeline recipe",  # ultralowbit/__init__.py, lazily
     "__main__": "cli",
@@ -167,10 +168,11 @@ def test_the_pipeline_names_no_method():
         assert not texts & set(METHODS), name
 
 
-@pytest.mark.parametrize("optional", ["triton", "lm_eval", "datasets", "matplotlib", "gguf"])
+@pytest.mark.parametrize("optional", ["triton", "lm_eval", "datasets", "matplotlib", "gguf", "vllm"])
 def test_optional_packages_are_imported_where_they_are_used(optional):
     for name in MODULES:
-        if not name.startswith("ultralowbit.kernels.gpu"):
+        # of which the one is imported by a function where Triton is, and the other by vLLM
+        if not name.startswith(("ultralowbit.kernels.gpu", "ultralowbit.serve.vllm")):
             assert optional not in foreign(name, late=False), name
 
 

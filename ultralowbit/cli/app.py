@@ -17,7 +17,7 @@ import typer
 from rich.text import Text
 from typer.core import TyperGroup
 
-from ultralowbit.cli import bench, compress, demo, evaluate, inspect, recipes
+from ultralowbit.cli import bench, compress, demo, evaluate, inspect, recipes, serve
 from ultralowbit.cli.console import err, out, say, show_warnings, visible
 from ultralowbit.cli.errors import FAILED, INTERRUPTED, USAGE, explain
 from ultralowbit.cli.options import command_line
@@ -95,6 +95,7 @@ app.command("generate")(evaluate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(inspect.verify)
 app.command("export")(inspect.export)
+app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 app.add_typer(recipes_app, name="recipes")
 recipes_app.command("list")(recipes.recipes_list)
@@ -107,6 +108,7 @@ bench_app.command("eval")(bench.bench_eval)
 bench_app.command("methods")(bench.bench_methods)
 bench_app.command("kernels")(bench.bench_kernels)
 bench_app.command("decode")(bench.bench_decode)
+bench_app.command("vllm")(bench.bench_vllm)
 
 
 def main() -> None:

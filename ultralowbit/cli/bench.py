@@ -282,3 +282,17 @@ def bench_decode(
     from ultralowbit.bench.decode import decode_bench
 
     decode_bench(layers, tokens, rounds, threads, json_file=json_file, say=say)
+
+
+def bench_vllm(
+    layers: Annotated[int, typer.Option(min=1, help="depth of random models in TinyLlama-1.1B's shape")] = 22,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens that each model writes in a turn")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="processes that run each model; the fastest counts")] = 2,
+) -> None:
+    """Measure tokens a second of random packed models in vLLM on this CPU, beside the same model in bf16.
+
+    [bold]ultralowbit bench vllm --layers 4[/]
+    """
+    from ultralowbit.bench.vllm import vllm_bench
+
+    vllm_bench(layers, tokens, rounds, say=say)

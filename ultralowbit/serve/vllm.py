@@ -138,7 +138,12 @@ class PackedMethod(LinearMethodBase):
                     layer.register_parameter(name, empty)
 
     def _load(
-        self, layer: nn.Module, name: str, parameter: nn.Parameter, tensor: Tensor, shard: int | str | tuple | None = None
+        self,
+        layer: nn.Module,
+        name: str,
+        parameter: nn.Parameter,
+        tensor: Tensor,
+        shard: int | str | tuple | None = None,
     ) -> None:
         """Take a stored tensor of one member, or of several consecutive ones (by default all) in one."""
         if shard is None or isinstance(shard, tuple):
