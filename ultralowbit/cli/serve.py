@@ -48,13 +48,14 @@ def serve(
         say(fault, "yellow")
     say(shlex.join(command))
     say("\nllama.cpp, Ollama and LM Studio, for which a GGUF file must hold the weights exactly:", "dim")
-    if all(is_product(format) for format in formats.values()):
-        file = f"{name}.gguf"
-        say(f"ultralowbit export {shlex.quote(str(folder))} --to gguf --out {shlex.quote(file)}")
-        say(f"llama-server -m {shlex.quote(file)}")
+    unfit = next((format for format in formats.values() if not is_product(format)), None)
+    if unfit is None:
+        file = shlex.quote(f"{name}.gguf")
+        say(f"ultralowbit export {shlex.quote(str(folder))} --to gguf --out {file}")
+        say(f"llama-server -m {file}")
     else:
         say(
-            f"no block type of theirs holds {next(iter(formats.values())).summary}: the recipes q1_0, q2_0 and q4_0 fit"
+            f"no block type of theirs holds {unfit.summary} exactly: compress by the recipe q1_0, q2_0 or q4_0 for them"
         )
 
 
