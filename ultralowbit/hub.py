@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from ultralowbit.checkpoint.files import weight_files
+from ultralowbit.checkpoint.gguf import decoded_folder
 from ultralowbit.errors import CheckpointError, InputError, reason
 
 _WANTED = [
@@ -22,7 +23,8 @@ _UNWANTED = ["original/*", "onnx/*", "consolidated*"]  # the same weights again,
 
 
 def resolve_model(name: str) -> Path:
-    """The folder of a model: a local one, or a hub model `org/name` or `org/name@revision`, downloaded if need be.
+    """The folder of a model: a local one, or a hub model `org/name` or `org/name@revision`, downloaded if need be. A
+    GGUF file, or a folder without a config.json that holds one, stands for a folder with what the file means.
 
     It has a config.json, at least one .safetensors file and every shard that its index names; otherwise, or if the hub
     cannot deliver it, raises `InputError`.
@@ -30,7 +32,11 @@ def resolve_model(name: str) -> Path:
     if not name:
         raise InputError("the model's name is empty, expected a folder or a hub name like org/model: give one")
     folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder) and not (folder / "config.json").exists() and len(files := [*folder.glob("*.gguf")]) == 1:
+        folder = files[0]
     if os.path.isfile(folder):
+        if folder.suffix == ".gguf":
+            return decoded_folder(folder)
         raise InputError(f"{name!r} is a file, expected a model's folder or hub name: give the folder that it lies in")
     if not os.path.isdir(folder):
         if name.startswith((".", "/", "~")) or name.count("/") > 1:

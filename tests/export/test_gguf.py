@@ -343,9 +343,7 @@ def test_weights_beyond_sixteen_bits(save_packed, small_config, tmp_path):
         (Sign(group=128), 192, "checkpoint: rows of 192 columns are no whole blocks of Q1_0, which have 128"),
     ],
 )
-def test_weights_that_grow_are_told_why(
-    method, hidden, reason, save_packed, small_config, tmp_path, caplog
-):
+def test_weights_that_grow_are_told_why(method, hidden, reason, save_packed, small_config, tmp_path, caplog):
     folder = save_packed(small_config("llama", hidden_size=hidden), method, tmp_path / "model")
     export(folder, "gguf", tmp_path / "m.gguf")
     assert reason in caplog.text

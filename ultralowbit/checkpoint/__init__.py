@@ -7,5 +7,6 @@ job          the work folder of a compression: committed block by block, resumed
 merge        the blocks' files become the few shards that transformers would write
 activations  hidden states in memory-mapped files
 size         true bits, counted from the tensors that files store
+gguf         a GGUF file as such a folder
 storage      atomic writes, digests, JSON
 """
