@@ -39,7 +39,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     index = folder / INDEX
     if not index.is_file():
-        others = [path.name for path in sorted(folder.glob("*.safetensors"))]
+        others = [path.name for path in sorted(folder.glob("*.safetensors")) if path.is_file()]
         beside = f", only {', '.join(others[:3])}, which transformers would not load either" if others else ""
         raise CheckpointError(
             f"{folder} has no {WEIGHTS} and no {INDEX}{beside}: give the folder of a whole checkpoint"
@@ -120,8 +120,28 @@ class Source:
         self.files = [path.name for path in paths]
         self.file_of: dict[str, str] = {}
         self.specs: dict[str, TensorSpec] = {}
+        self._stamps = self._stamp()
         for file, name, spec in _tensors(paths):
             self.file_of[name], self.specs[name] = file.name, spec
+
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` where a file has been written to, or replaced, since it was opened."""
+        for name, stamp in self._stamp().items():
+            if stamp != self._stamps[name]:
+                raise CheckpointError(
+                    f"{self.folder / name} has changed while it was read: leave the model alone, and run the same "
+                    "command again"
+                )
+
+    def _stamp(self) -> dict[str, tuple[int, ...] | None]:
+        stamps: dict[str, tuple[int, ...] | None] = {}
+        for name in (*self.files, "config.json"):
+            try:
+                stat = (self.folder / name).stat()
+                stamps[name] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            except OSError:
+                stamps[name] = None
+        return stamps
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The named tensors, in their stored dtype, on the CPU. The files are closed before it returns, so that

@@ -35,7 +35,7 @@ from ultralowbit.checkpoint.storage import (
     write_json,
     write_tensors,
 )
-from ultralowbit.errors import CheckpointError, InputError, naming_memory
+from ultralowbit.errors import CheckpointError, InputError, naming_memory, reason
 from ultralowbit.progress import Progress
 
 INSIDE = ".ultralowbit-work"
@@ -76,8 +76,13 @@ class Job:
         another model, recipe or calibration (`restart` discards it), if a file of it is not as it was committed, or if
         another process is at it.
         """
-        job = cls(out, fingerprint)
-        job._refuse_what_is_not_ours()
+        try:
+            job = cls(out, fingerprint)
+            job._refuse_what_is_not_ours()
+        except InputError:
+            raise
+        except (OSError, RuntimeError, ValueError) as e:  # too long, links in a circle, characters that no name has
+            raise InputError(f"--out is {str(out)!r}, which cannot be a folder ({reason(e)}): choose another") from e
         job._acquire()
         try:
             if job._resume(restart, progress):
@@ -92,7 +97,7 @@ class Job:
         return job
 
     def _refuse_what_is_not_ours(self) -> None:
-        if self.work.exists() and not _is_work(self.work):
+        if self.work.is_symlink() or (self.work.exists() and not _is_work(self.work)):
             raise InputError(f"{self.work} holds files that are not ours: choose another --out, or move them")
         if self.out.exists() and not self.out.is_dir():
             raise InputError(f"{self.out} is a file: choose another --out")

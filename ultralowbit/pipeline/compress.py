@@ -84,6 +84,7 @@ def compress(
     formats = planned_formats(decoder, expected_planes(decoder, recipe))
     texts = _read_texts(recipe, formats, TextReader(folder, decoder, trust_remote_code, progress))
     fingerprint = _fingerprint(decoder, recipe, texts, hash_model(decoder, progress))
+    original = decoder.source
     job = Job.open(Path(out), fingerprint, restart, progress)
     if job is None:
         target = Path(out).expanduser().resolve()
@@ -106,6 +107,7 @@ def compress(
             with naming_memory(f"fine-tuning {folder}"):
                 _finetune(job, folder, decoder, recipe, texts["finetune"].tokens, trust_remote_code, progress)
         manifest = write_checkpoint(job, model, folder, decoder, recipe, texts.get("calibration"))
+        original.check_unchanged()
         job.publish()
     finally:
         job.close()

@@ -69,6 +69,7 @@ class BlockStream:
 
     def _commit(self, i: int, seconds: float) -> None:
         """Make block i, and what enters the one after it, what a resumed job starts from."""
+        self.decoder.source.check_unchanged()
         state = self.job.state
         state["blocks"] = i + 1
         state["seconds"][self.decoder.block_name(i)] = round(seconds, 3)

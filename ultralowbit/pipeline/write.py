@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def write_checkpoint(
     write_tensors(outside, decoder.read(decoder.names_outside_blocks()))
     blocks = [job.block_file(i) for i in range(len(decoder.blocks))]
     merge_tensors([*blocks, outside], out, {DIGEST: config_digest(config)})
-    for name in carried_files(folder):
+    for name in carried_files(folder, leave_out=(job.out, job.work)):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out / name, (folder / name).read_bytes())
     shown = recipe.with_sources(public_name)
@@ -100,12 +100,15 @@ def _manifest(job: Job, model: str, decoder: Decoder, recipe: Recipe, data: Cali
     }
 
 
-def carried_files(folder: Path) -> Iterator[str]:
+def carried_files(folder: Path, leave_out: Sequence[Path]) -> Iterator[str]:
     """Names of the files that a packed checkpoint takes over from the original: tokenizer, chat templates, licence,
-    code. No weights, no hidden files, nothing that a link fetches from elsewhere."""
+    code. No weights, no hidden files, nothing that a link fetches from elsewhere, nothing of packed checkpoints or
+    folders to leave out."""
     for place, folders, names in os.walk(folder):
         here = Path(place)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
+        inside = [here / name for name in sorted(folders) if not name.startswith((".", "_"))]
+        inside = [path for path in inside if path.resolve() not in leave_out and not (path / MANIFEST).exists()]
+        folders[:] = [path.name for path in inside]
         for name in sorted(names):
             path = here / name
             top = here == folder
@@ -117,7 +120,7 @@ def carried_files(folder: Path) -> Iterator[str]:
 
 def _is_inside(path: Path, folder: Path) -> bool:
     """Whether a path is a file of the folder itself, or of the hub's cache, whose snapshots are links to its blobs."""
-    target, homes = path.resolve(), [folder.resolve()]
+    target, homes = Path(os.path.realpath(path)), [folder.resolve()]  # unlike Path's, for links in a circle
     if folder.resolve().parent.name == "snapshots":
         homes.append(folder.resolve().parents[1] / "blobs")
     return target.is_file() and any(target.is_relative_to(home) for home in homes)
