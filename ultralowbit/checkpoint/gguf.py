@@ -92,7 +92,7 @@ def _save(file: Path, folder: Path, dtype: torch.dtype) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except Exception as e:  # architectures, shapes and tokenizers that it does not know
         raise InputError(f"transformers cannot decode {file} ({reason(e)}): give the original's folder") from e
-    if missing := sorted(loaded["missing_keys"] - model.all_tied_weights_keys.keys()):
+    if missing := sorted({*loaded["missing_keys"]} - model.all_tied_weights_keys.keys()):
         raise InputError(f"{file} has no {missing[0]}, as transformers needs it: give the original's folder")
     model.hf_quantizer = None  # its weights are decoded, and yet transformers takes it for quantized
     vars(model.config).pop("quantization_config", None)

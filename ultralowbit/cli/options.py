@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
     from ultralowbit.recipe import Recipe
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="folder, or hub name like org/model@revision")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="folder, .gguf file, or hub name like org/model@revision")
+]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="folder of a checkpoint")]
 CalibOption = Annotated[
     str | None,
@@ -95,7 +97,7 @@ def default_name(model: str, recipe: Recipe) -> str:
     """What the folder is called unless --out says otherwise."""
     folder = Path(model).expanduser()
     name = folder.resolve().name if folder.is_dir() else model.partition("@")[0].rpartition("/")[2]
-    return f"{name}-{recipe.name}"
+    return f"{name.removesuffix('.gguf')}-{recipe.name}"
 
 
 def download(model: str, quiet: bool) -> Path:
