@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from ultralowbit.checkpoint.size import measure_size
-from ultralowbit.errors import InputError
+from ultralowbit.errors import CheckpointError, InputError
 from ultralowbit.export.base import export
 from ultralowbit.export.gguf.architectures import ARCHITECTURES
 from ultralowbit.export.gguf.blocks import Multiples, exact_type
@@ -314,6 +315,21 @@ def test_the_gguf_package_may_be_missing_or_too_old(packed, tmp_path, monkeypatc
 
     monkeypatch.setattr("importlib.metadata.version", installed)
     refused(packed, tmp_path, r"ultralowbit\[gguf\]" if version is None else "0.10.0, expected 0.19 or newer")
+
+
+def test_a_disk_that_is_too_small(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    refused(packed, tmp_path, "needs 0.3 MB and its disk has 0.0 MB left: make room")
+
+
+def test_folders_that_are_no_checkpoint(packed, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        export(tmp_path / "empty", "gguf", tmp_path / "m.gguf")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "no such"}')
+    (tmp_path / "other" / "model.safetensors").write_bytes((packed / "model.safetensors").read_bytes())
+    refused(tmp_path / "other", tmp_path, "cannot be loaded by transformers")
 
 
 def test_another_quantization_is_no_source(packed, tmp_path):

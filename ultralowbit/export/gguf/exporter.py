@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from ultralowbit.checkpoint.config import QUANT_METHOD, read_config_json
 from ultralowbit.checkpoint.files import weight_files
@@ -59,14 +59,17 @@ class GgufExporter(Exporter):
         if self.embeddings not in ("f16", "q8_0"):
             raise InputError(f"--embeddings is {self.embeddings!r}, expected f16 or q8_0")
         _check_package()
-        target = architecture(AutoConfig.from_pretrained(folder))
         model = _open(folder)
+        target = architecture(model.config)
         stops = _listed(model.generation_config.eos_token_id if model.generation_config else None)
         vocabulary = Vocabulary.read(folder, model.get_input_embeddings().weight.shape[0], stops)
         tensors = Tensors(model, folder, target, self.embeddings == "q8_0", self.dequantize)
         size = sum(tensor.bytes for tensor in tensors.stored)
         if (free := shutil.disk_usage(out.parent).free) < size:
-            raise InputError(f"the file needs {size / 1e6:,.0f} MB and {out.parent} has {free / 1e6:,.0f}: make room")
+            raise InputError(
+                f"the file needs {size / 1e6:,.1f} MB and its disk has {free / 1e6:,.1f} MB left: make room, or choose "
+                "another --out"
+            )
         _say_types(tensors, progress)
 
         def describe(writer: Any) -> None:
