@@ -13,6 +13,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from ultralowbit.errors import InputError
+from ultralowbit.nn import refuse_old
 from ultralowbit.nn.hf_names import cache_name, match_keys, tied_names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +63,14 @@ def test_keys_are_found_under_the_names_that_transformers_renames():
     assert match_keys(neox, ["embed_out.weight", "optimizer.step"]) == {head: "embed_out.weight"}
     norm = "bert.embeddings.LayerNorm"
     assert match_keys(bert, [f"{norm}.gamma"]) == {f"{norm}.weight": f"{norm}.gamma"}
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.9.0", "5.0.0rc1"])
+def test_a_transformers_that_is_too_old_is_one_sentence(version):
+    with pytest.raises(InputError, match=f"transformers {version} is installed, expected 5.10 or newer: run `pip"):
+        refuse_old(version)
+    for newer in ("5.10.0", "5.25.0.dev0", "6.0"):
+        refuse_old(newer)
 
 
 def test_a_tied_weight_is_named_with_what_it_is_tied_to():
