@@ -183,7 +183,7 @@ def _recipe_text(name: str) -> tuple[str, str]:
     if name.endswith((".yaml", ".yml")) or "/" in name:
         try:
             return Path(name).expanduser().read_text(encoding="utf-8"), name
-        except (OSError, UnicodeDecodeError) as e:
+        except (OSError, ValueError, RuntimeError) as e:  # no UTF-8, no file name, no such user's home
             raise InputError(f"the recipe file {name!r} cannot be read ({type(e).__name__}): check the path") from e
     if name not in shipped():
         near = get_close_matches(name, shipped(), n=1, cutoff=0.5)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from ultralowbit.cli.app import app
 from ultralowbit.errors import CheckpointError, InputError
 from ultralowbit.pipeline.compress import compress
 from ultralowbit.pipeline.verify import verify
@@ -134,3 +136,40 @@ def test_a_model_that_changes_while_it_is_read_is_refused(source, model, every_f
     (model / name).write_bytes((source / name).read_bytes())
     compress(str(model), every_format, tmp_path / "out")
     assert (tmp_path / "out" / SHARD).read_bytes() == (undisturbed / SHARD).read_bytes()
+
+
+WRITES = [
+    ["compress", "MODEL", "--recipe", "rtn-4bit", "--out"], ["export", "MODEL", "--to", "dense", "--out"],
+    ["compare", "MODEL", "--out"], ["demo", "--out"], ["bench", "methods", "MODEL", "--out"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", WRITES, ids=lambda command: command[0])
+@pytest.mark.parametrize("place", ["circle", "~nobody-of-this-name/x"])
+def test_a_place_that_cannot_be_is_refused_by_every_command(source, tmp_path, monkeypatch, command, place):
+    monkeypatch.chdir(tmp_path)
+    os.symlink("circle", "circle")
+    result = CliRunner().invoke(app, [str(source) if part == "MODEL" else part for part in [*command, place]])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
+    assert repr(place) in result.stderr and "unexpected" not in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--json", "--csv"])
+@pytest.mark.parametrize("name", ["pipe", "/dev/null", "circle"])
+def test_results_are_written_to_regular_files_alone(source, tmp_path, monkeypatch, option, name):
+    """A device or a pipe would be replaced by a file."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink("circle", "circle")
+    os.mkfifo("pipe")
+    command = ["eval", str(source)] if option == "--json" else ["bench", "kernels"]
+    result = CliRunner().invoke(app, [*command, option, name])
+    assert result.exit_code == 2 and f"{name!r}, is no regular file" in result.stderr, result.output
+
+
+@pytest.mark.parametrize("name", ["./a\0b", "~nobody-of-this-name/x.yaml", "./circle", "./binary"])
+def test_a_recipe_file_that_cannot_be_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    os.symlink("circle", "circle")
+    Path("binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="cannot be read"):
+        Recipe.load(name)

@@ -31,6 +31,7 @@ from ultralowbit.cli.options import (
     given,
     listed,
     numbers,
+    possible,
 )
 from ultralowbit.cli.render import new_table, shout, show_comparison
 from ultralowbit.errors import InputError
@@ -78,7 +79,7 @@ def bench_pipeline(
     length: Annotated[int, typer.Option(min=2, help="tokens in a window")] = 512,
     recipe: Annotated[str, typer.Option(help="shipped recipe or .yaml file")] = "gptq-2bit",
     out_folder: Annotated[
-        Path | None, typer.Option("--out", help="folder to work in; a temporary one by default")
+        Path | None, typer.Option("--out", callback=possible, help="folder to work in; a temporary one by default")
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -164,7 +165,9 @@ def bench_methods(
     length: LengthOption = None,
     small: SmallOption = False,
     settings: SettingsOption = [],  # noqa: B006
-    out_folder: Annotated[Path, typer.Option("--out", help="folder to write")] = Path("bench-methods"),
+    out_folder: Annotated[Path, typer.Option("--out", callback=possible, help="folder to write")] = Path(
+        "bench-methods"
+    ),
     tracks: TracksOption = True,
     device: DeviceOption = "auto",
     restart: RestartOption = False,

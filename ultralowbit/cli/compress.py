@@ -30,6 +30,7 @@ from ultralowbit.cli.options import (
     download,
     eval_sources,
     given,
+    possible,
 )
 from ultralowbit.cli.render import show
 from ultralowbit.errors import CheckpointError, InputError
@@ -37,7 +38,9 @@ from ultralowbit.errors import CheckpointError, InputError
 if TYPE_CHECKING:
     from ultralowbit.report.schema import RunReport
 
-OutOption = Annotated[Path | None, typer.Option("--out", help="folder to write; <model>-<recipe> by default")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", callback=possible, help="folder to write; <model>-<recipe> by default")
+]
 RatioOption = Annotated[
     float | None, typer.Option(min=0, help="exit 4 if perplexity is more than this many times the original's")
 ]

@@ -9,13 +9,15 @@ import typer
 
 from ultralowbit.cli.console import Watch, cell, out, say
 from ultralowbit.cli.errors import FELL_BACK
-from ultralowbit.cli.options import DeviceOption, QuietOption, RestartOption, command_line
+from ultralowbit.cli.options import DeviceOption, QuietOption, RestartOption, command_line, possible
 from ultralowbit.cli.render import new_table, rows_table, shout
 
 
 def demo(
     ctx: typer.Context,
-    out_folder: Annotated[Path, typer.Option("--out", help="folder to write")] = Path("ultralowbit-demo"),
+    out_folder: Annotated[Path, typer.Option("--out", callback=possible, help="folder to write")] = Path(
+        "ultralowbit-demo"
+    ),
     device: DeviceOption = "auto",
     restart: RestartOption = False,
     quiet: QuietOption = False,

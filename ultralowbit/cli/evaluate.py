@@ -24,6 +24,7 @@ from ultralowbit.cli.options import (
     download,
     listed,
     positive_number,
+    possible,
     torch_dtype,
 )
 from ultralowbit.cli.render import show_comparison, show_evaluation
@@ -141,7 +142,7 @@ def evaluate(
 def compare(
     ctx: typer.Context,
     runs: RunsArgument,
-    out_folder: Annotated[Path, typer.Option("--out", help="folder to write")] = Path("comparison"),
+    out_folder: Annotated[Path, typer.Option("--out", callback=possible, help="folder to write")] = Path("comparison"),
     references: ReferenceOption = [],  # noqa: B006
 ) -> None:
     """Compare finished runs on one page that opens from disk, with tables and plots of quality against size.

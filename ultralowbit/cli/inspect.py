@@ -10,7 +10,7 @@ import typer
 
 from ultralowbit.cli.console import Watch, out, say
 from ultralowbit.cli.errors import FAILED
-from ultralowbit.cli.options import FolderArgument, QuietOption, TrustOption, given
+from ultralowbit.cli.options import FolderArgument, QuietOption, TrustOption, given, possible
 from ultralowbit.cli.render import layer_table, size_table
 from ultralowbit.errors import InputError
 from ultralowbit.export.base import EXPORTERS
@@ -91,7 +91,7 @@ def _rerun(folder: Path, model: str | None, trust_remote_code: bool, quiet: bool
 def export(
     folder: FolderArgument,
     target: Annotated[str, typer.Option("--to", metavar="NAME", help=f"format to write: {', '.join(EXPORTERS)}")],
-    out_path: Annotated[Path, typer.Option("--out", help="new file or folder to write")],
+    out_path: Annotated[Path, typer.Option("--out", callback=possible, help="new file or folder to write")],
     embeddings: Annotated[
         str | None,
         typer.Option(metavar="TYPE", help="gguf: f16, or q8_0 to round the embeddings and the head to 8 bits"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ultralowbit.cli.console import err
-from ultralowbit.errors import InputError
+from ultralowbit.errors import InputError, reason
 
 if TYPE_CHECKING:
     import torch
@@ -63,10 +64,23 @@ RestartOption = Annotated[bool, typer.Option("--restart", help="discard what an 
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="show no progress, only warnings and results")]
 
 
+def possible(path: Path | None) -> Path | None:
+    """The path that an option names; `InputError` where there can be none such: links in a circle, an unknown home."""
+    try:
+        if path is not None:
+            path.expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{str(path)!r} cannot be written ({reason(error)}): name another place") from error
+    return path
+
+
 def writable(file: Path | None) -> Path | None:
-    """The file that an option names; `InputError`, before any work, where its folder is missing or it is a folder."""
-    if file and (file.is_dir() or not file.absolute().parent.is_dir()):
-        what = "is a folder" if file.is_dir() else "lies in no folder"
+    """The file that an option names; `InputError`, before any work, where its folder is missing, or it is a folder, a
+    pipe or a device."""
+    if file and ((os.path.lexists(file) and not file.is_file()) or not file.absolute().parent.is_dir()):
+        what = (
+            "is a folder" if file.is_dir() else "is no regular file" if os.path.lexists(file) else "lies in no folder"
+        )
         raise InputError(f"the file to write, {str(file)!r}, {what}: name another, nothing has been measured")
     return file
 
