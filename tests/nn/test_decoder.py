@@ -370,6 +370,17 @@ def test_a_config_that_cannot_be_read_is_refused(tmp_path, content):
         Decoder(tmp_path, torch.float32, CPU)
 
 
+def test_a_model_with_code_of_its_own_asks_for_trust(tmp_path):
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    named = {"AutoConfig": "configuration_mine.MyConfig"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": named}))
+    (tmp_path / "configuration_mine.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(
+        InputError, match=f"^{tmp_path} is built by Python code that comes with it.*--trust-remote-code"
+    ):
+        Decoder(tmp_path, torch.float32, CPU)
+
+
 def test_a_quantized_source_is_refused(llama, tmp_path):
     config = json.loads((llama / "config.json").read_text())
     for method in ({"quant_method": "gptq", "bits": 4}, UltraLowBitConfig(recipe="x").to_dict()):

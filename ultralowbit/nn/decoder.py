@@ -343,6 +343,11 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as e:  # any value of any type can stand there, and each class trips over it in its own way
+        if not trust_remote_code and "trust_remote_code" in str(e):
+            raise InputError(
+                f"{folder} is built by Python code that comes with it: read the code, and give --trust-remote-code if "
+                "you trust it"
+            ) from e
         raise InputError(f"{folder}/config.json is not one that transformers can read ({reason(e)}): correct it") from e
     quantized = getattr(config, "quantization_config", None)
     if quantized:
