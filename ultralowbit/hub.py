@@ -8,10 +8,12 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from ultralowbit.checkpoint.files import weight_files
 from ultralowbit.checkpoint.gguf import decoded_folder
+from ultralowbit.checkpoint.storage import read_json
 from ultralowbit.errors import CheckpointError, InputError, reason
 
 _WANTED = [
@@ -163,6 +165,21 @@ def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         tokenizer("a")  # some settings only fail in use
     except Exception as e:  # tokenizers and every class of transformers' have their own
         raise InputError(
-            f"{folder} has no tokenizer that transformers can load ({reason(e)}): put its tokenizer files there"
+            f"{folder} has no tokenizer that transformers can load ({_unreadable(folder)}{reason(e)}): put its "
+            "tokenizer files there"
         ) from e
     return tokenizer
+
+
+def _unreadable(folder: Path) -> str:
+    """The tokenizer's file that is to blame, with a colon; nothing where there is none."""
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+    there = [name for name in names if (folder / name).is_file()]
+    for name in there:
+        try:
+            read_json(folder / name)
+            if name == "tokenizer.json":
+                Tokenizer.from_file(str(folder / name))
+        except Exception:  # tokenizers has no class of its own
+            return f"{name}: "
+    return "tokenizer_config.json: " if "tokenizer_config.json" in there else ""

@@ -17,7 +17,7 @@ import ultralowbit
 from ultralowbit.checkpoint.config import DIGEST
 from ultralowbit.checkpoint.files import read_metadata
 from ultralowbit.checkpoint.job import Job
-from ultralowbit.errors import CheckpointError
+from ultralowbit.errors import CheckpointError, InputError
 from ultralowbit.hub import open_tokenizer
 from ultralowbit.pipeline.compress import compress
 from ultralowbit.pipeline.verify import verify
@@ -94,7 +94,11 @@ def test_a_manifest_that_was_edited_is_refused_or_makes_no_difference(undisturbe
 
 def test_tokenizer_files_and_recipes_are_read_or_refused(undisturbed, corrupt):
     def read(folder: Path) -> bool:
-        open_tokenizer(folder)("abc")
+        try:
+            open_tokenizer(folder)("abc")
+        except InputError as error:
+            assert "(tokenizer" in str(error), f"{error} names no file"
+            raise
         Recipe.load(folder / "recipe.yaml")
         return True
 

@@ -375,9 +375,7 @@ def test_a_model_with_code_of_its_own_asks_for_trust(tmp_path):
     named = {"AutoConfig": "configuration_mine.MyConfig"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": named}))
     (tmp_path / "configuration_mine.py").write_text("raise SystemExit('it ran')")
-    with pytest.raises(
-        InputError, match=f"^{tmp_path} is built by Python code that comes with it.*--trust-remote-code"
-    ):
+    with pytest.raises(InputError, match=r"Python code that comes with it: .*--trust-remote-code"):
         Decoder(tmp_path, torch.float32, CPU)
 
 
