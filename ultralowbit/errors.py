@@ -45,7 +45,8 @@ def out_of_memory(error: Exception, doing: str) -> OutOfMemory | None:
         return error  # it names something nearer
     text = " ".join(str(error).split())
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
-    if not known and "can't allocate memory" not in text and "Cannot allocate memory" not in text:
+    said = ("can't allocate memory", "Cannot allocate memory", "can't start new thread")  # which needs room for a stack
+    if not known and not any(words in text for words in said):
         return None
     what = _ALLOCATOR.sub("", text).split(". ")[0].rstrip(".")
     return OutOfMemory(
