@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ os.environ |= {
 pytest.importorskip("vllm")
 
 from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.layers.linear import LinearBase
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -46,6 +47,7 @@ SIZES = {
     "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1,
     "pad_token_id": 3,
 }  # fmt: skip
+NEOX = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 GPT2 = {"vocab_size": 96, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128, "eos_token_id": 1}
 GPTQ = {"method": "gptq", "bits": 2, "group": 32}
 TWO_SIGNS = {"method": "sign", "planes": 2}
@@ -74,7 +76,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "gpt2, stored transposed": ("gpt2", GPT2, mixed("*c_fc")),
     "phi3, fused in the files": ("phi3", SIZES, {"quantize": {"method": "rtn", "bits": 3, "group": 32}}),
-    "gpt-neox, heads in turns": ("gpt_neox", SIZES, mixed("*4h_to_h")),
+    "gpt-neox, heads in turns": ("gpt_neox", NEOX, mixed("*4h_to_h")),
     "mistral, a block left out": ("mistral", SIZES, {"quantize": GPTQ, "ignore": ["*layers.1.*"]}),
 }
 
@@ -113,9 +115,21 @@ def novel(tmp_path_factory) -> Path:
     )
 
 
-def open_vllm(folder: Path, **kwargs: Any) -> LLM:
-    options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 96, "max_num_seqs": 32, **kwargs}
-    return LLM(str(folder), **options)
+@pytest.fixture
+def open_vllm() -> Iterator[Callable[..., LLM]]:
+    """A folder in vLLM; one at a time, for they share what is global."""
+    opened: list[LLM] = []
+
+    def open_folder(folder: Path, **kwargs: Any) -> LLM:
+        options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 96, "max_num_seqs": 32, **kwargs}
+        opened.append(LLM(str(folder), **options))
+        return opened[0]
+
+    yield open_folder
+    for llm in opened:
+        llm.llm_engine.engine_core.shutdown()
+    opened.clear()
+    cleanup_dist_env_and_memory()
 
 
 def greedy(llm: LLM, prompts: list[list[int]], tokens: int = 16) -> list[list[int]]:
@@ -140,22 +154,22 @@ def prompts(count: int, vocab: int = 96, shared: int = 0) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_vllm_writes_the_same_tokens(packed, name):
+def test_vllm_writes_the_same_tokens(packed, open_vllm, name):
     folder = packed(name)
     wanted = expected(folder, prompts(20))  # first: vLLM changes classes of transformers that it has no own of
     assert greedy(open_vllm(folder), prompts(20)) == wanted
 
 
-def test_a_real_model_writes_the_same_tokens_in_a_batch_with_a_shared_prefix(novel):
-    llm = open_vllm(novel, enable_prefix_caching=True, max_model_len=128)
-    batch = prompts(32, 4096, shared=48)
+def test_a_real_model_writes_the_same_tokens_in_a_batch_with_a_shared_prefix(novel, open_vllm):
+    llm = open_vllm(novel, enable_prefix_caching=True, max_model_len=256)
+    batch = prompts(32, 4096, shared=160)
     wanted = expected(novel, batch)
     assert greedy(llm, batch) == wanted
     assert greedy(llm, batch) == wanted  # now all of whole blocks is cached
-    assert llm.generate({"prompt_token_ids": batch[0]}, use_tqdm=False)[0].num_cached_tokens >= 32
+    assert llm.generate({"prompt_token_ids": batch[0]}, use_tqdm=False)[0].num_cached_tokens == 128  # in blocks of 128
 
 
-def test_the_packed_words_are_all_that_is_kept(packed):
+def test_the_packed_words_are_all_that_is_kept(packed, open_vllm):
     llm = open_vllm(packed("mistral, a block left out"))
     model = llm.llm_engine.model_executor.driver_worker.model_runner.model
     linears = {name: m for name, m in model.named_modules() if isinstance(m, LinearBase)}
@@ -186,13 +200,13 @@ def damage(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor]
     ],
     ids=["a norm", "a scale", "the head's shape", "a value"],
 )
-def test_damage_is_refused(packed, tmp_path, change, word):
+def test_damage_is_refused(packed, open_vllm, tmp_path, change, word):
     folder = damage(packed("mistral, a block left out"), tmp_path / "x", change)
     with pytest.raises(ValueError, match=word):
         open_vllm(folder)
 
 
-def test_an_edited_config_is_refused(packed, tmp_path):
+def test_an_edited_config_is_refused(packed, open_vllm, tmp_path):
     folder = Path(shutil.copytree(packed("mistral, a block left out"), tmp_path / "x"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
@@ -200,7 +214,7 @@ def test_an_edited_config_is_refused(packed, tmp_path):
         open_vllm(folder)
 
 
-def test_packed_and_plain_weights_cannot_be_one_product(save_model, text, tmp_path):
+def test_packed_and_plain_weights_cannot_be_one_product(open_vllm, save_model, text, tmp_path):
     source = save_model(AutoConfig.for_model("llama", **SIZES), tmp_path / "source")
     folder = compress(source, tmp_path / "packed", {"quantize": GPTQ, "ignore": ["*k_proj"]}, text)
     with pytest.raises(CheckpointError, match=r"q_proj and .*k_proj at once, of which only the first is packed"):
@@ -279,14 +293,14 @@ def test_a_part_that_never_came_is_named():
 # --- over the wire, and through lm-eval --------------------------------------------------------------------------
 
 
-def test_the_server_answers_by_openais_protocol(novel):
+def test_the_server_answers_by_openais_protocol(novel, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     command = [sys.executable, "-P", "-m", "ultralowbit", "serve", str(novel), "--run", "--", "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
-    server = subprocess.Popen(command, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True)
+    server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True)
     try:
         ask = {"model": novel.name, "prompt": "It was a dark", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
         request = urllib.request.Request(

@@ -53,7 +53,7 @@ def serve(
         if fault is not None:
             raise InputError(fault)
         program = Path(sys.executable).with_name(command[0])  # beside this Python, whatever is on the path
-        os.execv(program, command)
+        os.execv(program, [str(program), *command[1:]])
     if fault is not None:
         say(fault, "yellow")
     say(shlex.join(command))
