@@ -181,6 +181,20 @@ def test_a_hessian_of_low_rank_is_damped(method, layer):
         assert problem.loss(quantized) < problem.loss(method.quantize(problem.weight, None).dequantize())
 
 
+@pytest.mark.parametrize("alive", [0, 1, 40])
+def test_inputs_that_are_always_zero_hold_nothing_up(method, alive):
+    """Dead channels, all but one of them, or all: columns that no output depends on."""
+    generator = torch.Generator().manual_seed(alive)
+    weight, x = torch.randn(24, 96, generator=generator), torch.randn(200, 96, generator=generator)
+    x[:, alive:] = 0
+    stats = InputStats(96, needs=method.needs | Need.MAGNITUDES)
+    stats.add(x)
+    dense = method.quantize(weight, stats if method.needs else None).dequantize()
+    assert dense.isfinite().all()
+    lost = ((dense - weight) @ x.T).square().sum()
+    assert lost <= (weight @ x.T).square().sum()
+
+
 def test_a_hessian_that_cannot_be_used_is_refused(method, layer):
     if method.needs is Need.NOTHING:
         pytest.skip("uses no statistics")

@@ -1,8 +1,8 @@
 """A second device without hardware: `card`, whose tensors lie on the host, and which refuses what a GPU refuses.
 
 Run as a program, it compresses a model with recipes on that device and prints what went wrong with each, as JSON. Every
-operation is checked: tensors of the host and of the card do not meet, but for copies, numbers and indices. Results are
-those of the host, to the bit. In a process of its own, since torch can be taught one such device, and not unlearns it.
+operation is checked: tensors of the host and of the card do not meet, but for copies, numbers and indices. What is not
+trained comes out as on the host, to the bit. In a process of its own: torch can be taught one such device, for good.
 """
 
 from __future__ import annotations

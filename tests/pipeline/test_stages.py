@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -286,3 +287,16 @@ def test_training_that_makes_nothing_better_changes_nothing(source, recipe, tmp_
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     errors = [[layer["error"] for layer in r.manifest["layers"].values()] for r in (plain, result)]
     assert errors[1] == pytest.approx(errors[0], rel=1e-5)  # in sums over other batches
+
+
+def test_the_teacher_is_the_model_that_was_hashed(source, recipe, tmp_path):
+    """Pickled weights beside the safetensors, of another model, are nobody's."""
+    other = Path(shutil.copytree(source, tmp_path / "model"))
+    weights = {name: torch.zeros_like(tensor) for name, tensor in tensors(source).items()}
+    torch.save(weights, other / "pytorch_model.bin")
+    taught = compress(str(source), recipe(finetune=DISTILL), tmp_path / "out")
+    beside = compress(str(other), recipe(finetune=DISTILL), tmp_path / "beside")
+    report = taught.manifest["finetune"]
+    assert report["after"] < report["before"]
+    assert beside.manifest["fingerprint"] == taught.manifest["fingerprint"]
+    assert beside.manifest["files"] == taught.manifest["files"]
