@@ -30,7 +30,7 @@ from ultralowbit.kernels.packed_matmul import packed_matmul
 from ultralowbit.methods.gptq import GPTQ
 from ultralowbit.methods.rtn import RTN
 from ultralowbit.methods.sign import Sign
-from ultralowbit.nn.hf import pack_model
+from ultralowbit.nn.hf import check_checkpoint, pack_model
 from ultralowbit.nn.linear import PackedLinear
 from ultralowbit.nn.quantizer import UltraLowBitConfig
 from ultralowbit.recipe import Recipe
@@ -424,12 +424,12 @@ def tampered(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], N
     return target
 
 
-def refused(folder: Path, *words: str, **kwargs: Any) -> str:
-    """Both ways to load raise one of our errors, which names `words`."""
+def refused(folder: Path, *words: str) -> str:
+    """Both ways to load, and the check alone, raise one of our errors, which names `words`."""
     messages = set()
-    for load in (ultralowbit.load, AutoModelForCausalLM.from_pretrained):
+    for load in (ultralowbit.load, AutoModelForCausalLM.from_pretrained, check_checkpoint):
         with pytest.raises((CheckpointError, FormatError)) as error:
-            load(folder, **kwargs)
+            load(folder)
         messages.add(str(error.value))
     for message in messages:
         assert "\\n" not in message

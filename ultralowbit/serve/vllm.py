@@ -35,7 +35,7 @@ QKV = {"q": 0, "k": 1, "v": 2}
 
 
 @register_quantization_config(QUANT_METHOD)
-class VllmConfig(QuantizationConfig):
+class PackedConfig(QuantizationConfig):
     """The `quantization_config` of a packed checkpoint, as vLLM knows it.
 
     formats: the format of each packed Linear by its name, which vLLM turns into its own.
@@ -46,7 +46,7 @@ class VllmConfig(QuantizationConfig):
         self.formats = dict(formats)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> VllmConfig:
+    def from_config(cls, config: dict[str, Any]) -> PackedConfig:
         return cls(module_formats(config.get("modules"), config.get("formats")))
 
     def get_name(self) -> str:
@@ -220,7 +220,9 @@ def _leave_packed_weights_alone() -> None:
     """Let vLLM's GPT-2 transpose dense weights only: Hugging Face stores those as [in, out], packed ones as others."""
     from vllm.model_executor.models.gpt2 import GPT2Model
 
-    transpose = GPT2Model._transpose_conv1d
+    transpose = getattr(GPT2Model, "_transpose_conv1d", None)
+    if transpose is None:  # another release: the shapes of what is loaded are checked in any case
+        return
 
     def transpose_dense(self: GPT2Model, weights: Any) -> Any:
         for name, tensor in weights:
