@@ -27,6 +27,11 @@ STAGES = (*TRAINED, "rotate", "error_correction", "allocate")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")]
 
 
+def ulp(values: torch.Tensor) -> torch.Tensor:
+    """The step from each fp16 to the next."""
+    return (values.view(torch.int16) + 1).view(torch.float16).sub(values).abs()
+
+
 def different() -> list[str]:
     """The shipped recipes that differ in more than values: one of each method with the same stages."""
     kinds: dict[tuple, str] = {}
@@ -72,7 +77,7 @@ def test_the_device_tells_its_tensors_from_the_hosts(on_card):
 
 
 @pytest.mark.parametrize("name", different())
-def test_a_recipe_runs_there_and_untrained_writes_what_it_writes_on_the_host(on_card, source, text, tmp_path, name):
+def test_a_recipe_runs_there_and_writes_what_it_writes_on_the_host(on_card, source, text, tmp_path, name):
     folder, wrong = on_card
     assert wrong[name] is None
     recipe = short(name, text)
@@ -80,4 +85,6 @@ def test_a_recipe_runs_there_and_untrained_writes_what_it_writes_on_the_host(on_
     mine, theirs = load_file(folder / name / "model.safetensors"), load_file(tmp_path / "host" / "model.safetensors")
     assert mine.keys() == theirs.keys()
     if not any(getattr(recipe, stage) for stage in TRAINED):  # optimizers sum in another order there
-        assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+        for key, there in theirs.items():  # a sum in another order may round one fp16 the other way
+            same = (mine[key] == there) if mine[key].dtype != torch.float16 else (mine[key] - there).abs() <= ulp(there)
+            assert same.all() and (mine[key] == there).float().mean() > 0.95, key
