@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--theirs", nargs="*", default=list(THEIRS), help="llama.cpp's own types")
     print("| file | MB | perplexity | tokens/s |\n|---|---:|---:|---:|")
-    for name, size, ppl, speed in rows(parser.parse_args()):
+    for name, size, ppl, speed in rows(parser.parse_intermixed_args()):
         print(f"| `{name}` | {size / 1e6:.1f} | {ppl:.2f} | {speed:.1f} |", flush=True)
 
 
