@@ -71,7 +71,7 @@ def test_quadrature_stands_for_the_eigenvalues(columns, decay):
     hessian = (basis * values) @ basis.T
     for bits in (0.5, 1.0, 2.0, 3.0):
         near = least_error(spectrum(hessian.float()), bits)
-        assert near == pytest.approx(water_filled(values.clamp_min(1e-300), bits), rel=0.03)
+        assert near == pytest.approx(water_filled(values.clamp_min(1e-300), bits), rel=0.05)
 
 
 def test_quadrature_of_what_has_no_spread():

@@ -14,12 +14,14 @@ from transformers.pytorch_utils import Conv1D
 
 import ultralowbit
 from ultralowbit.errors import InputError
+from ultralowbit.methods.bound import least_error
 from ultralowbit.methods.rtn import RTN
 from ultralowbit.methods.sign import Sign
 from ultralowbit.methods.statistics import InputStats
 from ultralowbit.nn.linear import PackedLinear
 from ultralowbit.pipeline.compress import compress
 from ultralowbit.pipeline.estimate import estimate
+from ultralowbit.pipeline.quantize import quantize_linear
 from ultralowbit.pipeline.sensitivity import sensitivities
 from ultralowbit.pipeline.source import open_decoder
 from ultralowbit.pipeline.verify import rerun
@@ -206,3 +208,22 @@ def test_what_cannot_be_allocated_is_refused_before_the_work(source, recipe, tmp
 def test_only_planes_can_be_allocated(recipe, quantize):
     with pytest.raises(ValueError, match="allocate chooses planes"):
         recipe(2.0, quantize=quantize)
+
+
+def test_the_bound_counts_how_large_outputs_are():
+    """Rows that look away from the largest inputs have less energy to lose: the bound is then a larger share of it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 64, generator=generator) * torch.linspace(3, 0.1, 64)
+    stats = InputStats(64)
+    stats.add(x)
+    shares = {}
+    for name, slope in (("toward", torch.linspace(2, 0.1, 64)), ("away", torch.linspace(0.1, 2, 64))):
+        linear = torch.nn.Linear(64, 400, bias=False)
+        linear.weight.data = torch.randn(400, 64, generator=generator) * slope
+        energy = (x @ linear.weight.T).square().sum()
+        isotropic = linear.weight.square().sum() * x.square().sum() / 64
+        _, result = quantize_linear(linear, Sign(planes=2), stats)
+        shares[name] = result["least_error"]
+        expected = least_error(stats.spectrum, result["bits_per_weight"]) * isotropic / energy
+        assert result["least_error"] == pytest.approx(expected.item(), rel=1e-3)
+    assert shares["away"] > 3 * shares["toward"]

@@ -91,8 +91,9 @@ def _lanczos(H: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def least_error(of: Spectrum, bits: float) -> float:
-    """D(R) / D(0), the share of the outputs' energy that is lost at least, from the spectrum of the inputs' Hessian and
-    the bits a weight. 0 where no input has any energy."""
+    """D(R) / D(0), from the spectrum of the inputs' Hessian and the bits a weight; 0 where no input has any energy.
+
+    D(0) is the energy that outputs of rows without a preferred direction have: |W|^2 mean(diag H)."""
     present = of.values > 0
     values, shares = of.values[present], of.shares[present]
     energy = values * shares

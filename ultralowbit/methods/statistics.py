@@ -236,12 +236,13 @@ def invert_upper(R: Tensor, leaf: int = 256) -> Tensor:
 
 def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     """tr(D H D^T) / tr(W H W^T), D = W - Q: the share of the output's energy that is lost on the calibration text."""
-    energy = _energy(weight, hessian)
-    return (_energy(weight - quantized, hessian) / energy).item() if energy > 0 else 0.0
+    energy = output_energy(weight, hessian)
+    return (output_energy(weight - quantized, hessian) / energy).item() if energy > 0 else 0.0
 
 
-def _energy(rows: Tensor, H: Tensor, block: int = 1024) -> Tensor:
-    """tr(R H R^T) by blocks of columns: H is symmetric, so the blocks above the diagonal count twice."""
+def output_energy(rows: Tensor, H: Tensor, block: int = 1024) -> Tensor:
+    """tr(R H R^T) [] fp64 of rows [out, in], by blocks of columns: H [in, in] is symmetric, so the blocks above the
+    diagonal count twice."""
     total = rows.new_zeros((), dtype=torch.float64)
     for i in range(0, len(H), block):
         part, here = rows[:, i : i + block], slice(i, i + block)

@@ -75,8 +75,8 @@ def _within_budget(decoder: Decoder, recipe: Recipe, losses: Mapping[str, float]
     least = 8 * (fixed + int(nbytes[:, 0].sum())) / weights
     if least > recipe.allocate.bits:
         raise InputError(
-            f"allocate.bits is {recipe.allocate.bits:g}, and one plane for every Linear takes {math.ceil(1e4 * least) / 1e4:g} true bits a "
-            "weight, scales included: ask for that at least"
+            f"allocate.bits is {recipe.allocate.bits:g}, and one plane for every Linear takes "
+            f"{math.ceil(1e4 * least) / 1e4:g} true bits a weight, scales included: ask for that at least"
         )
     of_each = torch.tensor([losses.get(k, 0.0) if losses else n * m for k, (n, m) in free.items()], dtype=torch.float64)
     lost = _lost_by_planes(recipe.quantize)

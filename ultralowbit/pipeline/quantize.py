@@ -16,7 +16,7 @@ from ultralowbit.methods.base import Method
 from ultralowbit.methods.bound import least_error
 from ultralowbit.methods.error_correction import ErrorCorrection
 from ultralowbit.methods.rotation import rotated_weight
-from ultralowbit.methods.statistics import InputStats, Need, SingularHessian, relative_error
+from ultralowbit.methods.statistics import InputStats, Need, SingularHessian, output_energy, relative_error
 
 
 def quantize_linear(
@@ -52,7 +52,7 @@ def quantize_linear(
     error = least = None
     if stats and Need.HESSIAN in stats.needs and not fallback:
         error = relative_error(weight, packed.dequantize(), stats.hessian)
-        least = least_error(stats.spectrum, packed.bits_per_weight)
+        least = _least_error(weight, stats, packed.bits_per_weight)
     packed = rotated_weight(packed, hadamard) if hadamard else packed
     dense = packed.dequantize()
     _check_not_lost(weight, dense)
@@ -68,6 +68,14 @@ def quantize_linear(
         "notes": list(stats.notes) if stats else [],
         "seconds": round(time.perf_counter() - started, 3),
     }
+
+
+def _least_error(weight: Tensor, stats: InputStats, bits: float) -> float | None:
+    """The share of the outputs' energy that a code of so many bits loses at least, for Gaussian rows as large as those
+    of the weight [out, in]; None for outputs without energy."""
+    energy = output_energy(weight, stats.hessian)
+    isotropic = weight.double().square().sum() * stats.hessian.diagonal().mean()
+    return (least_error(stats.spectrum, bits) * isotropic / energy).item() if energy > 0 else None
 
 
 def _check_not_lost(weight: Tensor, dense: Tensor) -> None:
