@@ -134,6 +134,19 @@ def test_a_model_that_is_not_packed_becomes_sixteen_bits(packed, tmp_path):
     assert torch.equal(values(tensors["blk.0.ffn_up.weight"]), weight.half().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
+@pytest.mark.parametrize("options", [{}, {"embeddings": "q8_0"}, {"dequantize": True}], ids=["exact", "q8_0", "f16"])
+def test_the_default_dtype_changes_no_byte(packed, tmp_path, dtype, options):
+    expected = export(packed, "gguf", tmp_path / "plain.gguf", **options).read_bytes()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        changed = export(packed, "gguf", tmp_path / "changed.gguf", **options).read_bytes()
+    finally:
+        torch.set_default_dtype(before)
+    assert changed == expected
+
+
 def test_an_ollama_modelfile_lies_beside(packed, tmp_path):
     export(packed, "gguf", tmp_path / "m.gguf")
     assert "FROM ./m.gguf\n" in (tmp_path / "m.Modelfile").read_text()

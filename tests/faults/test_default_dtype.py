@@ -59,12 +59,13 @@ def test_the_default_dtype_changes_no_logit(undisturbed: Path, default_dtype):
     assert torch.equal(changed, expected)
 
 
-@pytest.mark.parametrize("stage", ["rotate", "error_correction", "preprocess", "blockwise", "finetune"])
+@pytest.mark.parametrize("stage", ["rotate", "error_correction", "allocate", "preprocess", "blockwise", "finetune"])
 def test_the_default_dtype_changes_no_stage(source, text, tmp_path, monkeypatch, stage):
     training = {"lr": {"scale": 0.01, "latent": 0.01}, "steps": 2, "batch": 2, "evaluations": 1}
     values = {
         "rotate": {},
         "error_correction": {},
+        "allocate": {"bits": 2.0, "windows": 2},
         "preprocess": {"rank": 2, "training": {**training, "lr": {"adapter": 0.1}}},
         "blockwise": {"objective": {"kind": "mse"}, "training": training},
         "finetune": {"objective": {"kind": "kl"}, "training": training},
