@@ -119,6 +119,20 @@ def test_a_kill_after_compressing_costs_no_figure(compress, monkeypatch, at):
     assert "edited" not in result.output and (folder / "report.md").exists()
 
 
+def test_calibrating_on_what_is_measured_is_told(compress, text, tmp_path):
+    """On the screen, in report.json, report.md and the card; not where the texts are others."""
+    Path(tmp_path / "other.txt").write_text("".join(sorted(Path(text).read_text())))
+    for calibration, seen in ((text, True), (str(tmp_path / "other.txt"), False)):
+        calibrated = ["--recipe", "gptq-4bit", "--calib", calibration, "--length", "32", "--max-tokens", "99999"]
+        result, folder = compress(*calibrated, "--restart")
+        assert result.exit_code == 0, result.output
+        shares = read_file(folder / "report.json", RunReport, "").seen
+        assert list(shares) == [Path(text).name] * seen and all(0 < share <= 1 for share in shares.values())
+        assert ("figures of it flatter" in " ".join(result.output.split())) is seen
+        for name in ("report.md", CARD):
+            assert ("**Seen before.**" in (folder / name).read_text()) is seen
+
+
 @pytest.mark.parametrize("part", ["environment", "calibration", "layers"])
 def test_a_manifest_that_was_edited_is_one_sentence(compress, part):
     """Also where what is left of it satisfies all that the packed model needs to load."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,11 @@ from ultralowbit.training.preprocess import preprocess
 
 @dataclass(frozen=True)
 class Compressed:
-    """What `compress` leaves behind: the folder and its manifest."""
+    """What `compress` leaves behind: the folder and its manifest; and the windows that its stages read, by stage."""
 
     folder: Path
     manifest: dict[str, Any]
+    texts: Mapping[str, Calibration] = field(default_factory=dict)
 
     @property
     def fallbacks(self) -> dict[str, str]:
@@ -89,7 +90,7 @@ def compress(
     if job is None:
         target = Path(out).expanduser().resolve()
         progress.say(f"{target} is already what this command makes")
-        return Compressed(target, read_manifest(target))
+        return Compressed(target, read_manifest(target), texts)
 
     def again(recipe: Recipe, out: Path) -> Path:
         options = {"device": device, "trust_remote_code": trust_remote_code, "progress": progress}
@@ -111,7 +112,7 @@ def compress(
         job.publish()
     finally:
         job.close()
-    return Compressed(job.out, manifest)
+    return Compressed(job.out, manifest, texts)
 
 
 def _read_texts(recipe: Recipe, formats: Mapping[str, Any], reader: TextReader) -> dict[str, Calibration]:

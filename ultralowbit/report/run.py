@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,6 +14,7 @@ from ultralowbit.checkpoint.manifest import MANIFEST
 from ultralowbit.checkpoint.size import LayerSize, measure_size
 from ultralowbit.checkpoint.storage import sha256_file, write_atomic
 from ultralowbit.data.corpora import SOURCES, public_name
+from ultralowbit.data.overlap import seen_share
 from ultralowbit.errors import CheckpointError, FormatError, InputError, reason
 from ultralowbit.eval.base import Measured
 from ultralowbit.eval.runner import EvalText, pick_dtype, read_texts
@@ -28,6 +30,8 @@ from ultralowbit.report.measure import Models, plane_sparsity
 from ultralowbit.report.schema import ORIGINAL, REPORT, Layer, Limits, ManifestRecord, Row, RunReport, SizeRecord
 from ultralowbit.report.tables import render
 from ultralowbit.system import forget_peak_memory, pick_device
+
+log = logging.getLogger(__name__)
 
 AUTO_TOKENS = 40_960
 """Tokens to measure on unless texts are named: twenty windows of 2048, enough to see what happened."""
@@ -108,6 +112,7 @@ def compress_and_measure(
         ) from error
     models = Models(folder, out, where, pick_dtype(folder, where), trust_remote_code, watch, model, recipe.name)
     models.measure(report, wanted, known or {}, thorough)
+    report.seen = _seen(compressed, wanted)
     report.limits, report.advice = limits, advice(recipe)
     report.collapsed = collapsed(report.packed.metrics, report.vocabulary)
     report.exceeded = exceeded(limits, report.original.metrics, report.packed.metrics)
@@ -144,6 +149,15 @@ def _begin(
         report.packed.peak_memory_bytes = compressed.peak_memory_bytes or earlier.packed.peak_memory_bytes
         report.continuation = earlier.continuation
     return report
+
+
+def _seen(compressed: Compressed, wanted: list[EvalText]) -> dict[str, float]:
+    """Texts to measure on that hold a part of what was calibrated or trained on, which is warned of."""
+    read = [text.tokens for text in compressed.texts.values()]
+    shares = {text.source: share for text in wanted if (share := seen_share(read, text.tokens)) > 0}
+    for source, share in shares.items():
+        log.warning("%.1f %% of the calibration text stands in %s: figures of it flatter", 100 * share, source)
+    return shares
 
 
 def _earlier(out: Path, digest: str) -> RunReport | None:

@@ -170,6 +170,8 @@ class RunReport(File):
     fallbacks: dict[str, str] = Field(default_factory=dict)
     notes: dict[str, list[str]] = Field(default_factory=dict)
     left_out: dict[str, LeftOut] = Field(default_factory=dict)
+    seen: dict[str, float] = Field(default_factory=dict)
+    """Of each text that it is measured on, the share of the calibration text that stands in it, where there is any."""
     continuation: Written | None = None
     limits: Limits = Limits()
     exceeded: list[str] = Field(default_factory=list)
