@@ -243,9 +243,8 @@ def test_errors_in_words(monkeypatch, run):
     full = OSError(errno.ENOSPC, "No space left on device", "/x/y")
     assert explain(full) == "no space is left to write /x/y: make room, then run the same command to go on"
     assert explain(DiskFull(errno.ENOSPC, "no space left to write /x")) == "no space left to write /x"
-    assert explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")).startswith(
-        "out of memory (CUDA"
-    )
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    assert explain(full).startswith("out of memory while running this command (CUDA out of memory): free some")
     assert explain(PermissionError(errno.EACCES, "Permission denied", "/x")) == "Permission denied: /x"
     assert explain(KeyError("a")).startswith("unexpected KeyError: 'a'")
     monkeypatch.setattr("ultralowbit.checkpoint.size.measure_size", lambda folder: 1 / 0)

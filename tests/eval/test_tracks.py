@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from copy import deepcopy
 
 import pytest
 import torch
@@ -151,16 +152,14 @@ def test_nats_a_byte_and_windows(model, tokenizer):
 def test_speed_is_measured_in_turns(model):
     calls = []
 
-    class Counted(torch.nn.Module):
-        def __init__(self, name):
-            super().__init__()
-            self.name, self.inner, self.device = name, model, model.device
+    def counted(name: str) -> torch.nn.Module:
+        copy = deepcopy(model)
+        copy.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append((name, (*args, kwargs.get("input_ids"))[0].shape[1])), with_kwargs=True
+        )
+        return copy
 
-        def forward(self, input_ids, **kwargs):
-            calls.append((self.name, input_ids.shape[1]))
-            return self.inner(input_ids=input_ids, **kwargs)
-
-    rates = speed([Counted("a"), Counted("b")], torch.arange(12), new_tokens=3, repeats=1)
+    rates = speed([counted("a"), counted("b")], torch.arange(12), new_tokens=3, repeats=1)
     assert all(rate > 0 for one in rates for rate in one.values()) and len(rates) == 2
     turn = [(name, n) for name in "ab" for n in (12, 1, 1, 1)]
     assert calls == 2 * turn
