@@ -46,10 +46,16 @@ def seconds(work: Workload, size: Size) -> dict[str, float]:
         return parts
     widths = [m for block in work.hessians for m in block]
     products = sum(n * m**2 for n, m in (work.shapes[name] for name in work.with_hessian))
+    factors, updates = sum(m**3 for m in widths) * _factor_seconds(device), products / single
+    if work.recipe.allocate is not None:
+        # every Linear packed once more; forwards, up to each input, forwards and backwards; the head and its gradient
+        tokens = min(work.recipe.allocate.windows, work.recipe.calibration.samples) * work.length
+        passes = tokens * (4 * token + 6 * work.hidden * work.vocabulary) / own
+        parts["allocation"] = passes + 2 * tokens * sum(m**2 for m in widths) / single + rounding + factors + updates
     return parts | {
         "Hessians": 2 * work.tokens * sum(m**2 for m in widths) / single,
-        "factors": sum(m**3 for m in widths) * _factor_seconds(device),
-        "updates": products / single,
+        "factors": factors,
+        "updates": updates,
         "output errors": 4 * products / single,
     }
 
