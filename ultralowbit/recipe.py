@@ -89,8 +89,12 @@ class Recipe(StrictModel):
     def reads_text(self) -> bool:
         """Whether a stage trains, or a method asks for statistics of inputs."""
         methods = (self.quantize, *(override.quantize for override in self.overrides))
-        stages = (self.preprocess, self.allocate, self.blockwise, self.finetune)
-        return any(stages) or any(method.needs for method in methods)
+        return self.stage_reads_text or any(method.needs for method in methods)
+
+    @property
+    def stage_reads_text(self) -> bool:
+        """Whether a stage beside `quantize` reads text, whatever the methods."""
+        return any((self.preprocess, self.allocate, self.blockwise, self.finetune))
 
     @property
     def sources(self) -> list[str]:

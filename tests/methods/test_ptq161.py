@@ -105,7 +105,7 @@ def test_with_compensation_it_is_the_column_loop_between_fits(layer, passes):
 @pytest.mark.parametrize("shape", [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192)], ids=str)
 def test_true_bits_are_those_of_the_title(shape):
     format = PTQ161().format(shape[1])
-    bits = sum(8 * math.prod(s.shape) * s.dtype.itemsize for s in format.tensors(*shape).values()) / math.prod(shape)
+    bits = 8 * format.nbytes(*shape) / math.prod(shape)
     assert 1.60 <= bits <= 1.617
     assert shape != (4096, 4096) or round(bits, 3) == 1.615
     assert all(segment.columns % 16 == 0 for segment in format.segments)

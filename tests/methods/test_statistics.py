@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ultralowbit.methods.statistics import InputStats, Need, SingularHessian, relative_error
+from ultralowbit.methods.statistics import InputStats, Need, SingularHessian, output_energy, relative_error
 
 
 def tokens(count: int, features: int, seed: int = 0, spread: float = 1.0) -> torch.Tensor:
@@ -259,16 +259,19 @@ def test_the_error_is_the_share_of_the_output_that_is_lost(outliers, device):
     H = clipped_hessian(x, outliers)
     expected = ((W - Q).double() @ H * (W - Q).double()).sum() / (W.double() @ H * W.double()).sum()
     stats = gathered(x.to(device), [50], outliers)
-    share = relative_error(W.to(device), Q.to(device), stats.hessian)
+    W, Q = W.to(device), Q.to(device)
+    share = relative_error(W, Q, stats.hessian, output_energy(W, stats.hessian))
     assert share == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_error_is_that_of_the_outputs():
     x = tokens(200, 24)
     W, Q = torch.randn(5, 24, generator=torch.Generator().manual_seed(2)), torch.zeros(5, 24)
-    assert relative_error(W, Q, gathered(x, []).hessian) == pytest.approx(1)
-    assert relative_error(W, W, gathered(x, []).hessian) == 0
-    assert relative_error(W * 0, Q, gathered(x, []).hessian) == 0
+    H = gathered(x, []).hessian
+    energy = output_energy(W, H)
+    assert relative_error(W, Q, H, energy) == pytest.approx(1)
+    assert relative_error(W, W, H, energy) == 0
+    assert relative_error(W * 0, Q, H, output_energy(W * 0, H)) == 0
     half = torch.cat([W[:2], Q[2:]])
     expected = (x @ (W - half).T).square().sum() / (x @ W.T).square().sum()
-    assert relative_error(W, half, gathered(x, []).hessian) == pytest.approx(expected.item(), rel=1e-4)
+    assert relative_error(W, half, H, energy) == pytest.approx(expected.item(), rel=1e-4)

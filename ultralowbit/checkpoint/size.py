@@ -151,7 +151,7 @@ class Size:
         rest = {name: spec for name, spec in tensors.items() if name not in packed}
         other = dict.fromkeys(KINDS, 0)
         for name, spec in rest.items():
-            other[_kind(name, spec.shape, vocabulary)] += _nbytes(spec)
+            other[_kind(name, spec.shape, vocabulary)] += spec.nbytes
         return cls(layers, other, sum(math.prod(spec.shape) for spec in rest.values()), header_bytes)
 
 
@@ -174,7 +174,7 @@ def measure_size(folder: Path | str) -> Size:
                 raise CheckpointError(f"{name} in {file} has a dtype that torch cannot hold: re-save it as bf16")
         with file.open("rb") as f:
             header = 8 + int.from_bytes(f.read(8), "little")
-        if sum(map(_nbytes, specs.values())) + header != file.stat().st_size:
+        if sum(spec.nbytes for spec in specs.values()) + header != file.stat().st_size:
             raise CheckpointError(f"{file} holds bytes that belong to no tensor: compress or download it again")
         tensors |= specs
         header_bytes += header
@@ -202,7 +202,7 @@ def _layer(name: str, format: Format, own: Mapping[str, TensorSpec]) -> LayerSiz
     for place in format.parts:
         for suffix in place.part.tensors(out):
             stored = place.prefix + suffix
-            count, part = _nbytes(own[stored]), stored.removeprefix("weight").strip("_0123456789") or "codes"
+            count, part = own[stored].nbytes, stored.removeprefix("weight").strip("_0123456789") or "codes"
             kind = place.part.budget.get(suffix, "other parts")
             parts[part] = parts.get(part, 0) + count
             budget[kind] = budget.get(kind, 0) + count
@@ -220,7 +220,3 @@ def _kind(name: str, shape: tuple[int, ...], vocabulary: int | None) -> str:
     if (vocabulary and max(shape) >= vocabulary) or re.search(r"emb|wpe|wte|pos", name):
         return "embeddings"
     return "unquantized linears"
-
-
-def _nbytes(spec: TensorSpec) -> int:
-    return math.prod(spec.shape) * spec.dtype.itemsize

@@ -98,6 +98,10 @@ class Format:
             for suffix, spec in part.tensors(out_features).items()
         }
 
+    def nbytes(self, out_features: int, in_features: int) -> int:
+        """What a packed weight takes to store, all that `tensors` lists."""
+        return sum(spec.nbytes for spec in self.tensors(out_features, in_features).values())
+
     def mismatches(self, stored: Mapping[str, TensorSpec], out_features: int) -> Iterator[str]:
         """How stored tensors, by name, differ from what this format stores for so many rows: a clause for each, that
         begins with the name."""

@@ -146,9 +146,7 @@ class _Fit:
         H, Q, G = self.H, self.Q, self.G
         levels = [self.rounding.levels(g, scale, slice(None)) for g, scale in enumerate(self.scale)]
         width = self.groups[0].stop
-        inverse = (
-            H.diagonal().reciprocal().nan_to_num_(posinf=0).tolist()
-        )  # where nothing depends on a column, it stays
+        inverse = H.diagonal().reciprocal().nan_to_num_(posinf=0).tolist()  # a column that nothing depends on stays
         for low in range(0, len(H), _BLOCK):
             block = slice(low, min(low + _BLOCK, len(H)))
             before = Q[block].clone()

@@ -20,6 +20,12 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return module.out_features, module.in_features
 
 
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight [out, in] fp32 of an nn.Linear or of GPT-2's transposed Conv1D, without its gradient."""
+    weight = module.weight.detach().float()
+    return weight.T.contiguous() if isinstance(module, Conv1D) else weight
+
+
 class KeepsPacked(nn.Module):
     """Moves its packed tensors with the module but never casts them: `model.to(bfloat16)` must not round scales."""
 

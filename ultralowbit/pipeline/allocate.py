@@ -19,12 +19,11 @@ from torch import Tensor
 from ultralowbit.checkpoint.job import Job
 from ultralowbit.data.calibration import Calibration
 from ultralowbit.errors import InputError
-from ultralowbit.format.weight import Format
 from ultralowbit.methods.allocation import allocate
 from ultralowbit.methods.base import Method
 from ultralowbit.nn.decoder import Decoder
-from ultralowbit.nn.linear import linear_shape
 from ultralowbit.pipeline.sensitivity import sensitivities
+from ultralowbit.pipeline.source import packed_linears
 from ultralowbit.progress import Progress
 from ultralowbit.recipe import Recipe
 
@@ -47,8 +46,8 @@ def allocated(job: Job, decoder: Decoder, recipe: Recipe, text: Calibration | No
     if recipe.allocate is None:
         return recipe
     if "allocation" not in job.state:
-        methods = {name: replace(recipe.quantize, planes=MEASURED, refine=0) for name in _linears(decoder, recipe)}
-        methods = {name: method for name, method in methods.items() if recipe.is_allocated(name)}
+        method = replace(recipe.quantize, planes=MEASURED, refine=0)
+        methods = {name: method for name in packed_linears(decoder, recipe) if recipe.is_allocated(name)}
         windows, started = text.tokens[: recipe.allocate.windows], time.perf_counter()
         file, step = job.work / "allocation.bin", progress.counter("how much each Linear matters")
         losses = sensitivities(decoder, recipe, methods, windows, file, step)
@@ -58,25 +57,17 @@ def allocated(job: Job, decoder: Decoder, recipe: Recipe, text: Calibration | No
     return _within_budget(decoder, recipe, job.state["allocation"]["kl"])
 
 
-def _linears(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[int, int]]:
-    """(out, in) of each Linear that the recipe packs."""
-    blocks = (decoder.linears(i, recipe.ignore) for i in range(len(decoder.blocks)))
-    return {name: linear_shape(module) for linears in blocks for name, module in linears.items()}
-
-
 def _within_budget(decoder: Decoder, recipe: Recipe, losses: Mapping[str, float]) -> Recipe:
     if recipe.allocate is None:
         return recipe
-    shapes = _linears(decoder, recipe)
+    shapes = packed_linears(decoder, recipe)
     free = {name: shape for name, shape in shapes.items() if recipe.is_allocated(name)}
     if not free:
         raise InputError("allocate has no Linear to choose planes for: every one has an override or is ignored")
     weights = sum(n * m for n, m in shapes.values())
-    fixed = sum(
-        _nbytes(recipe.method_for(name).format(shape[1]), shape) for name, shape in shapes.items() if name not in free
-    )
+    fixed = sum(recipe.method_for(name).format(m).nbytes(n, m) for name, (n, m) in shapes.items() if name not in free)
     nbytes = torch.tensor(
-        [[_nbytes(replace(recipe.quantize, planes=K).format(m), (n, m)) for K in PLANES] for n, m in free.values()]
+        [[replace(recipe.quantize, planes=K).format(m).nbytes(n, m) for K in PLANES] for n, m in free.values()]
     )
     least = 8 * (fixed + int(nbytes[:, 0].sum())) / weights
     if least > recipe.allocate.bits:
@@ -91,10 +82,6 @@ def _within_budget(decoder: Decoder, recipe: Recipe, losses: Mapping[str, float]
     budget = int(recipe.allocate.bits * weights / 8) - fixed
     chosen = allocate(torch.outer(of_each, lost / lost[MEASURED - 1]), nbytes, budget)
     return recipe.with_planes({name: PLANES[choice] for name, choice in zip(free, chosen, strict=True)})
-
-
-def _nbytes(format: Format, shape: tuple[int, int]) -> int:
-    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in format.tensors(*shape).values())
 
 
 def _lost_by_planes(method: Method) -> Tensor:

@@ -119,8 +119,7 @@ def _read_texts(recipe: Recipe, formats: Mapping[str, Any], reader: TextReader) 
     """The windows that each stage reads, by the stage's name; none where no stage reads text."""
     trained = {"preprocess": recipe.preprocess, "finetune": recipe.finetune}
     trained = {stage: spec for stage, spec in trained.items() if spec is not None}
-    stages = any((recipe.allocate, recipe.blockwise, trained))
-    needs_data = stages or any(recipe.method_for(n).needs is not Need.NOTHING for n in formats)
+    needs_data = recipe.stage_reads_text or any(recipe.method_for(n).needs is not Need.NOTHING for n in formats)
     if not needs_data:
         return {}
     texts = {"calibration": reader.read(recipe.calibration)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,7 @@ def bits_for_size(model: str, recipe: Recipe, nbytes: int, device: str, trust_re
     Raises `InputError` where one plane for every Linear, with all that is not packed, is larger than that.
     """
     decoder = open_decoder(resolve_model(model), pick_device(device), trust_remote_code)
-    least = recipe.model_copy(update={"allocate": None})
+    least = recipe.model_copy(update={"allocate": None, "quantize": replace(recipe.quantize, planes=1)})
     size = _size(decoder, planned_formats(decoder, least))
     names = [f"{layer.name}.weight_{part}" for layer in size.layers for part in layer.parts]
     entry = {"dtype": "BF16", "shape": [10**7] * 3, "data_offsets": [nbytes] * 2}

@@ -17,6 +17,7 @@ from ultralowbit.methods.bound import least_error
 from ultralowbit.methods.error_correction import ErrorCorrection
 from ultralowbit.methods.rotation import rotated_weight
 from ultralowbit.methods.statistics import InputStats, Need, SingularHessian, output_energy, relative_error
+from ultralowbit.nn.linear import linear_weight
 
 
 def quantize_linear(
@@ -36,8 +37,7 @@ def quantize_linear(
     of the corrected weight where there is a correction; `least_error` is what any code of as many bits loses at least.
     """
     started = time.perf_counter()
-    weight = module.weight.detach().float()
-    weight = weight.T.contiguous() if isinstance(module, Conv1D) else weight
+    weight = linear_weight(module)
     weight = block_hadamard(weight, hadamard) if hadamard else weight
     fallback = None
     if method.needs and (stats is None or stats.count == 0):
@@ -51,8 +51,9 @@ def quantize_linear(
         packed = method.quantize(weight, None)
     error = least = None
     if stats and Need.HESSIAN in stats.needs and not fallback:
-        error = relative_error(weight, packed.dequantize(), stats.hessian)
-        least = _least_error(weight, stats, packed.bits_per_weight)
+        energy = output_energy(weight, stats.hessian)
+        error = relative_error(weight, packed.dequantize(), stats.hessian, energy)
+        least = _least_error(weight, stats, packed.bits_per_weight, energy)
     packed = rotated_weight(packed, hadamard) if hadamard else packed
     dense = packed.dequantize()
     _check_not_lost(weight, dense)
@@ -70,10 +71,9 @@ def quantize_linear(
     }
 
 
-def _least_error(weight: Tensor, stats: InputStats, bits: float) -> float | None:
+def _least_error(weight: Tensor, stats: InputStats, bits: float, energy: Tensor) -> float | None:
     """The share of the outputs' energy that a code of so many bits loses at least, for Gaussian rows as large as those
     of the weight [out, in]; None for outputs without energy."""
-    energy = output_energy(weight, stats.hessian)
     isotropic = weight.double().square().sum() * stats.hessian.diagonal().mean()
     return (least_error(stats.spectrum, bits) * isotropic / energy).item() if energy > 0 else None
 

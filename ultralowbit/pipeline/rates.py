@@ -50,8 +50,9 @@ def seconds(work: Workload, size: Size) -> dict[str, float]:
     if work.recipe.allocate is not None:
         # every Linear packed once more; forwards, up to each input, forwards and backwards; the head and its gradient
         tokens = min(work.recipe.allocate.windows, work.recipe.calibration.samples) * work.length
-        passes = tokens * (4 * token + 6 * work.hidden * work.vocabulary) / own
-        parts["allocation"] = passes + 2 * tokens * sum(m**2 for m in widths) / single + rounding + factors + updates
+        measuring = tokens * (4 * token + 6 * work.hidden * work.vocabulary) / own
+        packing = 2 * tokens * sum(m**2 for m in widths) / single + rounding + factors + updates
+        parts["allocation"] = measuring + packing
     return parts | {
         "Hessians": 2 * work.tokens * sum(m**2 for m in widths) / single,
         "factors": factors,

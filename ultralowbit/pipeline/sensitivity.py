@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ultralowbit.checkpoint.activations import Activations
 from ultralowbit.format.transform import block_hadamard
@@ -28,7 +27,7 @@ from ultralowbit.methods.base import Method
 from ultralowbit.methods.statistics import InputStats, Need, SingularHessian
 from ultralowbit.nn.decoder import BlockCall, Decoder, run_block
 from ultralowbit.nn.inputs import input_groups
-from ultralowbit.nn.linear import linear_shape
+from ultralowbit.nn.linear import linear_shape, linear_weight
 from ultralowbit.pipeline.collect import collect
 from ultralowbit.progress import OnProgress
 from ultralowbit.recipe import Recipe
@@ -113,8 +112,7 @@ def _lost(
         stats = InputStats(columns, 0, device, Need.HESSIAN, hadamard)
         collect(block, group.names[0].removeprefix(prefix), group.calls, call, entering, stats)
         for name in group.names:
-            weight = linears[name].weight.detach().float()
-            weight = weight.T.contiguous() if isinstance(linears[name], Conv1D) else weight
+            weight = linear_weight(linears[name])
             rotated = block_hadamard(weight, hadamard) if hadamard else weight
             try:
                 packed = methods[name].quantize(rotated, stats)

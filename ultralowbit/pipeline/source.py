@@ -41,15 +41,19 @@ def window_length(spec: CalibrationSpec, decoder: Decoder) -> int:
     return min(spec.length, positions or spec.length)
 
 
+def packed_linears(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[int, int]]:
+    """(out, in) of every Linear that the recipe packs, by their full names in the order of the blocks."""
+    blocks = (decoder.linears(i, recipe.ignore) for i in range(len(decoder.blocks)))
+    return {name: linear_shape(module) for linears in blocks for name, module in linears.items()}
+
+
 def planned_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format, tuple[int, int]]]:
     """Format and (out, in) of every Linear that the recipe packs, as expected before any data is seen: where the choice
     of weights depends on data, the packed result may need more room."""
     formats = {}
-    for i in range(len(decoder.blocks)):
-        for name, module in decoder.linears(i, recipe.ignore).items():
-            shape = linear_shape(module)
-            format, block = recipe.method_for(name).format(shape[1]), recipe.hadamard(shape[1])
-            formats[name] = (rotated_format(format, block) if block else format, shape)
+    for name, shape in packed_linears(decoder, recipe).items():
+        format, block = recipe.method_for(name).format(shape[1]), recipe.hadamard(shape[1])
+        formats[name] = (rotated_format(format, block) if block else format, shape)
     if not formats:
         raise InputError(f"recipe {recipe.name} skips every Linear of the model: nothing would be compressed")
     for override in recipe.overrides:

@@ -139,8 +139,7 @@ def _next_recipe(recipe: Recipe) -> str | None:
     """The first recipe of the ladder that stores clearly more bits than this one."""
 
     def bits(quantize: Any) -> float:
-        specs = quantize.format(_COLUMNS).tensors(_COLUMNS, _COLUMNS).values()
-        return 8 * sum(torch.Size(s.shape).numel() * s.dtype.itemsize for s in specs) / _COLUMNS**2
+        return 8 * quantize.format(_COLUMNS).nbytes(_COLUMNS, _COLUMNS) / _COLUMNS**2
 
     enough = (bits(recipe.quantize) if recipe.allocate is None else recipe.allocate.bits) + 0.25
     return next((name for name in LADDER if bits(Recipe.load(name).quantize) > enough), None)

@@ -1,6 +1,5 @@
 """Packed checkpoints in the programs that serve models.
 
-command    the command that serves a folder, and what fits it
-plugin     what vLLM calls in each of its processes
-vllm       the quantization config and the Linear that vLLM builds
+plugin   what vLLM calls in each of its processes, and the command that serves a folder
+vllm     the quantization config and the Linear that vLLM builds
 """

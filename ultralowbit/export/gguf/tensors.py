@@ -17,7 +17,7 @@ from ultralowbit.errors import CheckpointError, InputError
 from ultralowbit.export.gguf.architectures import Architecture
 from ultralowbit.export.gguf.blocks import BlockType, Eight, Four, Multiples, Signs, Two, exact_type, is_product
 from ultralowbit.format.weight import Format, PackedWeight
-from ultralowbit.nn.hf_names import match_keys
+from ultralowbit.nn.hf_names import match_keys, tied_names
 from ultralowbit.nn.linear import PackedLinear
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Stored:
     @property
     def packed_bytes(self) -> int:
         """What a packed weight takes in the checkpoint."""
-        return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in self.format.tensors(*self.shape).values())
+        return self.format.nbytes(*self.shape)
 
 
 class Tensors:
@@ -83,7 +83,7 @@ class Tensors:
                 yield self._packed(name, module)
             elif name not in inside and name in self.key_of:
                 yield self._plain(name, tuple(tensor.shape))
-            elif name not in inside and name not in model.all_tied_weights_keys:
+            elif name not in inside and name not in tied_names(model):
                 raise CheckpointError(f"{name} is missing in {self.source.folder}: copy the checkpoint again")
         for name, values in self.architecture.rope_tensors(self.config).items():
             yield Stored(name, tuple(values.shape), F32, values.nbytes, values.numpy)
