@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 VOCAB = 96
@@ -71,6 +71,17 @@ def text(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("".join(rng.choice(string.ascii_letters + string.digits + " ") for _ in range(4000)))
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., Any]:
+    """tiny_config(kind, **changes): a model with the tokenizer's vocabulary, of a kind that takes Llama's keys."""
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0,
+        "eos_token_id": 1,
+    }  # fmt: skip
+    return lambda kind="llama", **changes: AutoConfig.for_model(kind, **sizes | changes)
 
 
 def random_model(config: Any, seed: int = 0, **kwargs: Any) -> Any:

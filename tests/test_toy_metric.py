@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from ultralowbit.cli.app import app
@@ -19,12 +18,6 @@ from ultralowbit.eval.runner import open_model, read_texts
 from ultralowbit.eval.schema import Evaluation, read_file
 from ultralowbit.eval.windows import cut
 from ultralowbit.report.schema import Comparison, RunReport
-
-CONFIG = LlamaConfig(
-    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-    max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
-)  # fmt: skip
-
 
 # -- what the file of a new metric would hold: its numbers, their accumulator, and how they are shown
 
@@ -96,12 +89,14 @@ class DriftMetric(Metric):
 
 
 @pytest.fixture
-def run(save_model, tmp_path, monkeypatch):
+def run(save_model, tiny_config, tmp_path, monkeypatch):
     """run(*args) runs a command where `tiny` is a model; the metrics are registered."""
     monkeypatch.setitem(METRICS, "entropy", EntropyMetric())
     monkeypatch.setitem(METRICS, "drift", DriftMetric())
     monkeypatch.chdir(tmp_path)
-    save_model(CONFIG, tmp_path / "tiny")
+    save_model(
+        tiny_config(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2), tmp_path / "tiny"
+    )
 
     def run(*args: str) -> str:
         result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*args])

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 import ultralowbit
@@ -30,16 +29,7 @@ from ultralowbit.pipeline.verify import verify
 from ultralowbit.report.gates import Continuation
 from ultralowbit.report.run import Texts
 
-CONFIG = LlamaConfig(
-    vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
-)  # fmt: skip
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
-
-
-@pytest.fixture(scope="session")
-def model(save_model, tmp_path_factory) -> str:
-    return str(save_model(CONFIG, tmp_path_factory.mktemp("cli") / "tiny", dtype=torch.bfloat16))
 
 
 @pytest.fixture

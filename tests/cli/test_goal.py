@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from ultralowbit.checkpoint.size import measure_size
@@ -16,16 +14,6 @@ from ultralowbit.cli.goal import OURS, Effort
 from ultralowbit.errors import InputError
 from ultralowbit.recipe import Recipe
 from ultralowbit.units import format_bytes, parse_bytes
-
-CONFIG = LlamaConfig(
-    vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(save_model, tmp_path_factory) -> str:
-    return str(save_model(CONFIG, tmp_path_factory.mktemp("goal") / "tiny", dtype=torch.bfloat16))
 
 
 @pytest.fixture

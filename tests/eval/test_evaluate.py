@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from ultralowbit.cli.app import app
@@ -22,17 +22,18 @@ from ultralowbit.eval.runner import open_model, read_texts
 from ultralowbit.eval.schema import Evaluation, read_file, write_file
 from ultralowbit.progress import Silent
 
-CONFIG = LlamaConfig(
-    vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-    max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
-)  # fmt: skip
+
+@pytest.fixture(scope="module")
+def tiny(tiny_config):
+    """tiny(**changes): the configuration of the models here."""
+    return lambda **changes: tiny_config(num_hidden_layers=2, num_key_value_heads=4, **changes)
 
 
 @pytest.fixture(scope="module")
-def folders(save_model, tmp_path_factory):
+def folders(save_model, tiny, tmp_path_factory):
     """An original and two others with its tokenizer."""
     root = tmp_path_factory.mktemp("evaluation")
-    return [str(save_model(CONFIG, root / name, seed)) for seed, name in enumerate(("base", "one", "two"))]
+    return [str(save_model(tiny(), root / name, seed)) for seed, name in enumerate(("base", "one", "two"))]
 
 
 @pytest.fixture
@@ -99,28 +100,28 @@ def test_models_that_do_not_fit_together_run_one_after_another(folders, evaluate
     assert (len(opened), most) == (4, 1)
 
 
-def test_other_tokens_are_refused(folders, evaluate, save_model, tmp_path, text):
+def test_other_tokens_are_refused(folders, evaluate, save_model, tiny, tmp_path, text):
     words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.ByteLevel()
-    other = save_model(CONFIG, tmp_path / "other")
+    other = save_model(tiny(), tmp_path / "other")
     (tmp_path / "other" / "tokenizer.json").unlink()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(other)
     with pytest.raises(InputError, match=r"other cannot be compared.*tokenizers cut.*original that it was made from"):
         evaluate([str(other)], fidelity=folders[0], max_tokens=200)
-    wide = save_model(LlamaConfig(**{**CONFIG.to_dict(), "vocab_size": 128}), tmp_path / "wide")
+    wide = save_model(tiny(vocab_size=128), tmp_path / "wide")
     with pytest.raises(InputError, match=r"vocabularies differ \(96 and 128"):
         evaluate([str(wide)], fidelity=folders[0])
-    long = save_model(LlamaConfig(**{**CONFIG.to_dict(), "max_position_embeddings": 128}), tmp_path / "long")
+    long = save_model(tiny(max_position_embeddings=128), tmp_path / "long")
     with pytest.raises(InputError, match="the same --context"):
         evaluate([str(long)], fidelity=folders[0])
     assert evaluate([str(long)], fidelity=folders[0], context=32).results[1].metrics["fidelity"][0].context == 32
 
 
-def test_mistakes_cost_nothing(folders, evaluate, tmp_path, save_model, monkeypatch):
+def test_mistakes_cost_nothing(folders, evaluate, tmp_path, save_model, tiny, monkeypatch):
     monkeypatch.setattr(runner, "open_model", lambda *a: pytest.fail("a model was opened"))
     (tmp_path / "blank.txt").write_text(" \n")
     (tmp_path / "short.txt").write_text("abc")
-    bare = save_model(CONFIG, tmp_path / "bare")
+    bare = save_model(tiny(), tmp_path / "bare")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (bare / name).unlink(missing_ok=True)
     for models_, wanted, said in (
@@ -155,8 +156,8 @@ def test_texts_of_one_name_are_told_apart(folders, evaluate, text, tmp_path):
     assert (first.source, second.source) == ("text.txt", "text.txt (2)") and first.perplexity != second.perplexity
 
 
-def test_tokens_that_the_model_lacks_are_refused_before_it_is_opened(save_model, evaluate, tmp_path, monkeypatch):
-    folder = save_model(CONFIG, tmp_path / "narrow")
+def test_tokens_that_the_model_lacks_are_refused_before_it_is_opened(save_model, tiny, evaluate, tmp_path, monkeypatch):
+    folder = save_model(tiny(), tmp_path / "narrow")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 20}))
     monkeypatch.setattr(runner, "open_model", lambda *a: pytest.fail("a model was opened"))

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from ultralowbit.cli.app import app
@@ -28,10 +27,6 @@ from ultralowbit.nn.hf import pack_model
 
 pytest.importorskip("lm_eval")
 
-CONFIG = LlamaConfig(
-    vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-    max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
-)  # fmt: skip
 LETTERS = "abcdefgh"
 MEAN = {"aggregation": "mean", "higher_is_better": True}
 
@@ -92,8 +87,9 @@ def tasks_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(save_model, tmp_path_factory) -> Path:
-    return save_model(CONFIG, tmp_path_factory.mktemp("zeroshot") / "tiny")
+def checkpoint(save_model, tiny_config, tmp_path_factory) -> Path:
+    config = tiny_config(num_hidden_layers=2, num_key_value_heads=4)
+    return save_model(config, tmp_path_factory.mktemp("zeroshot") / "tiny")
 
 
 @pytest.fixture(scope="session")

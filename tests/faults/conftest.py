@@ -83,6 +83,34 @@ class Campaign:
         assert not self.failures, "\n".join(self.failures[:20])
 
 
+@pytest.fixture(scope="session")
+def behind_a_limit() -> Callable[..., str]:
+    """behind_a_limit(limit, run, refusal): `run` in a forked process after `limit`. What it said: class and message of
+    an error of the class `refusal`, nothing if it ended well, else a text that begins with "foreign"."""
+
+    def fork(limit: Callable[[], None], run: Callable[[], object], refusal: type[Exception]) -> str:
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            said = b""
+            try:
+                limit()
+                run()
+            except refusal as error:
+                said = f"{type(error).__name__}: {error}".encode()
+            except BaseException as error:
+                said = f"foreign {type(error).__name__}: {error}".encode()
+            os.write(writing, said)
+            os._exit(0)
+        os.close(writing)
+        with open(reading, "rb") as pipe:
+            said = pipe.read().decode()
+        status = os.waitpid(pid, 0)[1]
+        return said if status == 0 else f"foreign status {status}: {said}"
+
+    return fork
+
+
 class _Hung(BaseException):
     """An attempt took too long; no `except Exception` may swallow it."""
 

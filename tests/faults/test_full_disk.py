@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,30 +63,8 @@ def test_a_full_disk(source, every_format, undisturbed, small_disk, campaign, st
     assert 0 < full < campaign.counts.total()
 
 
-def in_a_process(limit: Callable[[], None], run: Callable[[], object]) -> str:
-    """Run in a forked process behind a limit; the error's message, nothing where it came to its end."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        said = b""
-        try:
-            limit()
-            run()
-        except DiskFull as error:
-            said = f"{type(error).__name__}: {error}".encode()
-        except BaseException as error:
-            said = f"foreign {type(error).__name__}: {error}".encode()
-        os.write(writing, said)
-        os._exit(0)
-    os.close(writing)
-    with open(reading, "rb") as pipe:
-        said = pipe.read().decode()
-    assert os.waitpid(pid, 0)[1] == 0
-    return said
-
-
 @pytest.mark.parametrize("step", [24_000, pytest.param(3_000, marks=pytest.mark.campaign)], ids=["some", "many"])
-def test_files_that_may_not_be_so_large(source, every_format, undisturbed, tmp_path, campaign, step):
+def test_files_that_may_not_be_so_large(source, every_format, undisturbed, behind_a_limit, tmp_path, campaign, step):
     expected = (undisturbed / SHARD).read_bytes()
 
     def limit(size: int) -> None:
@@ -96,7 +73,7 @@ def test_files_that_may_not_be_so_large(source, every_format, undisturbed, tmp_p
 
     def attempt(size: int) -> bool:
         out = tmp_path / str(size)
-        said = in_a_process(lambda: limit(size), lambda: compress(str(source), every_format, out))
+        said = behind_a_limit(lambda: limit(size), lambda: compress(str(source), every_format, out), DiskFull)
         if not said:
             return (out / SHARD).read_bytes() == expected
         assert said.startswith("DiskFull: "), said

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -33,28 +32,16 @@ def wide(save_model, tmp_path_factory) -> Path:
     return save_model(AutoConfig.for_model("llama", **WIDE), tmp_path_factory.mktemp("wide") / "llama")
 
 
-def in_little_memory(more: int, run: Callable[[], object]) -> str:
-    """Run in a forked process that may take so many more bytes of addresses; what it said, nothing if it ended well."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        said = b""
-        try:
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            limit = pages * resource.getpagesize() + more
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-            run()
-        except OutOfMemory as error:
-            said = str(error).encode()
-        except BaseException as error:
-            said = f"foreign {type(error).__name__}: {error}".encode()
-        os.write(writing, said)
-        os._exit(0)
-    os.close(writing)
-    with open(reading, "rb") as pipe:
-        said = pipe.read().decode()
-    status = os.waitpid(pid, 0)[1]
-    return said if status == 0 else f"foreign status {status}: {said}"
+@pytest.fixture(scope="module")
+def in_little_memory(behind_a_limit) -> Callable[[int, Callable[[], object]], str]:
+    """in_little_memory(more, run): `run` in a process that may take so many more bytes of addresses; what it said."""
+
+    def limit(more: int) -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + more
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    return lambda more, run: behind_a_limit(lambda: limit(more), run, OutOfMemory)
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +58,14 @@ def unlimited(wide, calibrated, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("step", [40, pytest.param(4, marks=pytest.mark.campaign)], ids=["some", "many"])
-def test_compressing_in_little_memory(wide, calibrated, unlimited, tmp_path, campaign, step):
+def test_compressing_in_little_memory(wide, calibrated, unlimited, in_little_memory, tmp_path, campaign, step):
     expected, places = (unlimited / SHARD).read_bytes(), set()
 
     def attempt(megabytes: int) -> bool:
         out = tmp_path / str(megabytes)
         said = in_little_memory(megabytes << 20, lambda: compress(str(wide), calibrated, out))
         if said:
-            assert said.startswith("out of memory while ") and "\n" not in said, said
+            assert said.startswith("OutOfMemory: out of memory while ") and "\n" not in said, said
             assert str(wide) in said or str(tmp_path) in said, said
             places.add(said.split(" while ")[1].split()[0])
             assert not out.exists()
@@ -92,14 +79,14 @@ def test_compressing_in_little_memory(wide, calibrated, unlimited, tmp_path, cam
 
 
 @pytest.mark.parametrize("step", [20, pytest.param(2, marks=pytest.mark.campaign)], ids=["some", "many"])
-def test_loading_in_little_memory(unlimited, campaign, step):
+def test_loading_in_little_memory(unlimited, in_little_memory, campaign, step):
     refused = 0
 
     def attempt(megabytes: int) -> bool:
         nonlocal refused
         said = in_little_memory(megabytes << 20, lambda: ultralowbit.load(unlimited))
         refused += bool(said)
-        assert not said or (said.startswith("out of memory while ") and str(unlimited) in said), said
+        assert not said or (said.startswith("OutOfMemory: out of memory while ") and str(unlimited) in said), said
         return True
 
     for megabytes in range(0, 120, step):

@@ -27,18 +27,16 @@ from ultralowbit.pipeline.source import open_decoder
 from ultralowbit.pipeline.verify import rerun
 from ultralowbit.recipe import Recipe
 
-LLAMA = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1,
-}  # fmt: skip
 GPT2 = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
-GEMMA = LLAMA | {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
-GEMMA |= {"num_hidden_layers": 4, "tie_word_embeddings": True}
+GEMMA = {
+    "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_hidden_layers": 4, "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory, save_model) -> Path:
-    return save_model(AutoConfig.for_model("llama", **LLAMA), tmp_path_factory.mktemp("model") / "llama")
+def source(tmp_path_factory, save_model, tiny_config) -> Path:
+    return save_model(tiny_config(), tmp_path_factory.mktemp("model") / "llama")
 
 
 @pytest.fixture
@@ -94,11 +92,11 @@ def dense(module: torch.nn.Module) -> torch.Tensor:
     return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
-@pytest.mark.parametrize(
-    ("kind", "values"), [("llama", LLAMA), ("gpt2", GPT2), ("gemma3_text", GEMMA)], ids=["llama", "gpt2", "gemma3"]
-)
-def test_block_by_block_is_the_whole_model(save_model, recipe, tmp_path, kind, values):
-    folder = save_model(AutoConfig.for_model(kind, **values), tmp_path / "model", seed=3)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text"])
+def test_block_by_block_is_the_whole_model(save_model, tiny_config, recipe, tmp_path, kind):
+    gpt2 = AutoConfig.for_model("gpt2", **GPT2)
+    config = gpt2 if kind == "gpt2" else tiny_config(kind, **(GEMMA if kind == "gemma3_text" else {}))
+    folder = save_model(config, tmp_path / "model", seed=3)
     decoder = open_decoder(folder, torch.device("cpu"))
     tokens = torch.randint(96, (3, 20), generator=torch.Generator().manual_seed(1))
     linears = {n: m for i in range(len(decoder.blocks)) for n, m in decoder.linears(i).items()}

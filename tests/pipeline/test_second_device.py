@@ -12,15 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig
 
 from ultralowbit.pipeline.compress import compress
 from ultralowbit.recipe import Recipe, shipped
 
-LLAMA = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1,
-}  # fmt: skip
 TRAINED = ("preprocess", "blockwise", "finetune")
 STAGES = (*TRAINED, "rotate", "error_correction", "allocate")
 
@@ -54,8 +49,8 @@ def short(name: str, text: str) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def source(save_model, tmp_path_factory) -> Path:
-    return save_model(AutoConfig.for_model("llama", **LLAMA), tmp_path_factory.mktemp("second") / "model")
+def source(save_model, tiny_config, tmp_path_factory) -> Path:
+    return save_model(tiny_config(num_hidden_layers=2), tmp_path_factory.mktemp("second") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from ultralowbit.checkpoint.job import LOCAL
@@ -26,11 +25,6 @@ from ultralowbit.report.run import default_source, write_texts
 from ultralowbit.report.schema import RunReport
 from ultralowbit.report.tables import grid
 from ultralowbit.units import format_bytes, format_seconds
-
-CONFIG = LlamaConfig(
-    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-    max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -78,9 +72,10 @@ def test_two_texts_are_two_columns(build):
 
 
 @pytest.fixture
-def compress(save_model, text, tmp_path, monkeypatch):
+def compress(save_model, tiny_config, text, tmp_path, monkeypatch):
     """compress(*options) runs the command into `packed`; returns its result and the folder."""
-    model = save_model(CONFIG, tmp_path / "deep/tiny")
+    config = tiny_config(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    model = save_model(config, tmp_path / "deep/tiny")
     monkeypatch.chdir(tmp_path)
 
     def run(*options: str):

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from ultralowbit.cli.app import app
@@ -21,15 +20,11 @@ from ultralowbit.report.sweep_tracks import task_accuracies
 
 pytestmark = pytest.mark.slow
 
-CONFIG = LlamaConfig(
-    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
-)  # fmt: skip
-
 
 @pytest.fixture(scope="module")
-def model(save_model, tmp_path_factory) -> Path:
-    return save_model(CONFIG, tmp_path_factory.mktemp("methods") / "tiny")
+def model(save_model, tiny_config, tmp_path_factory) -> Path:
+    config = tiny_config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    return save_model(config, tmp_path_factory.mktemp("methods") / "tiny")
 
 
 @pytest.fixture
