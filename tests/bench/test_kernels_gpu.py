@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ultralowbit.bench import kernels_gpu as bench_gpu
 from ultralowbit.bench.decode import Decoder, decode_bench_gpu
 from ultralowbit.bench.kernels_gpu import FORMATS, check_csv, copies, error_of, product_bench, race
 from ultralowbit.bench.models import random_llama
+from ultralowbit.bench.tuning import Search, entry
 from ultralowbit.cli.app import app
 from ultralowbit.errors import InputError
 from ultralowbit.format.testing import random_packed
@@ -109,26 +111,58 @@ def test_decode_bench():
     assert len(said) == len(rows) + 3
 
 
-def test_tuning_finds_the_cheapest():
-    triton_tune = pytest.importorskip("ultralowbit.kernels.gpu.autotune")
-    from ultralowbit.kernels.gpu.dispatch import Tile, read_tuning
-
-    start = read_tuning("", 7)
-    best = dict(zip(start.tiles, (Tile(64, 1, 4), Tile(256, 4, 2)), strict=False))
+@pytest.fixture
+def tuned():
+    """The tuning to start from, the best, and the cost of one: a search of its values must find the best."""
+    dispatch = pytest.importorskip("ultralowbit.kernels.gpu.dispatch")
+    start = dispatch.read_tuning("", 7)
+    tiles = dict(zip(start.tiles, (dispatch.Tile(64, 1, 4), dispatch.Tile(256, 4, 2)), strict=False))
+    best = replace(start, tiles=tiles, programs=3, gemm_tokens=64)
 
     def cost(tuning, tokens):
         size, tile = tuning.tile(tokens)
-        if tile == Tile(128, 4, 4):
+        if tile.rows == 128 and tile.warps == 4:
             return math.inf  # no room
-        wrong = sum(abs(math.log2(a / b)) for a, b in zip(vars(tile).values(), vars(best[size]).values(), strict=True))
+        wrong = sum(abs(math.log2(a / b)) for a, b in zip(vars(tile).values(), vars(tiles[size]).values(), strict=True))
         return tokens * (1 + wrong + abs(tuning.programs - 3))
 
+    return start, best, cost
+
+
+def test_tuning_finds_the_cheapest(tuned):
+    start, best, cost = tuned
     said = []
-    tuning = triton_tune.tune(cost, lambda tokens: 70.0, start, said.append)
-    assert dict(tuning.tiles) == best and tuning.programs == 3 and tuning.gemm_tokens == 64
-    assert triton_tune.tune(cost, lambda tokens: 0.0, tuning, said.append).gemm_tokens == tuning.gemv_tokens
-    text = triton_tune.entry("Some GPU", tuning)
+    search = Search(cost, lambda tokens: 70.0, start, said.append)
+    assert search.run() and search.best == best
+    assert said[0].startswith("  1/") and "1 programs for each multiprocessor" in said[0]
+    assert said[-1].split()[0] == f"{len(said)}/{len(said)}" and "0 s left" in said[-1]
+    cheap = Search(cost, lambda tokens: 0.0, best, said.append)
+    assert cheap.run() and cheap.best.gemm_tokens == best.gemv_tokens
+    text = entry("Some GPU", best)
     assert text.startswith('"Some GPU": {') and "processors" not in text and '"gemm_tokens": 64' in text
+
+
+def test_a_search_without_time_keeps_the_best_so_far(tuned):
+    start, best, cost = tuned
+    said, seconds = [], iter(range(100))
+    search = Search(cost, lambda tokens: 70.0, start, said.append, clock=lambda: next(seconds))
+    assert not search.run(seconds=4)  # each try takes a second
+    assert search.best == replace(start, programs=best.programs)
+    assert len(said) == 5 and said[-1].startswith("stopped after 4 s") and "about 33 s left" in said[1]
+
+
+def test_an_interrupted_search_keeps_the_best_so_far(tuned):
+    start, best, cost = tuned
+
+    def interrupted(tuning, tokens):
+        if tuning.programs == 6:
+            raise KeyboardInterrupt
+        return cost(tuning, tokens)
+
+    search = Search(interrupted, lambda tokens: 70.0, start, lambda line: None)
+    with pytest.raises(KeyboardInterrupt):
+        search.run()
+    assert search.best == replace(start, programs=best.programs)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -4,6 +4,7 @@ timing       clocks, CUDA graphs, runs that take turns
 models       random models in the shapes of real ones, and formats to time
 kernels_cpu  products on a CPU beside torch's own
 kernels_gpu  products on a GPU beside cuBLAS and a copy of as many bytes
+tuning       the tiles of a GPU that are the fastest
 decode       tokens a second
 pipeline     compressing, beside the products that cannot be avoided
 quantize     methods on one block, as a multiple of GPTQ

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -232,6 +233,7 @@ def bench_kernels(
     threads: Annotated[int, typer.Option(min=1, help="threads to use on a CPU")] = 1,
     decode: Annotated[bool, typer.Option(help="also decode with a Llama of 7B's shape, on a GPU")] = True,
     tune: Annotated[bool, typer.Option("--tune", help="find the best tiles for this GPU instead")] = False,
+    seconds: Annotated[float | None, typer.Option(min=1, help="time for --tune; until all is tried by default")] = None,
     csv_file: CsvOption = None,
 ) -> None:
     """Time products with packed weights beside torch's own.
@@ -242,15 +244,23 @@ def bench_kernels(
     [bold]ultralowbit bench kernels --shape 4096x4096 --tokens 1[/]
 
     [bold]ultralowbit bench kernels --device cuda --csv kernels/bench.csv[/]
+
+    [bold]ultralowbit bench kernels --tune --seconds 60[/]  stopped or interrupted, it prints the best so far
     """
     from ultralowbit.bench import kernels_cpu, kernels_gpu
     from ultralowbit.bench.models import FORMATS
+    from ultralowbit.bench.tuning import tune_bench
     from ultralowbit.system import pick_device
 
     pairs = [_shape(text) for text in shapes or ()]
     where = kernels_gpu.need_gpu(device) if device.startswith("cuda") else pick_device(device)
+    if seconds is not None and not tune:
+        raise InputError("--seconds is the time of --tune: give both, or neither")
     if where.type == "cuda" and tune:
-        say(f"\nkernels/gpu/tuning.json, for the next release:\n{kernels_gpu.autotune_bench(where, say=say)}")
+        tune_bench(
+            where, seconds or math.inf, keep=lambda entry: say(f"\nthe entry for kernels/gpu/tuning.json:\n{entry}"),
+            say=say,
+        )  # fmt: skip
     elif where.type == "cuda":
         kernels_gpu.gpu_bench(
             where, pairs or kernels_gpu.SHAPES, tokens or kernels_gpu.TOKENS, formats or FORMATS, rounds, csv_file,
