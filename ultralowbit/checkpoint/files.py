@@ -13,21 +13,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ultralowbit.checkpoint.storage import read_json
+from ultralowbit.checkpoint.storage import DTYPES, read_json
 from ultralowbit.errors import CheckpointError, naming_memory
 from ultralowbit.format.words import TensorSpec
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-DTYPES = {  # the names safetensors headers use
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ultralowbit.checkpoint.config import TENSORS_DIGEST, tensors_digest
-from ultralowbit.checkpoint.files import DTYPES, INDEX, WEIGHTS, read_raw_header
-from ultralowbit.checkpoint.storage import raise_disk_full, sync_folder, write_json
+from ultralowbit.checkpoint.files import INDEX, WEIGHTS, read_raw_header
+from ultralowbit.checkpoint.storage import DTYPES, raise_disk_full, sync_folder, write_json
 
 SHARD_BYTES = 5_000_000_000
 """Largest shard, that of transformers; a single tensor may be larger."""

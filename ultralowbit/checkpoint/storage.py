@@ -6,17 +6,21 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
+import torch
 from torch import Tensor
 
 from ultralowbit.errors import CheckpointError, DiskFull, naming_memory
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says where a file cannot grow."""
+DTYPES = {  # the names safetensors headers use
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
 
 
 def sha256_file(path: Path, progress: Callable[[int], object] | None = None) -> str:
@@ -30,12 +34,13 @@ def sha256_file(path: Path, progress: Callable[[int], object] | None = None) -> 
     return digest.hexdigest()
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it holds `data` or what it held before, also after a power cut; `DiskFull` keeps the old."""
+def write_atomic(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
+    """Write a file so that it holds `data`, whole or in pieces, or what it held before, also after a power cut;
+    `DiskFull` keeps the old."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as f:
-            f.write(data)
+            f.writelines([data] if isinstance(data, bytes) else data)
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)
@@ -64,10 +69,31 @@ def json_digest(value: Any) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """One safetensors file, atomically."""
+    """One safetensors file, atomically, from tensors on any device; beside them one of them is in memory at a time."""
     with naming_memory(f"writing {path}"):
-        stored = {name: t.contiguous() for name, t in tensors.items()}
-        write_atomic(path, save(stored, metadata={"format": "pt", **(metadata or {})}))
+        write_atomic(path, _pieces(tensors, {"format": "pt", **(metadata or {})}))
+
+
+def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """A safetensors file: its header, then the bytes of one tensor after another."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    # wide dtypes first: every tensor then starts at a multiple of its item size, as torch needs it
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, t in ordered:
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
+        offset += t.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    yield len(encoded).to_bytes(8, "little") + encoded
+    for _, t in ordered:
+        yield tensor_bytes(t)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in the order of its numbers, not copied where it lies on the CPU in that order."""
+    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def read_json(path: Path, remedy: str = "copy it again") -> dict[str, Any]:

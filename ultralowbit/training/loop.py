@@ -1,31 +1,36 @@
 """One training loop, for blocks and whole models: AdamW on groups of parameters, each with its own learning rate.
 
 The objective is judged on held-out samples, with the values that will be packed, before training and a few times during
-it. The best parameters are kept; where nothing was better than the start, the start is. Killed at any moment and run
-again, it ends with the same bytes.
+it. The best parameters are kept, in a file; where nothing was better than the start, the start is. Killed at any moment
+and run again, it ends with the same bytes.
+
+Parameters in bf16 have an AdamW that takes six bytes for a number, its value and its gradient included; for those in
+fp32 it is 16.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
-from ultralowbit.checkpoint.storage import write_tensors
-from ultralowbit.errors import InputError, reason
+from ultralowbit.checkpoint.storage import tensor_bytes
+from ultralowbit.errors import InputError
 from ultralowbit.progress import Progress, Silent
+from ultralowbit.training import saved
+from ultralowbit.training.optimizer import AdamW8bit
 from ultralowbit.training.specs import TrainSpec
 
 log = logging.getLogger(__name__)
@@ -61,7 +66,7 @@ def fit(
     samples: int,
     evaluate: Callable[[], float],
     *,
-    state: Path | None = None,
+    state: Path,
     progress: Progress | None = None,
     what: str = "training",
     on_progress: Callable[[float], object] | None = None,
@@ -72,7 +77,8 @@ def fit(
     loss: the mean over the samples with these numbers, below `samples`, to be lowered. evaluate: the objective that
     counts, on samples that are held out, lower is better; both are called under the spec's autocast. state: a file that
     a killed run goes on from; it is left behind when training has ended, so that the caller can remove it once the
-    result is safe. on_progress: told the share of the steps done, 0 to below 1, before each step.
+    result is safe. The best parameters so far lie beside it. on_progress: told the share of the steps done, 0 to below
+    1, before each step.
 
     A loss or gradient that is not finite brings back the best parameters and halves the learning rates once; the second
     time training ends there. `InputError` where a kind has no learning rate, or `state` is of another training.
@@ -112,7 +118,7 @@ class _Fit:
         spec: TrainSpec,
         samples: int,
         evaluate: Callable[[], float],
-        file: Path | None,
+        file: Path,
         progress: Progress,
         save_seconds: float,
     ) -> None:
@@ -124,20 +130,17 @@ class _Fit:
         self.loss, self.spec, self.samples, self.evaluate = loss, spec, samples, evaluate
         self.file, self.progress, self.save_seconds = file, progress, save_seconds
         self.named = {f"{kind}.{i}": p for kind, ps in groups.items() for i, p in enumerate(ps)}
-        self.kinds, self.device = list(groups), next(iter(self.named.values())).device
-        self.optimizer = torch.optim.AdamW(
-            [{"params": ps} for ps in groups.values()],
-            lr=0.0,
-            betas=spec.betas,
-            weight_decay=spec.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
+        self.device = next(iter(self.named.values())).device
+        self.optimizers = [
+            _optimizer(dtype, {kind: [p for p in ps if p.dtype == dtype] for kind, ps in groups.items()}, spec)
+            for dtype in dict.fromkeys(p.dtype for p in self.named.values())
+        ]
+        self.optimizer_of = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
         self.total = spec.total_steps(samples)
         evaluations = min(spec.evaluations, self.total)
         self.judged = {round((k + 1) * self.total / evaluations) for k in range(evaluations)}
-        self.best = {name: p.detach().clone() for name, p in self.named.items()}
         self.state = _State(self._fingerprint())
-        self.saved, self.wait = time.monotonic(), save_seconds
+        self.saved_at, self.wait = time.monotonic(), save_seconds
 
     def run(self, what: str, on_progress: Callable[[float], object]) -> Fitted:
         resumed = self._load()
@@ -146,6 +149,7 @@ class _Fit:
         if resumed:
             self.progress.step(state.step)
         else:
+            self._keep_best()
             state.before = self._objective()
             state.best = state.before if math.isfinite(state.before) else math.inf
         while state.step < self.total and not state.ended:
@@ -158,14 +162,14 @@ class _Fit:
             except _NotFinite as e:
                 self._recover(what, e)
             self.progress.step()
-            if time.monotonic() - self.saved >= self.wait:
+            if time.monotonic() - self.saved_at >= self.wait:
                 self._save()
         return self._finish()
 
     def _step(self, step: int) -> None:
         """Optimizer step number `step`; raises `_NotFinite` before any parameter has changed."""
         rows = self._rows(step)
-        self.optimizer.zero_grad()
+        self._forget_gradients()
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
         for start in range(0, len(rows), self.spec.batch):
             batch = rows[start : start + self.spec.batch]
@@ -174,7 +178,10 @@ class _Fit:
             part = part.float() * (len(batch) / len(rows))
             part.backward()
             loss += part.detach()
-        norm = get_total_norm([p.grad for p in self.named.values() if p.grad is not None])
+        norms = [
+            torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.named.values() if p.grad is not None
+        ]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         mean_loss, size = torch.stack([loss, norm]).tolist()
         if not math.isfinite(mean_loss):
             raise _NotFinite(f"the loss was {mean_loss}")
@@ -183,11 +190,16 @@ class _Fit:
         if self.spec.clip_norm is not None and size > self.spec.clip_norm:
             clip_grads_with_norm_(self.named.values(), self.spec.clip_norm, norm)
         factor = self.spec.factor(step, self.total) * 0.5**self.state.failures
-        for kind, group in zip(self.kinds, self.optimizer.param_groups, strict=True):
-            group["lr"] = self.spec.lr[kind] * factor
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.spec.lr[group["kind"]] * factor
+            optimizer.step()
         self.state.loss += mean_loss
         self.state.counted += 1
+
+    def _forget_gradients(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
 
     def _rows(self, step: int) -> list[int]:
         """The samples of a step; every epoch has its own order."""
@@ -215,8 +227,7 @@ class _Fit:
             raise _NotFinite(f"the held-out objective was {objective}")
         if objective < state.best:
             state.best, state.best_step = objective, state.step
-            for name, p in self.named.items():
-                self.best[name].copy_(p.detach())
+            self._keep_best()
         waited = sum(entry["step"] > state.best_step for entry in state.history)
         if self.spec.patience is not None and waited >= self.spec.patience and state.step < self.total:
             state.ended = True
@@ -226,7 +237,8 @@ class _Fit:
         """Back to the best parameters with half the learning rates; the second time, for good."""
         state = self.state
         self._restore()
-        self.optimizer.state.clear()  # moments of parameters that are gone
+        for optimizer in self.optimizers:
+            optimizer.state.clear()  # moments of parameters that are gone
         state.failures += 1
         state.ended = state.failures > 1
         state.loss, state.counted = 0.0, 0
@@ -235,84 +247,89 @@ class _Fit:
         state.notes.append(note)
         log.warning("%s: %s", what, note)
 
+    def _best_file(self) -> Path:
+        """Of the best parameters; its name has their step, so that an older state still finds those that it means."""
+        return self.file.with_name(f"{self.file.stem}.best-{self.state.best_step}{self.file.suffix}")
+
+    def _keep_best(self) -> None:
+        saved.save(self._best_file(), {name: p.detach() for name, p in self.named.items()}, "")
+
+    @torch.no_grad()
     def _restore(self) -> None:
-        with torch.no_grad():
+        with saved.opened(self._best_file()) as best:
             for name, p in self.named.items():
-                p.copy_(self.best[name])
+                p.copy_(best.tensor(name))
 
     def _finish(self) -> Fitted:
         state = self.state
-        self._restore()
-        self.optimizer.zero_grad()
-        if not state.finished and state.best_step == 0:
+        if not state.finished:
+            self._restore()
+            self._forget_gradients()
+            self._end()
+        for file in self._best_files():
+            file.unlink()  # they are the parameters of the state
+        after = state.best if state.best_step else state.before
+        return Fitted(state.before, after, state.best_step, state.step, tuple(state.notes), tuple(state.history))
+
+    def _end(self) -> None:
+        state = self.state
+        if state.best_step == 0:
             tried = min((entry["objective"] for entry in state.history), default=math.nan)
             state.notes.append(
                 f"the start was kept: the held-out objective was {state.before:.4g} there and {tried:.4g} at best later"
             )
         state.finished = True
         self._save()
-        after = state.best if state.best_step else state.before
-        return Fitted(state.before, after, state.best_step, state.step, tuple(state.notes), tuple(state.history))
+
+    def _best_files(self) -> list[Path]:
+        return list(self.file.parent.glob(f"{glob.escape(self.file.stem)}.best-*{glob.escape(self.file.suffix)}"))
 
     def _fingerprint(self) -> str:
         """Of all that decides what training comes to, but for the data and the code."""
         digest = hashlib.sha256(json.dumps([asdict(self.spec), self.samples], sort_keys=True).encode())
         for name, p in self.named.items():
             digest.update(f"{name} {tuple(p.shape)}".encode())
-            digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(tensor_bytes(p))
         return digest.hexdigest()
 
     def _save(self) -> None:
-        if self.file is None:
-            return
-        started = time.monotonic()
-        tensors = {f"best/{name}": t for name, t in self.best.items()}
+        started, tensors = time.monotonic(), {}
         for name, p in self.named.items():
             tensors[f"parameter/{name}"] = p.detach()
-            tensors |= {f"{moment}/{name}": t for moment, t in self.optimizer.state.get(p, {}).items()}
-        tensors = {name: t.cpu() for name, t in tensors.items()}
-        state = json.dumps(asdict(self.state))
-        write_tensors(self.file, tensors, {"state": state, "sha256": _digest(state, tensors, tensors.get)})
-        self.saved = time.monotonic()
+            tensors |= {f"{what}/{name}": t for what, t in self.optimizer_of[p].state.get(p, {}).items()}
+        saved.save(self.file, tensors, json.dumps(asdict(self.state)))
+        for file in self._best_files():
+            if file != self._best_file():
+                file.unlink()
+        self.saved_at = time.monotonic()
         if self.save_seconds:
-            self.wait = max(self.save_seconds, 50 * (self.saved - started))
+            self.wait = max(self.save_seconds, 50 * (self.saved_at - started))
 
     def _load(self) -> bool:
         """Whether there was a saved state, which then is this run's."""
-        if self.file is None or not self.file.exists():
+        if not self.file.exists():
             return False
-        try:
-            with safe_open(self.file, framework="pt") as stored:
-                names, metadata = list(stored.keys()), stored.metadata()
-                if metadata["sha256"] != _digest(metadata["state"], names, stored.get_tensor):
-                    raise ValueError("its bytes have changed since they were written")
-                state = _State(**json.loads(metadata["state"]))
-                if state.run != self.state.run:
-                    raise InputError(
-                        f"{self.file} is the state of another training, or of other settings: remove it to start anew"
-                    )
-                for key in names:
-                    what, _, name = key.partition("/")
-                    p, value = self.named[name], stored.get_tensor(key)
-                    if what == "best":
-                        self.best[name].copy_(value)
-                    elif what == "parameter":
-                        p.data.copy_(value)
-                    else:
-                        self.optimizer.state[p][what] = value.to(p.device)
-        except (SafetensorError, KeyError, TypeError, ValueError) as e:
-            if isinstance(e, InputError):
-                raise
-            raise InputError(f"{self.file} is no state of a training ({reason(e)}): remove it to start anew") from e
+        with saved.opened(self.file) as stored:
+            state = _State(**json.loads(stored.text))
+            if state.run != self.state.run:
+                raise InputError(
+                    f"{self.file} is the state of another training, or of other settings: remove it to start anew"
+                )
+            for key in stored.names:
+                what, _, name = key.partition("/")
+                p, value = self.named[name], stored.tensor(key)
+                if what == "parameter":
+                    p.data.copy_(value)
+                else:
+                    self.optimizer_of[p].state[p][what] = value.to(p.device)
         self.state = state
         return True
 
 
-def _digest(state: str, names: Iterable[str], tensor_of: Callable[[str], Tensor]) -> str:
-    """Hex digest of what a saved state holds; its tensors are asked for one at a time."""
-    digest = hashlib.sha256(state.encode())
-    for name in sorted(names):
-        tensor = tensor_of(name)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _optimizer(dtype: torch.dtype, groups: Mapping[str, Sequence[Parameter]], spec: TrainSpec) -> torch.optim.Optimizer:
+    """AdamW for parameters of one dtype, by kind; each of its groups says its `kind`."""
+    named = [{"params": ps, "kind": kind} for kind, ps in groups.items() if ps]
+    if dtype == torch.bfloat16:
+        return AdamW8bit(named, 0.0, spec.betas, spec.weight_decay, spec.seed)
+    fused = next(iter(named))["params"][0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(named, 0.0, spec.betas, weight_decay=spec.weight_decay, fused=fused)
