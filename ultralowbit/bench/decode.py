@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import statistics
 import subprocess
@@ -11,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import LlamaConfig, PreTrainedModel, StaticCache
 
 from ultralowbit.bench.kernels_cpu import bandwidth, processor
 from ultralowbit.bench.models import FORMATS, LLAMA_7B, Shape, random_llama, write_model
-from ultralowbit.bench.timing import captured, race
+from ultralowbit.bench.timing import Call, captured, race
 from ultralowbit.eval.runner import open_model
 from ultralowbit.format.ints import Ints
 from ultralowbit.format.planes import Planes
@@ -28,6 +28,7 @@ from ultralowbit.format.segment import Segment
 from ultralowbit.kernels import cpu
 from ultralowbit.nn.hf_names import cache_name
 from ultralowbit.nn.linear import PackedLinear
+from ultralowbit.system import release
 from ultralowbit.units import format_bytes
 
 DECODED: dict[str, Callable[[int], Segment]] = {
@@ -147,6 +148,9 @@ def _fresh_peak(folder: Path, threads: int) -> int:
 
 
 BATCHES = (1, 8, 32)
+WAYS = ("eager", "graph", "compiled")
+"""How a step runs: by Python, which launches every kernel; as a CUDA graph of the same kernels; as a CUDA graph of what
+`torch.compile` makes of it, as a model of `load(..., compile=True)` does."""
 
 
 class Decoder:
@@ -155,35 +159,42 @@ class Decoder:
     token [batch, 1]: the last one of each sequence; position [1]: where the next goes; both are on the device.
     """
 
-    def __init__(self, model: PreTrainedModel, first: Tensor, length: int) -> None:
-        self.model, self.token = model, first.clone()
+    def __init__(self, model: PreTrainedModel, first: Tensor, length: int, compiled: bool = False) -> None:
+        self.token = first.clone()
         cache = StaticCache(config=model.config, max_cache_len=length)
         self.cache = {cache_name(model): cache}  # the keyword of the model's forward
         self.position = torch.zeros(1, dtype=torch.int64, device=first.device)
         self.slots = torch.arange(length, device=first.device)
+        self.forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
 
     @torch.no_grad()
     def step(self) -> None:
         mask = (self.slots <= self.position).expand(len(self.token), 1, 1, -1)
-        output = self.model(
+        output = self.forward(
             input_ids=self.token, position_ids=self.position[None], attention_mask=mask, use_cache=True, **self.cache,
         )  # fmt: skip
         self.token.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
         self.position += 1
 
 
+def decoding_step(model: PreTrainedModel, batch: int, device: torch.device, length: int, way: str) -> Call:
+    """A step of `batch` sequences of at most `length` tokens, two of which are written, in one of `WAYS`."""
+    first = torch.ones(batch, 1, dtype=torch.int64, device=device)
+    decoder = Decoder(model, first, length, way == "compiled")
+    decoder.step()  # which makes the cache's tensors
+    decoder.step()  # which compiles, with those
+    return decoder.step if way == "eager" else captured([decoder.step], device)
+
+
 def decode_speed(
-    model: PreTrainedModel, batch: int, device: torch.device, steps: int = 64, rounds: int = 5
+    model: PreTrainedModel, batch: int, device: torch.device, steps: int = 64, rounds: int = 5, way: str = "graph"
 ) -> list[float]:
     """Seconds that all sequences of the batch take for a token, fastest first; each of the rounds writes `steps`."""
-    first = torch.ones(batch, 1, dtype=torch.int64, device=device)
-    decoder = Decoder(model, first, (rounds + 2) * steps)
-    decoder.step()  # which makes the cache's tensors
-    replay = captured([decoder.step], device)
+    step = decoding_step(model, batch, device, (rounds + 2) * steps + 4, way)
 
     def write() -> None:
         for _ in range(steps):
-            replay()
+            step()
 
     return [seconds / steps for seconds in race({"decode": write}, device, rounds)["decode"]]
 
@@ -195,35 +206,38 @@ def decode_bench_gpu(
     config: LlamaConfig | None = None,
     steps: int = 64,
     rounds: int = 5,
+    ways: Iterable[str] = ("graph",),
     say: Callable[[str], object] = print,
 ) -> list[dict[str, float | int | str]]:
-    """Measure how many tokens a second a random Llama writes on a GPU, in bf16 and packed; 7B's shape by default."""
+    """Measure how many tokens a second a random Llama writes on a GPU, in bf16 and packed; 7B's shape by default.
+
+    Returns a row for each format, way (of `WAYS`) and batch; `x_bf16` compares with bf16 in the same way and batch.
+    """
     config = config or LlamaConfig(**LLAMA_7B, max_position_embeddings=4096, tie_word_embeddings=False)
     rows: list[dict[str, float | int | str]] = []
-    base: dict[int, float] = {}
-    batches = list(batches)
+    base: dict[tuple[str, int], float] = {}
+    batches, ways = list(batches), list(ways)
     say("")
-    say(f"decoding, {config.num_hidden_layers} blocks of {config.hidden_size} x {config.intermediate_size}, CUDA graph")
-    say(f"{'format':20} {'batch':>6} {'ms a step':>10} {'tokens/s':>9} {'x bf16':>7} {'peak memory':>12}")
+    say(f"decoding, {config.num_hidden_layers} blocks of {config.hidden_size} x {config.intermediate_size}")
+    say(f"{'format':20} {'step':>8} {'batch':>6} {'ms a step':>10} {'tokens/s':>9} {'x bf16':>7} {'peak memory':>12}")
     for name in ("bf16", *formats):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         model = random_llama(config, device, torch.bfloat16, FORMATS.get(name))
-        for batch in batches:
-            one = statistics.median(decode_speed(model, batch, device, steps, rounds))
-            base.setdefault(batch, one)
+        for way, batch in product(ways, batches):
+            one = statistics.median(decode_speed(model, batch, device, steps, rounds, way))
+            base.setdefault((way, batch), one)
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
             row = {
-                "format": name, "batch": batch, "tokens_per_second": batch / one, "x_bf16": base[batch] / one,
-                "peak_bytes": peak,
+                "layers": config.num_hidden_layers, "format": name, "way": way, "batch": batch, "ms": 1e3 * one,
+                "tokens_per_second": batch / one, "x_bf16": base[way, batch] / one, "peak_bytes": peak,
             }  # fmt: skip
             rows.append(row)
             say(
-                f"{name:20} {batch:6} {1e3 * one:10.3f} {batch / one:9.1f} {base[batch] / one:7.2f} "
+                f"{name:20} {way:>8} {batch:6} {1e3 * one:10.3f} {batch / one:9.1f} {base[way, batch] / one:7.2f} "
                 f"{format_bytes(peak):>12}"
             )
         del model
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.compiler.reset()  # what was compiled holds the model
+        release(device)
     return rows

@@ -27,7 +27,7 @@ TUNED_FORMATS = ("1 plane", "2 tied planes g128")
 
 PROGRAMS = (1, 2, 3, 4, 6, 8, 12)
 ROWS, WARPS, STAGES = (64, 128, 256), (1, 2, 4, 8), (2, 3, 4)
-DENSE_FROM = (16, 32, 48, 64, 96, 128, 192, 256)
+DENSE_FROM = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
 class Search:
@@ -79,7 +79,8 @@ class Search:
             fields, dense = self._seconds(self.best, tokens), self._dense(tokens)
             cheaper &= fields < dense
             upto = tokens if cheaper else upto
-            self.best = replace(self.best, gemm_tokens=upto)
+            known = self.best.gemm_tokens  # which holds until a number of tokens says otherwise
+            self.best = replace(self.best, gemm_tokens=max(known, upto) if cheaper else upto)
             yield f"{tokens} tokens: fields {1e6 * fields:.1f} us, the weight written out {1e6 * dense:.1f} us"
 
     def _try(self, what: str, tuning: Tuning, tokens: int) -> str:

@@ -15,6 +15,7 @@ from ultralowbit.checkpoint.files import weight_files
 from ultralowbit.errors import CheckpointError, naming_memory, reason
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.nn import fused
+from ultralowbit.nn.hf_names import compiled_steps
 from ultralowbit.nn.linear import PackedLinear, swap
 from ultralowbit.nn.quantizer import UltraLowBitConfig, UltraLowBitQuantizer, check_config
 
@@ -74,15 +75,22 @@ def _check_generation_config(folder: Path) -> None:
 
 
 def load(
-    path: str | Path, activations: Literal["exact", "int8"] = "exact", fuse: bool = False, **kwargs: Any
+    path: str | Path,
+    activations: Literal["exact", "int8"] = "exact",
+    fuse: bool = False,
+    compile: bool = False,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a packed checkpoint, from a folder or the hub, ready to run.
 
     activations: "int8" lets packed Linears round their inputs to 8 bits where that is faster (on a CPU). fuse: Linears
-    that share an input, such as q, k and v, or gate and up, are multiplied at once. kwargs go to
-    `AutoModelForCausalLM.from_pretrained` (`device_map`, `dtype`, `attn_implementation`, ...); the dtype is what
-    config.json names unless given. Raises `CheckpointError` or `FormatError`, naming what is missing, truncated, of the
-    wrong shape or from a newer release; never returns a model with a weight that was not loaded.
+    that share an input, such as q, k and v, or gate and up, are multiplied at once. compile: `generate` keeps a cache
+    of fixed size and runs each step as one compiled graph; `torch.compile` then takes its time at the first call of
+    every batch size and length. kwargs go to `AutoModelForCausalLM.from_pretrained` (`device_map`, `dtype`,
+    `attn_implementation`, ...); the dtype is what config.json names unless given.
+
+    Raises `CheckpointError` or `FormatError`, naming what is missing, truncated, of the wrong shape or from a newer
+    release; never returns a model with a weight that was not loaded.
     """
     if activations not in ("exact", "int8"):
         raise ValueError(f"activations is {activations!r}, expected 'exact' or 'int8'")
@@ -95,4 +103,7 @@ def load(
             module.int8 = activations == "int8"
     if fuse:
         fused.fuse(model)
+    if compile:
+        model.generation_config.cache_implementation = "static"
+        model.generation_config.compile_config = compiled_steps()
     return model

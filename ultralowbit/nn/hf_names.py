@@ -1,5 +1,6 @@
-"""The only file that uses what transformers does not document: the names under which weights are stored and tied, and
-the keyword of the cache. `tests/nn/test_hf_names.py` says what each needs, from 5.10 on.
+"""The only file that uses what transformers does not document: the names under which weights are stored and tied, the
+keyword of the cache, and what lets `generate` compile on any device. `tests/nn/test_hf_names.py` says what each needs,
+from 5.10 on.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers import CompileConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,3 +46,10 @@ def tied_names(model: PreTrainedModel) -> Mapping[str, str]:
 def cache_name(model: nn.Module) -> str:
     """What the model's forward calls the keys and values of earlier tokens: `cache` from transformers 5.24 on."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def compiled_steps() -> CompileConfig:
+    """What `generate` is told so that a step is one graph: on a GPU a CUDA graph, and compiled on a CPU too."""
+    config = CompileConfig(fullgraph=True, dynamic=False, mode="reduce-overhead")
+    config._compile_all_devices = True
+    return config
