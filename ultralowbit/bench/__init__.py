@@ -1,5 +1,8 @@
 """Benchmarks: each sets what something costs beside what it must cost, in ratios within one run.
 
+gpu          all of what follows on one GPU, in a few minutes and one folder
+gpu_parts    the parts of that
+gpu_targets  what a GPU is to reach
 timing       clocks, CUDA graphs, runs that take turns
 models       random models in the shapes of real ones, and formats to time
 kernels_cpu  products on a CPU beside torch's own

@@ -33,6 +33,7 @@ from ultralowbit.format.planes import Planes, TiedPlanes
 from ultralowbit.format.testing import random_packed
 from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.kernels.packed_matmul import kernel_for, packed_matmul
+from ultralowbit.nn.linear import PackedLinear
 
 SHAPES = (
     (4096, 4096), (6144, 4096), (11008, 4096), (22016, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (8192, 8192),
@@ -50,7 +51,8 @@ ERROR = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9, torch.float32: 2.0**-1
 class Row:
     """The speed of one product.
 
-    us, us_alone: microseconds of the median call in a graph, and without one; spread: the range of nine tenths of the
+    us, us_alone: microseconds of the median call in a graph, and of a PackedLinear called by Python; us_cublas_alone:
+    of `F.linear` called by Python; spread: the range of nine tenths of the
     replays, as a share of the median; gbps: stored bytes read in a second, in 1e9; of_copy: gbps as a share of what a
     copy moves; x_: how many times as fast as the others; error: relative to the norm of the fp64 product.
     """
@@ -64,6 +66,7 @@ class Row:
     us: float
     spread: float
     us_alone: float
+    us_cublas_alone: float
     gbps: float
     of_copy: float
     x_cublas: float
@@ -167,27 +170,31 @@ def measure_product(
         warnings.warn(f"gemlite is not timed: {e!r}", stacklevel=2)
     times = race(runs, device, rounds)
     one = {entry: statistics.median(replays) / len(entries[entry]) for entry, replays in times.items()}
-    alone = statistics.median(race({"packed": calls[0]}, device, rounds)["packed"])
+    linear = PackedLinear(out, columns, packed.format, None)
+    linear.fill(packed)
+    by_python = {"packed": lambda: linear(x), "cublas": entries["cublas"][0]}
+    with torch.no_grad():
+        alone = {entry: statistics.median(calls) for entry, calls in race(by_python, device, rounds).items()}
     ours = times["packed"]
     path = kernel_for(packed.format, device, x.dtype, tokens).__name__
     spread = (ours[-1 - len(ours) // 20] - ours[len(ours) // 20]) / statistics.median(ours)
     return Row(
-        out, columns, tokens, name, path, packed.bits_per_weight, 1e6 * one["packed"], spread, 1e6 * alone,
-        packed.nbytes / one["packed"] / 1e9, one["copy"] / one["packed"], one["cublas"] / one["packed"],
-        one.get("gemlite", math.nan) / one["packed"], error,
+        out, columns, tokens, name, path, packed.bits_per_weight, 1e6 * one["packed"], spread, 1e6 * alone["packed"],
+        1e6 * alone["cublas"], packed.nbytes / one["packed"] / 1e9, one["copy"] / one["packed"],
+        one["cublas"] / one["packed"], one.get("gemlite", math.nan) / one["packed"], error,
     )  # fmt: skip
 
 
 HEAD = (
-    f"{'format':20} {'tokens':>6} {'path':>17} {'bits':>6} {'us':>9} {'spread':>6} {'alone':>9} {'GB/s':>7} "
-    f"{'of copy':>7} {'x cuBLAS':>8} {'x gemlite':>9} {'error':>8}"
+    f"{'format':20} {'tokens':>6} {'path':>17} {'bits':>6} {'us':>9} {'spread':>6} {'alone':>9} {'cuBLAS':>9} "
+    f"{'GB/s':>7} {'of copy':>7} {'x cuBLAS':>8} {'x gemlite':>9} {'error':>8}"
 )
 
 
 def line(row: Row) -> str:
     return (
         f"{row.format:20} {row.tokens:6} {row.path:>17} {row.bits:6.3f} {row.us:9.2f} {row.spread:6.0%} "
-        f"{row.us_alone:9.2f} {row.gbps:7.0f} {row.of_copy:7.0%} {row.x_cublas:8.2f} "
+        f"{row.us_alone:9.2f} {row.us_cublas_alone:9.2f} {row.gbps:7.0f} {row.of_copy:7.0%} {row.x_cublas:8.2f} "
         f"{'' if math.isnan(row.x_gemlite) else format(row.x_gemlite, '.2f'):>9} {row.error:8.1e}"
     )
 

@@ -11,6 +11,7 @@ import typer
 from ultralowbit.cli.console import Watch, cell, out, say
 from ultralowbit.cli.errors import FAILED, FELL_BACK
 from ultralowbit.cli.options import (
+    CalibOption,
     ContextOption,
     CsvOption,
     DeviceOption,
@@ -295,6 +296,41 @@ def bench_decode(
     from ultralowbit.bench.decode import decode_bench
 
     decode_bench(layers, tokens, rounds, threads, json_file=json_file, say=say)
+
+
+def bench_gpu(
+    out_folder: Annotated[Path, typer.Option("--out", callback=possible, help="folder to write")] = Path("bench-gpu"),
+    parts: Annotated[
+        list[str], typer.Option("--part", metavar="NAME", help="part to run, repeatable; all but best by default")
+    ] = [],  # noqa: B006
+    minutes: Annotated[float, typer.Option(min=0.5, help="time for all parts together")] = 8,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="folder of the model to compress; a random one by default")
+    ] = None,
+    calib: CalibOption = None,
+    text: Annotated[
+        str | None, typer.Option("--eval", metavar="SOURCE", help="text to measure that model on; that of --calib")
+    ] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Measure all there is to know of a GPU, in a few minutes: kernels, decoding, compressing, tests, profiles, tiles.
+
+    Each part has a process and a limit of its own, and none stops the others. What was measured, and which targets it
+    meets, stands in summary.md and summary.json of the folder; further runs with --part add to them. The part best, the
+    recipe ulb-best on a model of yours, runs where it is named. On a CPU all of it runs at sizes for tests.
+
+    [bold]ultralowbit bench gpu --out h200[/]
+
+    [bold]ultralowbit bench gpu --part best --model ./smollm2 --calib train.txt --minutes 15 --out h200[/]
+    """
+    from ultralowbit.bench.gpu import Task, device_bench
+
+    task = Task(device, model and str(download(model, quiet=False)), calib, text)
+    summary = device_bench(out_folder, task, parts, 60 * minutes, say=say)
+    say(f"{out_folder / 'summary.md'}  summary.json, a log for each part")
+    names = parts or summary["parts"]
+    if any(summary["parts"][name]["status"] != "done" for name in names):
+        raise typer.Exit(FAILED)
 
 
 def bench_vllm(
