@@ -1,8 +1,9 @@
 """A second device without hardware: `card`, whose tensors lie on the host, and which refuses what a GPU refuses.
 
-Run as a program, it compresses a model with recipes on that device and prints what went wrong with each, as JSON. Every
-operation is checked: tensors of the host and of the card do not meet, but for copies, numbers and indices. What is not
-trained comes out as on the host, to the bit. In a process of its own: torch can be taught one such device, for good.
+Run as a program, it compresses a model with recipes, on that device or on the host, then does all else that can be done
+with a checkpoint, and prints what came of each as JSON. On the card every operation is checked: tensors of the host and
+of the card do not meet, but for copies, numbers and indices. What is not trained comes out as on the host, to the bit.
+In a process of its own: torch can be taught one such device, for good.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import subprocess
 import sys
 import traceback
 import types
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.cpp_extension import include_paths, library_paths
@@ -163,6 +167,16 @@ class Card(TorchDispatchMode):
         return dispatched(func, args, kwargs or {})
 
 
+class Made(TorchFunctionMode):
+    """Within it, `torch.tensor` makes tensors of the card from numbers: on the host, and then moves them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and kwargs.get("device") is not None:
+            return func(*args, **{k: v for k, v in kwargs.items() if k != "device"}).to(kwargs["device"])
+        return func(*args, **kwargs)
+
+
 def _set_tensor(module: nn.Module, name: str, device: Any, value: Tensor | None = None) -> None:
     """accelerate's `set_module_tensor_to_device`, which makes a parameter of the class of the one before."""
     owner, _, leaf = name.rpartition(".")
@@ -173,43 +187,135 @@ def _set_tensor(module: nn.Module, name: str, device: Any, value: Tensor | None 
 
 
 def adapt() -> None:
-    """Replace what torch and accelerate do below the reach of Python."""
+    """Replace what accelerate does below the reach of Python, and let every command choose the card."""
+    from ultralowbit import system
+
+    system.pick_device = lambda name: card()  # before others import it from there
     from ultralowbit.nn import decoder
-    from ultralowbit.pipeline import compress
 
-    made = torch.tensor
-
-    def tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
-        return made(data, **options) if device is None else made(data, **options).to(device)
-
-    torch.tensor = tensor
     decoder.set_module_tensor_to_device = _set_tensor
-    compress.pick_device = lambda name: card()
 
 
-def main(model: str, folder: str, recipes: list[dict[str, Any]]) -> dict[str, str | None]:
-    """Compress with each recipe into a folder of its name; what went wrong, None where nothing did."""
-    teach_torch(Path(folder))
-    adapt()
+def compressions(
+    model: str, folder: Path, recipes: list[dict[str, Any]], device: torch.device
+) -> dict[str, Callable[[], None]]:
+    """A compression with each recipe into a folder of its name."""
     from ultralowbit.pipeline.compress import compress
     from ultralowbit.recipe import Recipe
 
-    wrong: dict[str, str | None] = {"mixing": "the card takes tensors of the host"}
-    with Card():
-        x = torch.ones(3, 4).to(card())
-        with contextlib.suppress(RuntimeError):
-            x + torch.ones(4)
-            return wrong
-        wrong["mixing"] = None
-        for values in recipes:
-            try:
-                compress(model, Recipe.model_validate(values), Path(folder) / values["name"])
-                wrong[values["name"]] = None
-            except Exception as e:
-                places = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(e.__traceback__)]
-                wrong[values["name"]] = f"{type(e).__name__} at {' '.join(places[-6:])}: {str(e)[:300]}"
-    return wrong
+    def run(values: dict[str, Any]) -> None:
+        compress(model, Recipe.model_validate(values), folder / values["name"], device=str(device))
+
+    return {values["name"]: partial(run, values) for values in recipes}
+
+
+def uses(model: str, packed: Path, text: str, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """What can be done with a packed checkpoint, by name; each returns what compares with another device's."""
+    from ultralowbit.eval.evaluate import Wanted, evaluate_models
+    from ultralowbit.eval.generation import generate
+    from ultralowbit.eval.runner import open_model
+    from ultralowbit.hub import open_tokenizer
+    from ultralowbit.nn.fused import fuse
+    from ultralowbit.nn.hf import load
+    from ultralowbit.pipeline.compress import compress
+    from ultralowbit.pipeline.verify import rerun, verify
+    from ultralowbit.progress import Silent
+    from ultralowbit.recipe import Recipe
+    from ultralowbit.report.comparison import write_comparison
+    from ultralowbit.report.run import Texts, compress_and_measure
+
+    ids = torch.arange(4, 20)[None]
+
+    def logits(dtype: torch.dtype, fused: bool = False) -> list[float]:
+        net = load(packed, dtype=dtype).to(device)
+        if fused and not fuse(net):
+            raise ValueError("nothing was fused")
+        return net(ids.to(device)).logits.float().cpu().flatten().tolist()
+
+    def evaluated() -> list[float]:
+        wanted = Wanted((text,), fidelity=model, context=32, max_tokens=640)
+        rows = evaluate_models([str(packed)], wanted, device=str(device), watch=Silent()).results
+        return [rows[0].metrics["perplexity"][0].nll, *(rows[1].metrics[m][0].to_dict()[k] for m, k in FIGURES.items())]
+
+    def written() -> str:
+        net = open_model(packed, device, torch.float32, fuse=True)
+        return generate(net, open_tokenizer(packed), "a b c", max_new_tokens=12)
+
+    def sampled() -> int:
+        net = open_model(packed, device, torch.float32)
+        return len(generate(net, open_tokenizer(packed), "a b c", max_new_tokens=12, temperature=0.8))
+
+    def measured() -> list[float]:
+        recipe = Recipe.load(str(packed / "recipe.yaml"), [f"calibration.source={text}"])
+        out = packed.parent / "measured"
+        report = compress_and_measure(
+            model, recipe, out, Texts((text,), 32, 640), device=str(device), watch=Silent(), command=None
+        )
+        write_comparison([out], packed.parent / "comparison")
+        return report.packed.divergence_by_depth.kl
+
+    def resumed() -> bool:
+        """A run that is interrupted after its first block, and goes on."""
+
+        recipe = Recipe.load(str(packed / "recipe.yaml"), [f"calibration.source={text}"])
+
+        class Interrupted(Silent):
+            def say(self, line: str) -> None:
+                raise KeyboardInterrupt
+
+        try:
+            compress(model, recipe, packed.parent / "resumed", device=str(device), progress=Interrupted())
+        except KeyboardInterrupt:
+            compress(model, recipe, packed.parent / "resumed", device=str(device))
+            first, again = (packed.parent / name / "model.safetensors" for name in (packed.name, "resumed"))
+            return first.read_bytes() == again.read_bytes()
+        return False
+
+    return {
+        "fp32": lambda: logits(torch.float32), "bf16": lambda: logits(torch.bfloat16),
+        "fp16": lambda: logits(torch.float16), "fuse": lambda: logits(torch.float32, fused=True), "eval": evaluated,
+        "generate": written, "sample": sampled, "measure": measured, "verify": lambda: verify(packed),
+        "rerun": lambda: rerun(packed, model).different, "resume": resumed,
+    }  # fmt: skip
+
+
+FIGURES = {"perplexity": "nll", "fidelity": "kl_mean"}
+
+
+def attempted(runs: dict[str, Callable[[], Any]]) -> dict[str, tuple[str | None, Any]]:
+    """Name -> what went wrong, None where nothing did; and what the run returned."""
+    came: dict[str, tuple[str | None, Any]] = {}
+    for name, run in runs.items():
+        try:
+            came[name] = None, run()
+        except Exception as e:
+            places = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(e.__traceback__)]
+            came[name] = f"{type(e).__name__} at {' '.join(places[-6:])}: {str(e)[:300]}", None
+    return came
+
+
+def mixed() -> None:
+    """Raise unless the card refuses tensors of the host."""
+    x = torch.ones(3, 4).to(card())
+    with contextlib.suppress(RuntimeError):
+        x + torch.ones(4)
+        raise ValueError("the card takes tensors of the host")
+
+
+def main(
+    where: str, model: str, folder: Path, text: str, recipes: list[dict[str, Any]]
+) -> dict[str, tuple[str | None, Any]]:
+    """Compress with each recipe, `where` is "card" or "cpu", and use what the first has written; what came of each."""
+    if where == "cpu":
+        runs = compressions(model, folder, recipes, torch.device("cpu"))
+        return attempted(runs | uses(model, folder / recipes[0]["name"], text, torch.device("cpu")))
+    teach_torch(folder)
+    adapt()
+    with Card(), Made():
+        runs = {"mixing": mixed} | compressions(model, folder, recipes, card())
+        return attempted(runs | uses(model, folder / recipes[0]["name"], text, card()))
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], sys.argv[2], json.loads(Path(sys.argv[3]).read_text()))))
+    where, model, folder, text, recipes = sys.argv[1:]
+    print(json.dumps(main(where, model, Path(folder), text, json.loads(Path(recipes).read_text()))))

@@ -8,14 +8,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from ultralowbit.pipeline.compress import compress
 from ultralowbit.recipe import Recipe, shipped
 
+USED = "sign-2"
+"""The recipe whose checkpoint is used."""
 TRAINED = ("preprocess", "blockwise", "finetune")
 STAGES = (*TRAINED, "rotate", "error_correction", "allocate")
 
@@ -53,33 +55,61 @@ def source(save_model, tiny_config, tmp_path_factory) -> Path:
     return save_model(tiny_config(num_hidden_layers=2), tmp_path_factory.mktemp("second") / "model")
 
 
+Came = dict[str, tuple[str | None, Any]]
+"""Recipe or use -> what went wrong, if anything did, and what came of it."""
+
+
 @pytest.fixture(scope="module")
-def on_card(source, text, tmp_path_factory) -> tuple[Path, dict[str, str | None]]:
-    """The folder with a result of each recipe, and what went wrong."""
-    folder = tmp_path_factory.mktemp("card")
-    recipes = [short(name, text).model_dump(mode="json") for name in different()]
-    (folder / "recipes.json").write_text(json.dumps(recipes))
-    program = Path(__file__).with_name("second_device.py")
-    command = [sys.executable, program, source, folder, folder / "recipes.json"]
+def results(source, text, tmp_path_factory) -> dict[str, tuple[Path, Came]]:
+    """Of the card and of the host: the folder with a result of each recipe, and what came of recipes and uses."""
+    recipes = [short(name, text).model_dump(mode="json") for name in [USED, *(n for n in different() if n != USED)]]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, json.loads(done.stdout.splitlines()[-1])
+    both = {}
+    for where in ("card", "cpu"):
+        folder = tmp_path_factory.mktemp(where)
+        (folder / "recipes.json").write_text(json.dumps(recipes))
+        program = Path(__file__).with_name("second_device.py")
+        command = [sys.executable, program, where, source, folder, text, folder / "recipes.json"]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        both[where] = folder, json.loads(done.stdout.splitlines()[-1])
+    return both
 
 
-def test_the_device_tells_its_tensors_from_the_hosts(on_card):
-    assert on_card[1]["mixing"] is None
+def test_the_device_tells_its_tensors_from_the_hosts(results):
+    assert results["card"][1]["mixing"] == [None, None]
 
 
 @pytest.mark.parametrize("name", different())
-def test_a_recipe_runs_there_and_writes_what_it_writes_on_the_host(on_card, source, text, tmp_path, name):
-    folder, wrong = on_card
-    assert wrong[name] is None
-    recipe = short(name, text)
-    compress(str(source), recipe, tmp_path / "host", device="cpu")
-    mine, theirs = load_file(folder / name / "model.safetensors"), load_file(tmp_path / "host" / "model.safetensors")
+def test_a_recipe_runs_there_and_writes_what_it_writes_on_the_host(results, text, name):
+    wrong = {where: came[name][0] for where, (_, came) in results.items()}
+    assert wrong == {"card": None, "cpu": None}
+    mine, theirs = (load_file(folder / name / "model.safetensors") for folder, _ in results.values())
     assert mine.keys() == theirs.keys()
-    if not any(getattr(recipe, stage) for stage in TRAINED):  # optimizers sum in another order there
+    if not any(getattr(short(name, text), stage) for stage in TRAINED):  # optimizers sum in another order there
         for key, there in theirs.items():  # a sum in another order may round one fp16 the other way
             same = (mine[key] == there) if mine[key].dtype != torch.float16 else (mine[key] - there).abs() <= ulp(there)
             assert same.all() and (mine[key] == there).float().mean() > 0.95, key
+
+
+@pytest.mark.parametrize(
+    ("use", "tolerance"),
+    [("fp32", 3e-3), ("bf16", 0.1), ("fp16", 0.01), ("fuse", 3e-3), ("eval", 3e-3), ("measure", 3e-3)],
+)
+def test_a_checkpoint_gives_the_same_numbers_there(results, use, tolerance):
+    (wrong, there), (broken, here) = (came[use] for _, came in results.values())
+    assert (wrong, broken) == (None, None)
+    # logits are up to 4, and some scales one fp16 apart, which is a thousandth; bf16 has an eighth of its digits
+    assert there == pytest.approx(here, abs=tolerance)
+
+
+@pytest.mark.parametrize("use", ["generate", "sample"])
+def test_a_checkpoint_writes_the_same_there(results, use):
+    (wrong, there), (broken, here) = (came[use] for _, came in results.values())
+    assert (wrong, broken) == (None, None) and there == here and here
+
+
+@pytest.mark.parametrize(("use", "expected"), [("verify", []), ("rerun", {}), ("resume", True)])
+@pytest.mark.parametrize("where", ["card", "cpu"])
+def test_a_run_can_be_verified_repeated_and_resumed(results, where, use, expected):
+    assert results[where][1][use] == [None, expected]
