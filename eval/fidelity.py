@@ -66,23 +66,31 @@ def divergence(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     return kl, (p.argmax(-1) == q.argmax(-1)) & ~kl.isnan()
 
 
+def divergences(original: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`divergence` at each position of windows but the last, of logits [windows, context, vocab], some rows at a time.
+
+    Returns fp32 and bool [windows, context - 1] on the device of `logits`; `original` may be on another one.
+    """
+    rows = chunk_rows(logits)
+    pairs = zip(original.flatten(0, 1).split(rows), logits.flatten(0, 1).split(rows), strict=True)
+    kl, same = zip(*(divergence(p.to(q.device), q) for p, q in pairs), strict=True)
+    return torch.cat(kl).view(logits.shape[:2])[:, :-1], torch.cat(same).view(logits.shape[:2])[:, :-1]
+
+
 class _Divergences:
-    """KL divergence and agreement at each position so far."""
+    """KL divergence and agreement at each position so far; they stay where the logits are."""
 
     def __init__(self) -> None:
         self.kl: list[Tensor] = []
         self.same: list[Tensor] = []
 
     def add(self, tokens: Tensor, logits: Tensor, original: Tensor) -> None:
-        rows = chunk_rows(logits)
-        for p, q in zip(original, logits, strict=True):
-            for a, b in zip(p[:-1].split(rows), q[:-1].split(rows), strict=True):
-                kl, same = divergence(a.to(b.device), b)
-                self.kl.append(kl.cpu())
-                self.same.append(same.cpu())
+        kl, same = divergences(original, logits)
+        self.kl.append(kl)
+        self.same.append(same)
 
     def result(self, how: Result) -> Fidelity:
-        kl = torch.cat(self.kl).double().numpy()
+        kl = torch.cat(self.kl).cpu().double().flatten().numpy()
         median, p99 = (float(np.quantile(kl, share, method="inverted_cdf")) for share in (0.5, 0.99))
         top1 = torch.cat(self.same).double().mean().item()
         return Fidelity(**vars(how), kl_mean=float(kl.mean()), kl_median=median, kl_p99=p99, top1=top1)
@@ -135,17 +143,13 @@ def by_depth(
     blocks: those of `base`, which are put back afterwards; others: those of the other model, as many and on the same
     device; windows: int64 [windows, context].
     """
-    own, sums_by_depth = list(blocks), []
+    own, means = list(blocks), []
     logits = [p for _, p in forward(base, windows)]
     try:
         for k, block in enumerate(others):
             blocks[k] = block
-            sums = 0.0
-            for (_, q), p in zip(forward(base, windows), logits, strict=True):
-                rows = chunk_rows(q)
-                for pair in zip(p[:, :-1].flatten(0, 1).split(rows), q[:, :-1].flatten(0, 1).split(rows), strict=True):
-                    sums += divergence(*pair)[0].double().sum().item()
-            sums_by_depth.append(sums / (windows.shape[0] * (windows.shape[1] - 1)))
+            kl = [divergences(p, q)[0] for (_, q), p in zip(forward(base, windows), logits, strict=True)]
+            means.append(torch.cat(kl).cpu().double().mean().item())
             if progress:
                 progress(k + 1, len(others))
     finally:
@@ -153,7 +157,7 @@ def by_depth(
             blocks[k] = block
     dtype = dtype_of(base, logits[0])
     return Depth(
-        source=source, kl=tuple(sums_by_depth), windows=windows.shape[0], context=windows.shape[1],
+        source=source, kl=tuple(means), windows=windows.shape[0], context=windows.shape[1],
         tokens=windows.shape[0] * (windows.shape[1] - 1), dtype=dtype, original_dtype=dtype,
         sha256=token_sha256(windows),
     )  # fmt: skip

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,16 +30,19 @@ class Perplexity(Result):
 
 
 class _Losses:
-    """The summed loss, in nats, of each window so far."""
+    """The loss, in nats, of each predicted token so far; it stays where the logits are."""
 
     def __init__(self) -> None:
-        self.losses: list[float] = []
+        self.losses: list[Tensor] = []
 
     def add(self, tokens: Tensor, logits: Tensor, original: Tensor | None) -> None:
-        self.losses += [_loss(*window) for window in zip(logits, tokens, strict=True)]
+        rows, following = chunk_rows(logits), tokens.roll(-1, dims=1).flatten()
+        parts = zip(logits.flatten(0, 1).split(rows), following.split(rows), strict=True)
+        losses = torch.cat([F.cross_entropy(part.float(), ids, reduction="none") for part, ids in parts])
+        self.losses.append(losses.view(tokens.shape)[:, :-1])  # the last token of a window predicts none
 
     def result(self, how: Result) -> Perplexity:
-        nll = math.fsum(self.losses) / how.tokens
+        nll = torch.cat(self.losses).cpu().double().sum().item() / how.tokens
         return Perplexity(**vars(how), perplexity=_exp(nll), nll=nll)
 
 
@@ -79,13 +83,6 @@ def perplexity(
         batch_size=batch_size, source=source, bos=bos, progress=progress,
     )  # fmt: skip
     return results["perplexity"]
-
-
-def _loss(logits: Tensor, ids: Tensor) -> float:
-    """Summed loss, in nats, of one window: logits [context, vocab], ids [context]."""
-    rows = chunk_rows(logits)
-    pairs = zip(logits[:-1].split(rows), ids[1:].split(rows), strict=True)
-    return sum(F.cross_entropy(part.float(), target, reduction="none").double().sum().item() for part, target in pairs)
 
 
 def _exp(nll: float) -> float:

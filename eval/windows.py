@@ -14,8 +14,9 @@ from ultralowbit.errors import InputError, naming_memory
 from ultralowbit.eval.base import Bos, Metric, Result, without_original
 
 _BATCH_TOKENS = 2048
+_MOST_BATCH_TOKENS = 32768  # on a device where a small batch leaves most of the processors idle
 _CHUNK = 1 << 20  # logits upcast at a time: larger fp32 buffers come as fresh pages, which cost more than the work
-_CHUNK_ELSEWHERE = 1 << 24  # on a device where each chunk costs a launch and a wait
+_CHUNK_ELSEWHERE = 1 << 26  # on a device where each chunk costs some launches
 
 
 def token_stream(tokenizer: Any, text: str, *, bos: Bos = "text") -> Tensor:
@@ -63,8 +64,8 @@ def forward(model: nn.Module, windows: Tensor, batch_size: int | None = None) ->
     """Yield batches of the windows [windows, context], each with the model's logits [batch, context, vocab], on its
     device.
 
-    `batch_size` is in windows (default: some 2048 tokens). The model is in evaluation mode while it is asked. Raises
-    `InputError` for windows longer than its positions.
+    `batch_size` is in windows (default: what `batch_windows` says). The model is in evaluation mode while it is asked.
+    Raises `InputError` for windows longer than its positions.
     """
     context = windows.shape[1]
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
@@ -72,11 +73,11 @@ def forward(model: nn.Module, windows: Tensor, batch_size: int | None = None) ->
         raise InputError(f"context is {context}, but the model has {positions} positions: choose a context up to those")
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, expected at least 1, or None for the default")
-    device = next(chain(model.parameters(), model.buffers()), windows).device
+    device = _device(model, windows)
     training = model.training
     model.eval()
     try:
-        for batch in windows.split(batch_size or batch_windows(context)):
+        for batch in windows.split(batch_size or batch_windows([model], windows)):
             with naming_memory(
                 f"running windows of {context} tokens through {getattr(model, 'name_or_path', 'a model')}"
             ):
@@ -103,8 +104,9 @@ def measure(
     """Measure causal LMs on the stream tokens [n], of which the first `max_tokens` count, in one forward pass each.
 
     The stream is cut into windows of `context` tokens and the rest is dropped; each window predicts `context - 1`
-    tokens from an empty past. `batch_size` is in windows (default: some 2048 tokens) and does not change how numbers
-    are summed; `source` and `bos` (see `token_stream`) are recorded; `progress` gets the windows done and in all.
+    tokens from an empty past. `batch_size` is in windows (default: what `batch_windows` says) and does not change how
+    numbers are summed; `source` and `bos` (see `token_stream`) are recorded; `progress` gets the windows done and in
+    all.
 
     Returns for each model a result by the name of its metric. With an `original` the list begins with its results, of
     the metrics that need none; without one only those are measured. Raises `InputError` for a stream shorter than a
@@ -115,6 +117,7 @@ def measure(
     asked = [model for model in (original, *models) if model is not None]
     wanted = [alone, *[metrics] * len(models)] if original is not None else [alone] * len(models)
     observers = [_Observer(model, chosen) for model, chosen in zip(asked, wanted, strict=True)]
+    batch_size = batch_windows(asked, windows) if batch_size is None else batch_size
     passes = [forward(model, windows, batch_size) for model in asked]
     done = 0
     for batch, logits in passes[0]:
@@ -161,9 +164,24 @@ class _Observer:
         }
 
 
-def batch_windows(context: int) -> int:
-    """Windows in a batch unless it is said."""
-    return max(1, _BATCH_TOKENS // context)
+def batch_windows(models: Sequence[nn.Module], windows: Tensor) -> int:
+    """Windows in a batch unless it is said, for models that are asked the same windows [windows, context].
+
+    Some 2048 tokens on a CPU, whose caches hold no more anyway; elsewhere as many as leave the logits of two models, in
+    fp32, a sixteenth of the device's memory, and a quarter of what of it is free.
+    """
+    tokens = _BATCH_TOKENS
+    device = _device(models[0], windows)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        bytes_each = 2 * 4 * max(getattr(getattr(m, "config", None), "vocab_size", None) or 1 << 18 for m in models)
+        tokens = max(_BATCH_TOKENS, min(_MOST_BATCH_TOKENS, total // 16 // bytes_each, free // 4 // bytes_each))
+    return max(1, tokens // windows.shape[1])
+
+
+def _device(model: nn.Module, windows: Tensor) -> torch.device:
+    """Where the model is, or the windows if it holds no tensor."""
+    return next(chain(model.parameters(), model.buffers()), windows).device
 
 
 def dtype_of(model: nn.Module, logits: Tensor) -> str:

@@ -11,11 +11,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ultralowbit.data.corpora import token_sha256
 from ultralowbit.errors import InputError
-from ultralowbit.eval.perplexity import Perplexity, perplexity
+from ultralowbit.eval import windows as windows_module
+from ultralowbit.eval.base import Result
+from ultralowbit.eval.perplexity import Perplexity, PerplexityMetric, perplexity
 from ultralowbit.eval.windows import chunk_rows, token_stream
 
 VOCAB = 64
@@ -143,6 +146,42 @@ def test_default_batch_is_about_2048_tokens(stream):
     sizes.clear()
     perplexity(Spy(torch.zeros(VOCAB)), stream.repeat(6), context=3000)
     assert sizes == [(1, 3000)] * 2
+
+
+@pytest.mark.parametrize(
+    ("free", "total", "vocab", "expected"),
+    [
+        (70e9, 80e9, 49152, 80e9 / 16 / (8 * 49152)),  # by what the card has in all: the same on every run
+        (1e9, 80e9, 49152, 2048),
+        (4e9, 80e9, 49152, 4e9 / 4 / (8 * 49152)),  # nearly full
+        (70e9, 80e9, 100, 32768),
+        (70e9, 80e9, 10**7, 2048),
+    ],
+)
+def test_batches_on_a_card_are_as_large_as_its_memory_allows(monkeypatch, free, total, vocab, expected):
+    monkeypatch.setattr(windows_module, "_device", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), int(total)))
+    models = [Constant(torch.zeros(VOCAB)), Constant(torch.zeros(VOCAB))]
+    models[1].config = SimpleNamespace(vocab_size=vocab)
+    models[0].config = SimpleNamespace(vocab_size=50)
+    windows = torch.zeros(1, 512, dtype=torch.int64)
+    assert windows_module.batch_windows(models, windows) == int(expected) // 512
+
+
+def test_nothing_is_read_from_the_device_before_the_end(llama, stream):
+    class NoWaiting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func is not torch.ops.aten._local_scalar_dense.default
+            return func(*args, **kwargs or {})
+
+    windows = stream[:992].view(-1, 31)
+    measured = PerplexityMetric().start()
+    with torch.no_grad():
+        logits = llama(windows).logits
+    with NoWaiting():
+        measured.add(windows, logits, None)
+    how = Result(source="x", windows=32, context=31, tokens=960, dtype="float32")
+    assert measured.result(how).nll == pytest.approx(math.log(published(llama, stream[:992], 31)), rel=1e-6)
 
 
 def test_progress_grad_and_mode(llama, stream):

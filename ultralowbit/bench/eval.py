@@ -79,7 +79,7 @@ def _raced(net: nn.Module, windows: Tensor, where: torch.device, repeat: int) ->
                 net(batch, use_cache=False)
 
     seconds = dict.fromkeys(("forward", "perplexity", "two forwards", "divergence"), 0.0)
-    for batch in windows.split(batch_windows(context)):
+    for batch in windows.split(batch_windows([net], windows)):
         there, stream = batch.to(where), batch.flatten()
         runs = {
             "forward": partial(bare, there, 1),
