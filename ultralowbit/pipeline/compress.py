@@ -7,6 +7,7 @@ whole.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultralowbit.checkpoint.job import LOCAL, Job
+from ultralowbit.checkpoint.job import LOCAL, Follower, Job, difference
 from ultralowbit.checkpoint.manifest import read_manifest
 from ultralowbit.checkpoint.storage import read_json
 from ultralowbit.data.calibration import Calibration
@@ -29,6 +30,7 @@ from ultralowbit.hub import resolve_model
 from ultralowbit.methods.statistics import Need
 from ultralowbit.nn.decoder import Decoder
 from ultralowbit.pipeline.allocate import allocated, expected_planes
+from ultralowbit.pipeline.ranks import Ranks, check_agreement, machine_facts
 from ultralowbit.pipeline.source import TextReader, hash_model, open_decoder, planned_formats
 from ultralowbit.pipeline.stream import BlockStream
 from ultralowbit.pipeline.write import write_checkpoint
@@ -71,48 +73,85 @@ def compress(
     restart: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> Compressed:
     """Compress a local folder or hub model into the packed checkpoint `out`.
 
     Killed at any moment, the same call goes on from the last committed block and ends with the same bytes; once
-    `out` is there it returns at once. Raises `InputError`, `CheckpointError`, `DiskFull` or `OutOfMemory` in one
-    sentence; `out` is then untouched.
+    `out` is there it returns at once. ranks: the processes that share the work, by default this one alone; each calls
+    this with the same arguments, and `out` lies where all of them see it. Raises `InputError`, `CheckpointError`,
+    `DiskFull` or `OutOfMemory` in one sentence; `out` is then untouched.
     """
-    progress = progress or Silent()
-    where = pick_device(device)
+    progress, ranks = progress or Silent(), ranks or Ranks()
+    where = pick_device(ranks.device(device))
     folder = resolve_model(model)
     decoder = open_decoder(folder, where, trust_remote_code)
     formats = planned_formats(decoder, expected_planes(decoder, recipe))
-    texts = _read_texts(recipe, formats, TextReader(folder, decoder, trust_remote_code, progress))
-    fingerprint = _fingerprint(decoder, recipe, texts, hash_model(decoder, progress))
+    reader = TextReader(folder, decoder, trust_remote_code, progress)
+    texts = _shared_texts(ranks, lambda: _read_texts(recipe, formats, reader))
+    fingerprint = _fingerprint(decoder, recipe, texts, _model_digests(ranks, decoder, progress))
     original = decoder.source
-    job = Job.open(Path(out), fingerprint, restart, progress)
+    job = _open_job(Path(out), fingerprint, restart, progress, ranks)
     if job is None:
         target = Path(out).expanduser().resolve()
         progress.say(f"{target} is already what this command makes")
         return Compressed(target, read_manifest(target), texts)
 
     def again(recipe: Recipe, out: Path) -> Path:
-        options = {"device": device, "trust_remote_code": trust_remote_code, "progress": progress}
+        options = {"device": str(where), "trust_remote_code": trust_remote_code, "progress": progress}
         return compress(model, recipe, out, **options).folder
 
-    try:
-        if recipe.preprocess is not None:
-            with naming_memory(f"training adapters of {folder}"):
-                made = _preprocess(job, recipe, texts["preprocess"].tokens, decoder, again, trust_remote_code, progress)
-            decoder = open_decoder(made, where, trust_remote_code)
-        with naming_memory(f"running {folder} block by block"):
-            chosen = allocated(job, decoder, recipe, texts.get("calibration"), progress)
-        BlockStream(job, decoder, chosen, texts.get("calibration"), progress).run()
+    def preprocessed() -> str:
+        with naming_memory(f"training adapters of {folder}"):
+            tokens = texts["preprocess"].tokens
+            return str(_preprocess(job, recipe, tokens, decoder, again, trust_remote_code, progress))
+
+    def finish() -> dict[str, Any]:
         if recipe.finetune is not None:
             with naming_memory(f"fine-tuning {folder}"):
                 _finetune(job, folder, decoder, recipe, texts["finetune"].tokens, trust_remote_code, progress)
         manifest = write_checkpoint(job, model, folder, decoder, recipe, texts.get("calibration"))
         original.check_unchanged()
         job.publish()
+        return manifest
+
+    try:
+        if recipe.preprocess is not None:
+            decoder = open_decoder(Path(ranks.agree(preprocessed)), where, trust_remote_code)
+        with naming_memory(f"running {folder} block by block"):
+            chosen = allocated(job, decoder, recipe, texts.get("calibration"), progress, ranks)
+        BlockStream(job, decoder, chosen, texts.get("calibration"), progress, ranks).run()
+        manifest = ranks.agree(finish)
     finally:
         job.close()
     return Compressed(job.out, manifest, texts)
+
+
+def _shared_texts(ranks: Ranks, read: Callable[[], dict[str, Calibration]]) -> dict[str, Calibration]:
+    """The texts of all stages, which rank 0 reads."""
+    texts = read() if ranks.is_first else {}
+    heads = ranks.agree(lambda: {stage: [list(t.tokens.shape), t.source, t.seed] for stage, t in texts.items()})
+    return {
+        stage: Calibration(
+            ranks.from_rank(0, texts[stage].tokens if texts else torch.empty(shape, dtype=torch.int64)), source, seed
+        )
+        for stage, (shape, source, seed) in heads.items()
+    }
+
+
+def _model_digests(ranks: Ranks, decoder: Decoder, progress: Progress) -> dict[str, str] | None:
+    """Digests of the model's files; None where another rank of this machine makes them."""
+    is_local_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    return hash_model(decoder, progress) if ranks.is_first or is_local_first else None
+
+
+def _open_job(out: Path, fingerprint: dict[str, Any], restart: bool, progress: Progress, ranks: Ranks) -> Job | None:
+    """The job of all ranks, whose folder rank 0 writes; None if `out` is there already. Ranks that differ in anything
+    that the result depends on are refused before."""
+    check_agreement(ranks, fingerprint | {"machine": machine_facts()}, difference)
+    job = Job.open(out, fingerprint, restart, progress) if ranks.is_first else None
+    place = ranks.agree(lambda: job and job.place)
+    return job if ranks.is_first or place is None else Follower(place)
 
 
 def _read_texts(recipe: Recipe, formats: Mapping[str, Any], reader: TextReader) -> dict[str, Calibration]:
@@ -129,7 +168,7 @@ def _read_texts(recipe: Recipe, formats: Mapping[str, Any], reader: TextReader) 
 
 
 def _fingerprint(
-    decoder: Decoder, recipe: Recipe, texts: Mapping[str, Calibration], model: dict[str, str]
+    decoder: Decoder, recipe: Recipe, texts: Mapping[str, Calibration], model: dict[str, str] | None
 ) -> dict[str, Any]:
     """All that the bytes of the result depend on: two runs with the same one write the same files."""
     labels = {"name", "summary"} if texts else {"name", "summary", "calibration"}
@@ -183,9 +222,8 @@ def _finetune(
     for name, layer in state["layers"].items():
         format, shape, tensors = Format.from_dict(layer["layout"]), tuple(layer["shape"]), blocks[block_of[name]]
         packed[name] = PackedWeight(format, shape, {t: tensors[f"{name}.{t}"] for t in format.tensors(*shape)})
-    weights = decoder.read([f"{name}.weight" for name in packed])
     trained, fitted = finetune(
-        folder, {name: weights[f"{name}.weight"] for name in packed}, packed, tokens, recipe.finetune,
+        folder, lambda name: decoder.read([f"{name}.weight"])[f"{name}.weight"], packed, tokens, recipe.finetune,
         job.work / "finetune.safetensors", decoder.device, trust_remote_code, progress,
     )  # fmt: skip
     for name, p in trained.items():

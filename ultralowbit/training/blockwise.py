@@ -7,7 +7,8 @@ before, and near Y2 = F(Xq), which asks for no more than this block can give.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ultralowbit.checkpoint.activations import Activations
 from ultralowbit.errors import InputError
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.nn.decoder import BlockCall, run_block
@@ -31,10 +33,10 @@ class Streams(NamedTuple):
     files."""
 
     call: BlockCall
-    original: Tensor
-    inputs: Tensor
-    y1: Tensor
-    y2: Tensor
+    original: Activations | Tensor
+    inputs: Activations | Tensor
+    y1: Activations | Tensor
+    y2: Activations | Tensor
 
 
 def train_block(
@@ -68,7 +70,7 @@ def train_block(
     def evaluate() -> float:
         return sum(loss([k]).item() for k in held_out) / len(held_out)
 
-    with fake_quantized(model, packed, weights, spec) as linears:
+    with fake_quantized(model, packed, weights.__getitem__, spec) as linears:
         if not linears:
             return {}, None
         fitted = fit(
@@ -80,25 +82,31 @@ def train_block(
 
 @contextmanager
 def fake_quantized(
-    model: nn.Module, packed: Mapping[str, PackedWeight], weights: Mapping[str, Tensor], spec: Blockwise | Finetune
+    model: nn.Module,
+    packed: Mapping[str, PackedWeight],
+    weight: Callable[[str], Tensor],
+    spec: Blockwise | Finetune,
 ) -> Iterator[dict[str, FakeQuantLinear]]:
     """Put fake-quantized Linears in the place of the named ones while the context lasts, and freeze all else.
 
-    A Linear whose format has nothing of what is trained is packed instead.
+    weight: the original weight of a Linear as its module stores it; asked for when its turn comes. A Linear whose
+    format has nothing of what is trained is packed instead.
     """
     required = {p: p.requires_grad for p in model.parameters()}
     replaced = {name: model.get_submodule(name) for name in packed}
     model.requires_grad_(False)
+    dtype = spec.latent_dtype(sum(math.prod(stored.shape) for stored in packed.values()))
     linears: dict[str, FakeQuantLinear] = {}
     try:
         for name, module in replaced.items():
-            device, stored = module.weight.device, packed[name]
-            weight = weights[name].T if isinstance(module, Conv1D) else weights[name]
+            device, stored = next(module.parameters()).device, packed[name]
+            latent = weight(name).to(device)
+            latent = latent.T if isinstance(module, Conv1D) else latent
             here = PackedWeight(stored.format, stored.shape, {n: t.to(device) for n, t in stored.tensors.items()})
             try:
                 linears[name] = linear = FakeQuantLinear(
-                    here, spec.training.lr, latent=weight.to(device), bias=module.bias,
-                    estimator=spec.estimator, scales=spec.scales,
+                    here, spec.training.lr, latent=latent, bias=module.bias,
+                    estimator=spec.estimator, scales=spec.scales, dtype=dtype,
                 )  # fmt: skip
             except InputError:
                 linear = PackedLinear.replacing(module, stored.format)

@@ -1,12 +1,13 @@
 """Fine-tuning: a packed model is trained end to end, with the original as a frozen teacher or on the next token alone.
 
-Teacher and student share everything but the packed Linears: the whole model is in memory once, beside the gradients and
-two moments of what is trained.
+Teacher and student share everything but the packed Linears: the model is in memory once, in the dtype in which it is
+stored, beside what is trained with its gradients and moments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ultralowbit.checkpoint.files import Source
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.progress import Progress
 from ultralowbit.training.blockwise import fake_quantized
 from ultralowbit.training.fake_quant.linear import parameter_groups, set_progress
 from ultralowbit.training.loop import Fitted, fit
+from ultralowbit.training.memory import checkpoint_blocks, compute_in_fp32
 from ultralowbit.training.objectives import Outputs
 from ultralowbit.training.specs import Finetune
 
@@ -28,7 +31,7 @@ SEEN = 8
 
 def finetune(
     folder: Path,
-    weights: Mapping[str, Tensor],
+    weight: Callable[[str], Tensor],
     packed: Mapping[str, PackedWeight],
     tokens: Tensor,
     spec: Finetune,
@@ -40,14 +43,13 @@ def finetune(
     """Train the packed Linears of the model in `folder` on tokens [windows, length] and return those that are better
     for it, with how the training went.
 
-    weights: what latent weights start from, by Linear; state: the file that a killed run goes on from.
+    weight: reads what the latent weight of a Linear starts from; state: the file that a killed run goes on from.
     """
-    teacher = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
-    )
-    teacher.to(device).eval().requires_grad_(False)
+    teacher = _teacher(folder, device, trust_remote_code)
     shared = {id(t): t for t in (*teacher.parameters(), *teacher.buffers())}
     student = deepcopy(teacher, memo=shared)
+    if spec.is_checkpointed(sum(math.prod(p.shape) for p in packed.values())):
+        checkpoint_blocks(student)
     training, held_out = spec.split(range(len(tokens)))
 
     def run(model: PreTrainedModel, batch: Tensor) -> Outputs:
@@ -69,9 +71,20 @@ def finetune(
     def evaluate() -> float:
         return sum(loss([k]).item() for k in held_out) / len(held_out)
 
-    with fake_quantized(student, packed, weights, spec) as linears:
+    with fake_quantized(student, packed, weight, spec) as linears:
         fitted = fit(
             parameter_groups(student), loss, spec.training, len(training), evaluate, state=state, progress=progress,
             what="fine-tuning", on_progress=lambda share: set_progress(student, share),
         )  # fmt: skip
         return {name: linear.pack() for name, linear in linears.items()} if fitted.accepted else {}, fitted
+
+
+def _teacher(folder: Path, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
+    """The model in `folder`, with its weights in the dtype of the files; it computes in fp32."""
+    dtypes = {spec.dtype for spec in Source(folder).specs.values() if spec.dtype and spec.dtype.is_floating_point}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    teacher = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+    compute_in_fp32(teacher)
+    return teacher.to(device).eval().requires_grad_(False)

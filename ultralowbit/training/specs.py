@@ -7,6 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from typing import Annotated, Any, ClassVar, Literal, Union
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
@@ -76,6 +77,10 @@ class Trained(StrictModel):
         return (windows[:cut], windows[cut:]) if cut else (windows, windows)
 
 
+SMALL = 1 << 28
+"""Packed weights up to which a stage trains with what is fastest and most exact, where the recipe does not say how."""
+
+
 class FakeQuantized(Trained):
     """`training.lr` names what is trained: scale, offset, row, column, latent."""
 
@@ -85,6 +90,16 @@ class FakeQuantized(Trained):
     scales: Literal["free", "analytic"] = Field(
         "free", description="free: trained on their own; analytic: mean |w| of the latent weights, at every step"
     )
+    latents: Literal["fp32", "bf16"] | None = Field(
+        None,
+        description="fp32: 16 bytes a latent weight with its gradient and moments; bf16: 6, rounded at random, with "
+        "moments in 8 bits; null: bf16 for more than 2^28 weights in the stage",
+    )
+
+    def latent_dtype(self, weights: int) -> torch.dtype:
+        """Of the latent weights, where so many weights are packed."""
+        latents = self.latents or ("fp32" if weights <= SMALL else "bf16")
+        return torch.float32 if latents == "fp32" else torch.bfloat16
 
 
 class Blockwise(FakeQuantized):
@@ -107,6 +122,15 @@ class Finetune(FakeQuantized):
 
     objective: one_of(OBJECTIVES, "kind")
     data: CalibrationSpec | None = Field(None, description="text to train on, null for that of the calibration")
+    checkpointing: bool | None = Field(
+        None,
+        description="run each block again for its gradient instead of keeping what it made; null: for more than 2^28 "
+        "packed weights",
+    )
+
+    def is_checkpointed(self, weights: int) -> bool:
+        """Whether blocks are run again for their gradients, where so many weights are packed."""
+        return weights > SMALL if self.checkpointing is None else self.checkpointing
 
 
 class Preprocess(Trained):

@@ -26,7 +26,12 @@ class FakeQuantInts(nn.Module):
     """Integer codes on a trained grid: `scale` [out, groups]; the codes are fixed, or those of the latent weight."""
 
     def __init__(
-        self, segment: Ints, parts: Mapping[str, Tensor], train: Collection[str], latent: Tensor | None
+        self,
+        segment: Ints,
+        parts: Mapping[str, Tensor],
+        train: Collection[str],
+        latent: Tensor | None,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.segment = segment
@@ -42,11 +47,11 @@ class FakeQuantInts(nn.Module):
                 same = self._nearest(own_tensors(self), latent, self.scale.detach()) == centred
                 return ungrouped(same, segment.columns)
 
-            register(self, "latent", moved_to_code(latent, decoded(segment, parts), coded), True)
+            register(self, "latent", moved_to_code(latent, decoded(segment, parts), coded, dtype), True)
 
     def _nearest(self, own: Mapping[str, Tensor], latent: Tensor, scale: Tensor) -> Tensor:
         """code - zero of the nearest code [rows, groups, group]."""
-        code = RoundSTE.apply(grouped(latent, self.segment.group) / scale[..., None])
+        code = RoundSTE.apply(grouped(latent.float(), self.segment.group) / scale[..., None])
         low = -own["zero"][..., None]
         return code.clamp(low, low + (2**self.segment.bits - 1))
 

@@ -28,9 +28,10 @@ class LatentPlanes(FixedPlanes):
         train: Collection[str],
         keep: Tensor | None,
         estimator: Estimator,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__(segment, parts, train)
-        self.estimator = estimator
+        self.estimator, self.dtype = estimator, dtype
         rows = parts[""].shape[-2]
         if keep is None and segment.columns % (segment.group or segment.columns):
             # tells the weights from what fills up the last group
@@ -46,7 +47,7 @@ class LatentPlanes(FixedPlanes):
             same = torch.stack([a == b for a, b in zip(bits, packed, strict=True)]).all(0)
             return ungrouped(same, self.segment.columns)
 
-        register(self, "latent", moved_to_code(latent, decoded(self.segment, parts), coded, near), train)
+        register(self, "latent", moved_to_code(latent, decoded(self.segment, parts), coded, self.dtype, near), train)
 
     def _derive(
         self, own: Mapping[str, Tensor], sign: Callable[[int, Tensor], Tensor]
@@ -66,7 +67,7 @@ class LatentPlanes(FixedPlanes):
 
     def _centred(self, own: Mapping[str, Tensor]) -> Tensor:
         """The latent weight less the offset [rows, groups, group]."""
-        x = grouped(own["latent"], self.segment.group)
+        x = grouped(own["latent"].float(), self.segment.group)
         return x - own["offset"].detach()[..., None] if self.segment.offset else x
 
     def _set(self, bits: Tensor, own: Mapping[str, Tensor]) -> Tensor:
@@ -87,9 +88,10 @@ class LatentSigns(LatentPlanes):
         latent: Tensor,
         keep: Tensor | None,
         estimator: Estimator,
+        dtype: torch.dtype,
         analytic: bool,
     ) -> None:
-        super().__init__(segment, parts, {*train} - {"scale"} if analytic else train, keep, estimator)
+        super().__init__(segment, parts, {*train} - {"scale"} if analytic else train, keep, estimator, dtype)
         self.analytic = False  # which bits the packed scales give is what counts at first
         units: list[Tensor] = []
 
@@ -149,8 +151,9 @@ class LatentDual(LatentPlanes):
         latent: Tensor,
         keep: Tensor | None,
         estimator: Estimator,
+        dtype: torch.dtype,
     ) -> None:
-        super().__init__(segment, parts, train, keep, estimator)
+        super().__init__(segment, parts, train, keep, estimator, dtype)
         mirrored = (self.scale[:, 0] < self.scale[:, 1])[..., None]  # [out, groups, 1]
         self.register_buffer("mirror", 1 - 2 * mirrored.float() if mirrored.any() else None)
         with torch.no_grad():

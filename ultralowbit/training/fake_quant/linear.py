@@ -1,4 +1,4 @@
-"""A packed weight that can be trained: parameters in fp32 whose values are always those of the bytes they pack to.
+"""A packed weight that can be trained: parameters whose values are always those of the bytes they pack to.
 
     segment            parameters                                        the weight
     Planes -1, +1      scale a, offset c, row r, latent w                r (sum_p a_p b_p + c)
@@ -52,6 +52,7 @@ class FakeQuantLinear(nn.Module):
     bias [out]: added as it is, not trained.
     scales: "free" trains them; "analytic" takes mean |w - c| of a group's binarised latent weights at every step,
         without a gradient (PB-LLM). That is for -1/+1 planes with a trained latent weight.
+    dtype: of the latent weight; all is computed in fp32.
 
     Raises `InputError` where the format has nothing of what is to be trained.
     """
@@ -65,6 +66,7 @@ class FakeQuantLinear(nn.Module):
         bias: Tensor | None = None,
         estimator: Estimator | None = None,
         scales: Scales = "free",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         if unknown := set(train) - set(KINDS):
@@ -88,7 +90,7 @@ class FakeQuantLinear(nn.Module):
             columns = slice(first, first + segment.columns)
             own = None if latent is None else latent[:, columns]
             keep = None if self.keep is None else self.keep[:, columns].bool()
-            start = Start(train, own, keep, estimator or STE(), scales, planes)
+            start = Start(train, own, keep, estimator or STE(), scales, planes, dtype)
             self.parts.append(fake_quant(segment, parts, start))
         row = torch.ones(self.out_features, dtype=torch.float32, device=self.device) if planes else None
         register(self, "row", row if "row" in train else None, True)

@@ -57,17 +57,20 @@ def decoded(segment: Segment, parts: Mapping[str, Tensor]) -> Tensor:
     return weight
 
 
-def moved_to_code(latent: Tensor, value: Tensor, coded: Callable[[Tensor], Tensor], near: bool = True) -> Tensor:
-    """The latent weight where `coded` says that it has the packed code. Elsewhere it is moved towards the packed value,
-    whose code that is: `near` its own, so that training can soon take it back, or all the way."""
+def moved_to_code(
+    latent: Tensor, value: Tensor, coded: Callable[[Tensor], Tensor], dtype: torch.dtype, near: bool = True
+) -> Tensor:
+    """The latent weight in a dtype where `coded` says that it has the packed code in it. Elsewhere it is moved towards
+    the packed value, whose code that is: `near` its own, so that training can soon take it back, or all the way."""
+    latent = latent.to(dtype).float()
     low, high = torch.zeros_like(latent), torch.ones_like(latent)  # shares of the way from the value to the latent
     kept = coded(latent)
     for _ in range(4 if near else 0):
         middle = (low + high) / 2
         inside = coded(value.lerp(latent, middle))
         low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
-    moved = value.lerp(latent, 0.9 * low)
-    return torch.where(kept, latent, torch.where(coded(moved), moved, value))
+    moved = value.lerp(latent, 0.9 * low).to(dtype).float()
+    return torch.where(kept, latent, torch.where(coded(moved), moved, value)).to(dtype)
 
 
 def grouped(x: Tensor, group: int | None) -> Tensor:

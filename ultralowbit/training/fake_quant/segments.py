@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from ultralowbit.errors import InputError
@@ -35,6 +36,8 @@ class Start:
     scales: Scales
     beside_planes: bool
     """Whether there are planes in the same row."""
+    dtype: torch.dtype
+    """Of trained latent weights."""
 
 
 class Frozen(nn.Module):
@@ -57,17 +60,17 @@ def _planes(segment: Planes, parts: Mapping[str, Tensor], start: Start) -> nn.Mo
     if start.scales == "analytic" and not signs:
         raise InputError(f"analytic scales need -1/+1 planes with a trained latent weight, found {segment.summary}")
     if signs:
-        analytic = start.scales == "analytic"
-        return LatentSigns(segment, parts, start.train, start.latent, start.keep, start.estimator, analytic)
+        beside = start.train, start.latent, start.keep, start.estimator, start.dtype
+        return LatentSigns(segment, parts, *beside, start.scales == "analytic")
     if start.latent is not None and is_dual(segment):
-        return LatentDual(segment, parts, start.train, start.latent, start.keep, start.estimator)
+        return LatentDual(segment, parts, start.train, start.latent, start.keep, start.estimator, start.dtype)
     return FixedPlanes(segment, parts, start.train)
 
 
 def _ints(segment: Ints, parts: Mapping[str, Tensor], start: Start) -> nn.Module:
     if start.beside_planes:  # salient columns, which stay as they are
         return Frozen(decoded(segment, parts))
-    return FakeQuantInts(segment, parts, start.train, start.latent if "latent" in start.train else None)
+    return FakeQuantInts(segment, parts, start.train, start.latent if "latent" in start.train else None, start.dtype)
 
 
 FAKE_QUANT: dict[str, Callable[[Segment, Mapping[str, Tensor], Start], nn.Module]] = {

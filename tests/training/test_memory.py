@@ -1,0 +1,51 @@
+"""Less memory, the same numbers: to the last bit."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from ultralowbit.training import memory
+from ultralowbit.training.memory import checkpoint_blocks, compute_in_fp32
+
+TOKENS = torch.arange(24).reshape(2, 12)
+
+
+def model(tied: bool = True, dtype: torch.dtype = torch.bfloat16):
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_model_computes_in_fp32_with_what_is_stored(tied, dtype):
+    stored = model(tied, dtype)
+    exact = deepcopy(stored).float()
+    nbytes = sum(p.nbytes for p in stored.parameters())
+    compute_in_fp32(stored)
+    assert sum(p.nbytes for p in stored.parameters()) == nbytes
+    logits = stored(TOKENS).logits
+    assert logits.dtype == torch.float32 and torch.equal(logits, exact(TOKENS).logits)
+
+
+def test_checkpointed_blocks_have_the_same_gradients(monkeypatch):
+    calls = []
+    monkeypatch.setattr(memory, "checkpoint", lambda f, *a, **k: calls.append(f) or checkpoint(f, *a, **k))
+    plain, again = (model(dtype=torch.float32).requires_grad_(True) for _ in range(2))
+    checkpoint_blocks(again)
+    outputs = [m(TOKENS, output_hidden_states=True, use_cache=False) for m in (plain, again)]
+    assert len(calls) == plain.config.num_hidden_layers
+    assert len(outputs[1].hidden_states) == len(outputs[0].hidden_states)
+    for output in outputs:
+        (output.logits.logsumexp(-1).sum() + output.hidden_states[1].square().sum()).backward()
+    for p, q in zip(plain.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)

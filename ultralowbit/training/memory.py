@@ -1,0 +1,38 @@
+"""Models that take less memory and compute the same numbers."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from ultralowbit.nn.decoder import find_blocks
+
+
+class InFp32(nn.Module):
+    """Parameters in fp32, made anew at every use."""
+
+    def forward(self, stored: Tensor) -> Tensor:
+        return stored.float()
+
+
+def compute_in_fp32(model: nn.Module) -> None:
+    """Let a model whose weights have another dtype compute in fp32; one module has its weights in fp32 at a time."""
+    for module in list(model.modules()):
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.is_floating_point() and p.dtype != torch.float32:
+                register_parametrization(module, name, InFp32(), unsafe=True)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.float())
+
+
+def checkpoint_blocks(model: PreTrainedModel) -> None:
+    """Let each decoder block keep its input alone for the backward pass, which runs the block again."""
+    _, blocks = find_blocks(model, model.config)
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
