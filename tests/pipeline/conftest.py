@@ -26,9 +26,9 @@ def different() -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests that ask for a `kind` of recipe run with each."""
-    if "kind" in metafunc.fixturenames:
-        metafunc.parametrize("kind", different())
+    """Tests that ask for a `recipe_kind` run with each."""
+    if "recipe_kind" in metafunc.fixturenames:
+        metafunc.parametrize("recipe_kind", different())
 
 
 @pytest.fixture(scope="session")

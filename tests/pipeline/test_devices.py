@@ -30,10 +30,12 @@ def packed_on(two_blocks, short, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_kind_of_recipe_is_as_close_to_the_weights_on_any_device(two_blocks, short, tmp_path, device, kind):
+def test_every_kind_of_recipe_is_as_close_to_the_weights_on_any_device(
+    two_blocks, short, tmp_path, device, recipe_kind
+):
     errors = []
     for name, where in (("there", str(device)), ("here", "cpu")):
-        layers = compress(str(two_blocks), short(kind), tmp_path / name, device=where).manifest["layers"]
+        layers = compress(str(two_blocks), short(recipe_kind), tmp_path / name, device=where).manifest["layers"]
         errors.append([layer["error"] or 0.0 for layer in layers.values()])  # not known where the whole is trained
     assert verify(tmp_path / "there") == []
     # a sum in another order turns a few signs that were near zero, after which later ones and blocks differ a little
@@ -63,6 +65,7 @@ def test_a_run_can_be_verified_repeated_and_resumed(two_blocks, packed_on, text,
     assert second_device.uses(str(two_blocks), packed_on(device), text, device)[use]() == expected
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_device(packed_on, device):
     command = [sys.executable, "-m", "ultralowbit", "generate", packed_on(device), "a b c", "--max-new-tokens", "8"]
     running = [

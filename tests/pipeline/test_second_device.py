@@ -52,12 +52,12 @@ def test_the_device_tells_its_tensors_from_the_hosts(results):
     assert results["card"][1]["mixing"] == [None, None]
 
 
-def test_a_recipe_runs_there_and_writes_what_it_writes_on_the_host(results, short, kind):
-    wrong = {where: came[kind][0] for where, (_, came) in results.items()}
+def test_a_recipe_runs_there_and_writes_what_it_writes_on_the_host(results, short, recipe_kind):
+    wrong = {where: came[recipe_kind][0] for where, (_, came) in results.items()}
     assert wrong == {"card": None, "cpu": None}
-    mine, theirs = (load_file(folder / kind / "model.safetensors") for folder, _ in results.values())
+    mine, theirs = (load_file(folder / recipe_kind / "model.safetensors") for folder, _ in results.values())
     assert mine.keys() == theirs.keys()
-    if not any(getattr(short(kind), stage) for stage in TRAINED):  # optimizers sum in another order there
+    if not any(getattr(short(recipe_kind), stage) for stage in TRAINED):  # optimizers sum in another order there
         for key, there in theirs.items():  # a sum in another order may round one fp16 the other way
             same = (mine[key] == there) if mine[key].dtype != torch.float16 else (mine[key] - there).abs() <= ulp(there)
             assert same.all() and (mine[key] == there).float().mean() > 0.95, key
