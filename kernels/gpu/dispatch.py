@@ -11,7 +11,8 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,20 +23,25 @@ from torch import Tensor
 from ultralowbit.format.outliers import IndexedOutliers
 from ultralowbit.format.planes import Planes
 from ultralowbit.format.weight import Format, PackedWeight
-from ultralowbit.kernels.gpu.dequantize import dequantize, knows, words_of
-from ultralowbit.kernels.gpu.fields import Matrix, matrices, multiply, reduce
+from ultralowbit.kernels.gpu.dequantize import dequantize, knows
+from ultralowbit.kernels.gpu.fields import multiply
 from ultralowbit.kernels.gpu.inputs import prologue, transformed
 from ultralowbit.kernels.gpu.launch import NARROWEST_DOT, Launch, cdiv, run
-from ultralowbit.kernels.gpu.outliers import correct
+from ultralowbit.kernels.gpu.matrix import Matrix, matrices
+from ultralowbit.kernels.gpu.plan import ALIGNMENT, Plan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-REDUCE_ROWS = 256
-OUTLIER_ROWS, OUTLIER_ENTRIES, OUTLIER_SPLITS = 128, 16, 64
-"""Rows of a program, entries of each that it is to take, and the most programs that share a row's entries: one entry
-after the other is read and then gathered for, which is slow unless there are many at a time."""
+OUTLIER_ENTRIES, OUTLIER_SPLITS = 16, 64
+"""Entries of a row that a program is to take, and the most programs that share a row's entries: one entry after the
+other is read and then gathered for, which is slow unless there are many at a time."""
+FILLED = 1024
+"""Inputs that a program makes at a time: what they need stays in its registers."""
 DENSE_WEIGHTS = 1 << 26
 """Weights that are written out at a time: 128 MiB in 16 bits."""
-LARGEST_HADAMARD = 1 << 15
+LARGEST_HADAMARD, LARGEST_TURNED = 1 << 15, 1 << 12
+"""Block of inputs that a launch of its own transforms, and that every program of a product does for itself."""
+SMALLEST_TURNED = 16 * 64
+"""Inputs that a program transforms at a time, at least: what tensor cores take."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,13 @@ class Tile:
 @dataclass(frozen=True)
 class Tuning:
     """gemv_tokens, gemm_tokens: up to how many tokens fields are multiplied as they are stored; programs: how many for
-    each multiprocessor a product is split into; tiles: by the tokens in a tile."""
+    each multiprocessor a product is split into; fewest_rows: of a tile, where there are too few blocks to split;
+    tiles: by the tokens in a tile."""
 
     gemv_tokens: int
     gemm_tokens: int
     programs: int
+    fewest_rows: int
     tiles: Mapping[int, Tile]
     processors: int = 132
 
@@ -81,17 +89,24 @@ def read_tuning(name: str, processors: int) -> Tuning:
 
 def choose(format: Format, device: torch.device, dtype: torch.dtype, tokens: int) -> Callable[..., Tensor] | None:
     """The `packed_matmul.Chooser` of CUDA devices."""
-    hadamard = format.transform and format.transform.hadamard
-    if dtype not in DTYPES or not has_tensor_cores(device) or (hadamard or 0) > LARGEST_HADAMARD:
-        return None
-    if not knows(format):
+    few, more, most = _paths(format)
+    if most is None or dtype not in DTYPES or not has_tensor_cores(device):
         return None
     tuning = tuning_of(device)
-    if matrices(format) is None or tokens > tuning.gemm_tokens:
-        return dequantized
-    if tokens <= tuning.gemv_tokens and (format.outliers is None or lies_on_planes(format)):
-        return gemv
-    return gemm if format.outliers is None else dequantized
+    return few if tokens <= tuning.gemv_tokens else more if tokens <= tuning.gemm_tokens else most
+
+
+@lru_cache(maxsize=1024)
+def _paths(format: Format) -> tuple[Callable[..., Tensor] | None, ...]:
+    """What multiplies few tokens, more, and most; None where there is no kernel for the format."""
+    hadamard = format.transform and format.transform.hadamard
+    if (hadamard or 0) > LARGEST_HADAMARD or not knows(format):
+        return None, None, None
+    if matrices(format) is None:
+        return dequantized, dequantized, dequantized
+    if format.outliers is None:
+        return gemv, gemm, dequantized
+    return gemv if lies_on_planes(format) else dequantized, dequantized, dequantized
 
 
 @lru_cache
@@ -116,10 +131,29 @@ def gemm(x: Tensor, tensors: Mapping[str, Tensor], format: Format) -> Tensor:
 
 
 def _run_product(x: Tensor, tensors: Mapping[str, Tensor], format: Format) -> Tensor:
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}  # a caller may hand over slices of rows
-    launches, y = product(x, tensors, format, tuning_of(x.device), subnormals_are_exact(x.device))
-    run(launches, x.device)
-    return y
+    stored = [_aligned(tensor) for tensor in tensors.values()]  # a caller may hand over slices of rows
+    device, out_rows = x.device, tensors["weight"].shape[-2]
+    plan = plan_of(format, len(x), out_rows, x.dtype, device, subnormals_are_exact(device))
+    return plan(_aligned(x), stored)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is not as plans expect it."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+@lru_cache(maxsize=4096)
+def plan_of(
+    format: Format, tokens: int, out_rows: int, dtype: torch.dtype, device: torch.device, subnormal: bool
+) -> Plan:
+    """The product of x [tokens, in] with a weight of so many rows, worked out once."""
+    x = torch.empty(tokens, format.in_features, dtype=dtype, device="meta")
+    specs = format.tensors(out_rows, format.in_features).items()
+    tensors = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs}
+    launches, y = product(x, tensors, format, tuning_of(device), subnormal)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return Plan(launches, x, list(tensors.values()), y, device)
 
 
 def dequantized(x: Tensor, tensors: Mapping[str, Tensor], format: Format) -> Tensor:
@@ -179,84 +213,167 @@ def _small_product_is_exact(device: torch.device) -> bool:
 def product(
     x: Tensor, tensors: Mapping[str, Tensor], format: Format, tuning: Tuning, subnormal: bool = True
 ) -> tuple[list[Launch], Tensor]:
-    """The launches that multiply x [tokens, in] by the stored fields, and y [tokens, out] that they leave."""
+    """The launches that multiply x [tokens, in] by the stored fields, and y [tokens, out] that they leave.
+
+    Up to `gemv_tokens` tokens they are one for each matrix, and one before where the inputs are transformed in a way
+    that a program cannot do for itself; above, one more that makes the inputs of each matrix.
+    """
     out_rows, tokens = tensors["weight"].shape[-2], len(x)
     digits = 2 if x.dtype == torch.float32 else 1
     y = x.new_empty(tokens, out_rows)
-    launches, x = transformed(x, tensors, format, torch.float32)
-    whole = matrices(format)
-    lines = digits * tokens
-    size, tile = tuning.tile(lines)
-    tiles = cdiv(lines, size) * cdiv(out_rows, tile.rows)
-    wanted = tuning.programs * tuning.processors  # of each matrix: they run one after the other
-    parts = [m.planes * min(m.blocks, cdiv(wanted, tiles * m.planes)) for m in whole]
+    whole, few = matrices(format), tokens <= tuning.gemv_tokens
+    turns = few and turns_itself(format)
+    launches, source = ([], x) if turns else transformed(x, tensors, format, torch.float32)
+    size, tile = tuning.tile(digits * tokens)
+    dealt = [Dealt.of(matrix, cdiv(digits * tokens, size), out_rows, tile, tuning) for matrix in whole]
+    corrections = 0
     if format.outliers is not None:
-        parts.append(min(OUTLIER_SPLITS, cdiv(len(tensors["weight_outliers_value"]), OUTLIER_ENTRIES)))
-    partial = x.new_empty(sum(parts), lines, out_rows, dtype=torch.float32)
-    partials = partial.split(parts)
-    for matrix, out in zip(whole, partials, strict=False):
-        x16 = x.new_empty(lines, matrix.blocks * matrix.block, dtype=torch.float16)
-        sums = x.new_empty(lines, matrix.blocks * matrix.groups_in_block, dtype=torch.float32)
-        units = x.new_empty(lines, matrix.blocks, dtype=torch.float32)
-        launches += [
-            _prologue(x, x16, sums, units, matrix, digits),
-            _multiply(x16, sums, units, tensors, out, matrix, size, tile, subnormal),
-        ]
-    if format.outliers is not None:
-        launches.append(_correct(x, tensors, partials[-1], format))
-    grid = cdiv(out_rows, REDUCE_ROWS), tokens
-    constants = {"digits": digits, "BN": REDUCE_ROWS}
-    return [*launches, Launch(reduce, grid, (partial, y, len(partial), tokens, out_rows), constants)], y
+        corrections = min(OUTLIER_SPLITS, cdiv(len(tensors["weight_outliers_value"]), OUTLIER_ENTRIES))
+    parts = sum(each.parts for each in dealt) + corrections
+    partial = x.new_empty(parts, digits * tokens, out_rows, dtype=torch.float32)
+    before = 0
+    for each in dealt:
+        inputs = Inputs.of(source, each.matrix, digits)
+        if not few:
+            launches.append(_prologue(source, inputs, each.matrix, digits))
+        last = each is dealt[-1]
+        launch = _Multiply(source, tensors, format, each, inputs, y, partial, digits, size, subnormal)
+        launches.append(launch.launch(before, corrections if last else 0, last, few, turns))
+        before += each.parts
+    return launches, y
 
 
-def _prologue(x: Tensor, x16: Tensor, sums: Tensor, units: Tensor, matrix: Matrix, digits: int) -> Launch:
+def turns_itself(format: Format) -> bool:
+    """Whether the programs of a product of few tokens can transform its inputs: in place, each channel with its block,
+    and nobody else reads them."""
+    steps = format.transform
+    if steps is None:
+        return True
+    alone = len(matrices(format)) == 1 and format.outliers is None
+    block = steps.hadamard or 1
+    return alone and not steps.channel_order and block <= LARGEST_TURNED and format.in_features % block == 0
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """How a matrix is dealt out to programs: their tiles of rows, and the blocks of columns of a split."""
+
+    matrix: Matrix
+    tile: Tile
+    span: int
+
+    @classmethod
+    def of(cls, matrix: Matrix, token_tiles: int, out_rows: int, tile: Tile, tuning: Tuning) -> Dealt:
+        """So that there are `programs` for each multiprocessor; tiles of fewer rows where the blocks are too few."""
+        wanted = tuning.programs * tuning.processors
+        others = token_tiles * matrix.planes
+        while tile.rows > tuning.fewest_rows and others * cdiv(out_rows, tile.rows) * matrix.blocks < wanted:
+            tile = replace(tile, rows=tile.rows // 2)
+        splits = min(matrix.blocks, cdiv(wanted, others * cdiv(out_rows, tile.rows)))
+        return cls(matrix, tile, cdiv(matrix.blocks, splits))
+
+    @property
+    def splits(self) -> int:
+        return cdiv(self.matrix.blocks, self.span)
+
+    @property
+    def parts(self) -> int:
+        return self.matrix.planes * self.splits
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Room for the inputs of a matrix, as `inputs.py` lays them out."""
+
+    x16: Tensor
+    sums: Tensor
+    units: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, matrix: Matrix, digits: int) -> Inputs:
+        lines = digits * len(x)
+        return cls(
+            x.new_empty(lines, matrix.blocks * matrix.block, dtype=torch.float16),
+            x.new_empty(lines, matrix.blocks * matrix.groups_in_block, dtype=torch.float32),
+            x.new_empty(lines, matrix.blocks, dtype=torch.float32),
+        )
+
+
+def _pieces(matrix: Matrix, blocks: int) -> int:
+    """Blocks whose inputs are made at a time, of so many."""
+    return min(1 << (blocks - 1).bit_length(), max(1, FILLED // matrix.block))
+
+
+def _prologue(x: Tensor, inputs: Inputs, matrix: Matrix, digits: int) -> Launch:
     args = (
-        x, x16, sums, units, len(x), *x.stride(), matrix.column, matrix.columns, matrix.blocks, matrix.full,
-        matrix.lanes, matrix.group or matrix.columns,
+        x, inputs.x16, inputs.sums, inputs.units, *x.stride(), matrix.column, matrix.columns, matrix.blocks,
+        matrix.full, matrix.lanes, matrix.group or matrix.columns,
     )  # fmt: skip
-    constants = {"width": matrix.width, "groups_in_block": matrix.groups_in_block, "digits": digits}
-    return Launch(prologue, (matrix.blocks, len(x)), args, constants)
+    pieces = _pieces(matrix, matrix.blocks)
+    constants = {"width": matrix.width, "groups_in_block": matrix.groups_in_block, "digits": digits, "pieces": pieces}
+    return Launch(prologue, (cdiv(matrix.blocks, pieces), len(x)), args, constants)
 
 
-def _multiply(
-    x16: Tensor, sums: Tensor, units: Tensor, tensors: Mapping[str, Tensor], partial: Tensor, matrix: Matrix,
-    size: int, tile: Tile, subnormal: bool,
-) -> Launch:  # fmt: skip
-    words, scale = tensors[matrix.prefix], tensors[f"{matrix.prefix}_scale"]
-    zero = tensors[f"{matrix.prefix}_zero"] if matrix.zero_width else scale
-    offset = tensors[f"{matrix.prefix}_offset"] if matrix.offset else scale
-    lines, out_rows = len(x16), words.shape[-2]
-    aligned = math.gcd(8, matrix.stride, matrix.start, matrix.lanes)
-    args = (
-        x16, sums, units, words[..., matrix.start :], scale, zero, offset, partial, lines, out_rows, matrix.planes,
-        out_rows * matrix.stride // aligned, matrix.stride // aligned, matrix.blocks, matrix.full,
-        matrix.lanes // aligned, matrix.groups, matrix.blocks_in_group, len(partial) // matrix.planes,
-    )  # fmt: skip
-    row_scale = matrix.groups == 1
-    constants = {
-        "width": matrix.width, "fields_in_group": matrix.fields // matrix.groups_in_block, "row_scale": row_scale,
-        "tail": matrix.tails > 0, "multiplier": matrix.multiplier, "z": matrix.zero, "zero_width": matrix.zero_width,
-        "has_offset": matrix.offset, "subnormal": subnormal, "aligned": aligned, "few_rows": out_rows < tile.rows,
-        "BM": size, "BN": tile.rows,
-    }  # fmt: skip
-    grid = cdiv(lines, size), cdiv(out_rows, tile.rows), len(partial)
-    return Launch(multiply, grid, args, constants, tile.warps, tile.stages)
+@dataclass(frozen=True)
+class _Multiply:
+    """What the launches of `multiply` have in common."""
 
+    x: Tensor
+    tensors: Mapping[str, Tensor]
+    format: Format
+    dealt: Dealt
+    inputs: Inputs
+    y: Tensor
+    partial: Tensor
+    digits: int
+    size: int
+    subnormal: bool
 
-def _correct(x: Tensor, tensors: Mapping[str, Tensor], partial: Tensor, format: Format) -> Launch:
-    (part,), outliers = format.segments, format.outliers
-    words, scale = tensors["weight"], tensors["weight_scale"]
-    stored = [tensors[f"weight_outliers_{name}"] for name in ("index", "value", "scale", "zero")]
-    entries, out_rows = stored[0].shape
-    splits, lines, _ = partial.shape
-    size = min(8, 1 << (lines - 1).bit_length())
-    args = (
-        x, *stored, words, scale, tensors.get("weight_offset", scale), partial, len(x), lines, *x.stride(), out_rows,
-        entries, outliers.count, outliers.block, *words_of(part.columns, 1), words.shape[-1], scale.shape[1],
-        part.group or part.columns, splits,
-    )  # fmt: skip
-    constants = {
-        "planes": part.planes, "sign": part.alphabet == "pm1", "has_offset": part.offset, "BM": size,
-        "BN": OUTLIER_ROWS,
-    }  # fmt: skip
-    return Launch(correct, (cdiv(lines, size), cdiv(out_rows, OUTLIER_ROWS), splits), args, constants)
+    def launch(self, before: int, corrections: int, last: bool, prepares: bool, turns: bool) -> Launch:
+        """Of the matrix whose parts follow `before` others; the last one corrects and adds up."""
+        x, matrix, tile, (parts, lines, out_rows) = self.x, self.dealt.matrix, self.dealt.tile, self.partial.shape
+        steps = self.format.transform if turns else None
+        hadamard, own = (steps and steps.hadamard) or 1, self.dealt.parts + corrections
+        grid = cdiv(lines, self.size), cdiv(out_rows, tile.rows), own
+        turned = x.new_empty(x.shape, dtype=torch.float32) if hadamard > 1 else x
+        arrived = torch.zeros(grid[0] * grid[1], dtype=torch.int32, device=x.device)
+        aligned = math.gcd(8, matrix.stride, matrix.start, matrix.lanes)
+        args = (
+            x, turned, *self._stored(corrections > 0, bool(steps and steps.column_scale)), self.partial, arrived,
+            self.y, len(x), *x.stride(), matrix.column, matrix.columns, matrix.group or matrix.columns, out_rows,
+            matrix.planes, out_rows * matrix.stride // aligned, matrix.stride // aligned, matrix.blocks, matrix.full,
+            matrix.lanes // aligned, matrix.groups, matrix.blocks_in_group, self.dealt.span, self.dealt.splits,
+            before, parts, *self._entries(corrections > 0),
+        )  # fmt: skip
+        constants = {
+            "width": matrix.width, "fields_in_group": matrix.fields // matrix.groups_in_block,
+            "row_scale": matrix.groups == 1, "tail": matrix.tails > 0, "multiplier": matrix.multiplier,
+            "z": matrix.zero, "zero_width": matrix.zero_width, "has_offset": matrix.offset,
+            "subnormal": self.subnormal, "aligned": aligned, "few_rows": out_rows < tile.rows, "digits": self.digits,
+            "prepares": prepares, "rounds": hadamard.bit_length() - 1, "root": hadamard**-0.5,
+            "has_scale": bool(steps and steps.column_scale),
+            "corrects": corrections > 0, "alone": parts == self.digits == 1, "last": last,
+            "pieces": _pieces(matrix, self.dealt.span),
+            "turn": max(hadamard, SMALLEST_TURNED) // 64, "BM": self.size, "BN": tile.rows,
+        }  # fmt: skip
+        return Launch(multiply, grid, args, constants, tile.warps, tile.stages)
+
+    def _stored(self, corrects: bool, has_scale: bool) -> list[Tensor]:
+        """The column scale, the inputs, the matrix and the entries; another tensor for what there is not."""
+        matrix, tensors = self.dealt.matrix, self.tensors
+        words, scale = tensors[matrix.prefix], tensors[f"{matrix.prefix}_scale"]
+        entries = ("index", "value", "scale", "zero")
+        return [
+            tensors["weight_input_scale"] if has_scale else scale,
+            self.inputs.x16, self.inputs.sums, self.inputs.units, words[..., matrix.start :], scale,
+            tensors[f"{matrix.prefix}_zero"] if matrix.zero_width else scale,
+            tensors[f"{matrix.prefix}_offset"] if matrix.offset else scale,
+            *(tensors[f"weight_outliers_{name}"] if corrects else scale for name in entries),
+        ]  # fmt: skip
+
+    def _entries(self, corrects: bool) -> tuple[int, int, int]:
+        """Stored entries of a row, of a block, and the columns of that."""
+        if not corrects:
+            return 0, 1, 1
+        outliers = self.format.outliers
+        return len(self.tensors["weight_outliers_value"]), outliers.count, outliers.block

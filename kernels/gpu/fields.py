@@ -1,156 +1,24 @@
-"""Activations times a matrix of packed fields, for few tokens: the kernel that decoding runs on.
+"""Activations times a matrix of packed fields: the kernel that decoding runs on.
 
-A matrix holds `width`-bit codes in the word layout of `format.py`, in blocks of `16 / width * 32` columns. For every
-group of columns that shares a scale s and a zero point z it adds
-
-    s * (multiplier * sum_k code_k x_k  -  z * sum_k x_k)  [+ offset * sum_k x_k]
-
-Sign planes are 1-bit codes with multiplier 2 and z = 1; integers have multiplier 1. A field of a word tile [rows, 32]
-is, after one AND, the fp16 number `code * 2^(position - 24)`: subnormal, but exact, and an operand of the tensor cores
-as it is. So a field costs half an instruction a weight, and its product with 32 inputs is one `tl.dot` whose left
-operand are weights, since tokens are few: they fill the narrow side. `prologue` has put the inverse power of two into
-the inputs. The fields of the high byte are first shifted into the low one, where they are read.
-
-Where a device should not take subnormals (`subnormals_are_exact`), 1.0 is OR-ed in and subtracted: one more
+A field of a word tile [rows, 32] is, after one AND, the fp16 number `code * 2^(position - 24)`: subnormal, but exact,
+and an operand of the tensor cores as it is. So a field costs half an instruction a weight, and its product with 32
+inputs is one `tl.dot` whose left operand are weights, since tokens are few: they fill the narrow side. The inputs hold
+the inverse power of two (`inputs.py`). The fields of the high byte are first shifted into the low one, where they are
+read. Where a device should not take subnormals (`subnormals_are_exact`), 1.0 is OR-ed in and subtracted: one more
 instruction for two weights.
 
-Blocks of columns are dealt out to `splits` programs, whose partial sums `reduce` adds in a fixed order. The reference
-is that of the whole, `packed_matmul_ref`.
+Blocks of columns are dealt out to splits, each a program for every tile of rows. For few tokens a product is one
+launch: a program makes the inputs that it reads itself (those of other rows make the same, and write the same bits to
+the same place), and the last of a tile to arrive adds the parts of all in their fixed order, so that the result has
+the same bits every time, whoever comes last. Single weights that replace those below them (`outliers.py`) are more
+programs of the launch. The reference is that of the whole, `packed_matmul_ref`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
-
-import torch
-from torch import Tensor
-
-from ultralowbit.format.ints import Ints
-from ultralowbit.format.planes import Planes, TiedPlanes
-from ultralowbit.format.segment import Segment
-from ultralowbit.format.weight import Format
-from ultralowbit.format.words import LANES, WORD_BITS, group_count, word_count
-from ultralowbit.kernels.gpu.launch import ASSEMBLY, cdiv, tl, triton
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Codes of one width over consecutive columns, and the sum that they stand for (see above).
-
-    prefix: name of the stored words; column: the first; planes: of the same inputs, one after the other; group: columns
-    that share a scale, None the row; start, stride: of a row's words; zero: z, unless zero_width bits of it are stored.
-    """
-
-    prefix: str
-    column: int
-    columns: int
-    width: int
-    planes: int
-    group: int | None
-    start: int
-    stride: int
-    multiplier: int
-    zero: float
-    zero_width: int = 0
-    offset: bool = False
-
-    @property
-    def fields(self) -> int:
-        return WORD_BITS // self.width
-
-    @property
-    def block(self) -> int:
-        """Columns of a full block."""
-        return self.fields * LANES
-
-    @property
-    def full(self) -> int:
-        """Full blocks; what follows is the tail, whose `lanes` words are fewer than 32."""
-        return self.columns // self.block
-
-    @property
-    def lanes(self) -> int:
-        return cdiv(self.columns % self.block, self.fields)
-
-    @property
-    def tails(self) -> int:
-        """The tail is multiplied once for each group in it, by inputs that are zero elsewhere: there a group need not
-        end where a field does."""
-        rest = self.columns % self.block
-        return 0 if not rest else 1 if self.group is None else self.groups - self.full * self.block // self.group
-
-    @property
-    def blocks(self) -> int:
-        return self.full + self.tails
-
-    @property
-    def groups(self) -> int:
-        return group_count(self.columns, self.group)
-
-    @property
-    def groups_in_block(self) -> int:
-        return 1 if self.group is None else max(1, self.block // self.group)
-
-    @property
-    def blocks_in_group(self) -> int:
-        return 1 if self.group is None else max(1, self.group // self.block)
-
-    def places(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """The column of every input in x16, and whether there is one: int64 and bool [blocks, block]."""
-        i = torch.arange(self.block, device=device)
-        block = torch.arange(self.blocks, device=device)[:, None]
-        field, lane = i // LANES, i % LANES
-        whole, start, group = block < self.full, self.full * self.block, self.group or self.columns
-        column = torch.where(whole, block * self.block + i, start + field * self.lanes + lane)
-        of_block = column // group == start // group + block - self.full
-        return column, whole | ((lane < self.lanes) & (column < self.columns) & of_block)
-
-    @property
-    def fits(self) -> bool:
-        """Whether groups end where fields or blocks do."""
-        return self.group is None or (
-            self.group % LANES == 0 and (self.block % self.group == 0 or self.group % self.block == 0)
-        )
-
-
-def _matrices_of(prefix: str, column: int, part: Segment) -> Iterator[Matrix]:
-    shared = {"prefix": prefix, "column": column, "columns": part.columns, "group": part.group}
-    if isinstance(part, Planes):
-        # sum_p s_p (2 b_p - 1) x: codes 0 and 1 between -1 and +1
-        multiplier, zero = (2, 1.0) if part.alphabet == "pm1" else (1, 0.0)
-        yield Matrix(
-            **shared, width=1, planes=part.planes, start=0, stride=word_count(part.columns, 1), multiplier=multiplier,
-            zero=zero, offset=part.offset,
-        )  # fmt: skip
-        return
-    if isinstance(part, TiedPlanes):
-        # s (2 code - (2^planes - 1)): the same between two odd numbers
-        yield Matrix(
-            **shared, width=part.planes, planes=1, start=0, stride=word_count(part.columns, part.planes), multiplier=2,
-            zero=2.0**part.planes - 1,
-        )  # fmt: skip
-        return
-    stride, start, multiplier = sum(word_count(part.columns, w) for w in part.widths), 0, 1
-    zero = {"zero": float(1 << part.bits - 1)} if part.symmetric else {"zero": 0.0, "zero_width": part.zero_width}
-    for width in part.widths:  # 3 bits: the low two, then the high one without a zero point
-        yield Matrix(**shared, width=width, planes=1, start=start, stride=stride, multiplier=multiplier, **zero)
-        start, multiplier, zero = start + word_count(part.columns, width), multiplier << width, {"zero": 0.0}
-
-
-@lru_cache(maxsize=1024)
-def matrices(format: Format) -> tuple[Matrix, ...] | None:
-    """The matrices whose products add up to that of the format's segments; None where a segment is no such sum or has
-    groups that end inside a field."""
-    whole: list[Matrix] = []
-    column = 0
-    for i, part in enumerate(format.segments):
-        if not isinstance(part, Planes | TiedPlanes | Ints):
-            return None
-        whole += _matrices_of(f"weight_{i}" if i else "weight", column, part)
-        column += part.columns
-    return tuple(whole) if all(m.fits for m in whole) else None
+from ultralowbit.kernels.gpu.inputs import fill, rotate
+from ultralowbit.kernels.gpu.launch import ASSEMBLY, tl, triton
+from ultralowbit.kernels.gpu.outliers import correction
 
 
 @triton.jit
@@ -219,49 +87,58 @@ def _add_group(acc, part, sum, s, k, z: tl.constexpr, zero_width: tl.constexpr, 
     return acc
 
 
-# an alignment that does not help would only mean more variants to compile
-_UNALIGNED = ["planes", "plane_stride", "row_stride", "blocks", "full", "lanes", "groups", "blocks_in_group", "splits"]
-
-
-@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=_UNALIGNED)
-def multiply(
-    x16, sums, units, words, scale, zero, offset, partial, tokens, out_rows, planes, plane_stride, row_stride, blocks,
-    full, lanes, groups, blocks_in_group, splits, width: tl.constexpr, fields_in_group: tl.constexpr,
-    row_scale: tl.constexpr, tail: tl.constexpr, multiplier: tl.constexpr, z: tl.constexpr, zero_width: tl.constexpr,
-    has_offset: tl.constexpr, subnormal: tl.constexpr, aligned: tl.constexpr, few_rows: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+@triton.jit
+def _prepare(
+    x, turned, column_scale, x16, sums, units, tokens, token_stride, column_stride, first, columns, group, start, stop,
+    blocks, full, lanes, width: tl.constexpr, groups_in_block: tl.constexpr, digits: tl.constexpr,
+    rounds: tl.constexpr, root: tl.constexpr, has_scale: tl.constexpr, pieces: tl.constexpr, turn: tl.constexpr,
 ):  # fmt: skip
-    """partial [planes * splits, tokens, out] fp32: what one plane and every `splits`-th block add to the product.
+    """The inputs of the blocks from start to stop, for all tokens, as `inputs.py` describes them."""
+    size: tl.constexpr = 16 // width * 32
+    if rounds:
+        low = tl.minimum(start, full) * size // (turn * 64)
+        high = tl.cdiv(tl.where(stop > full, columns, stop * size), turn * 64)
+        for piece in range(low, high):
+            for token in range(tokens):
+                rotate(x, turned, token, piece, token_stride, column_stride, columns, rounds, root, digits, turn)
+        tl.debug_barrier()
+        x, token_stride, column_stride = turned, columns, 1
+    for block in range(start, stop, pieces):
+        for token in range(tokens):
+            fill(
+                x, column_scale, x16, sums, units, token, block, stop, token_stride, column_stride, first, columns,
+                blocks, full, lanes, group, width, groups_in_block, digits, has_scale, pieces,
+            )  # fmt: skip
+    tl.debug_barrier()
 
-    x16 [tokens, blocks * block] fp16, sums [tokens, blocks * groups in a block] and units [tokens, blocks] fp32 from
-    `prologue`; words [planes, out, row_stride] int16; scale [planes, groups, out], offset [groups, out] fp16, zero
-    packed uint8 [., out]. Grid (tiles of tokens, tiles of rows, planes * splits).
-    """
+
+@triton.jit
+def _blocks(
+    x16, sums, units, words, scale, zero, offset, m, rows, lines, out_rows, plane, start, stop, blocks, full, lanes,
+    row_stride, groups, blocks_in_group, width: tl.constexpr, fields_in_group: tl.constexpr,
+    row_scale: tl.constexpr, tail: tl.constexpr, multiplier: tl.constexpr, z: tl.constexpr, zero_width: tl.constexpr,
+    has_offset: tl.constexpr, subnormal: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """What the blocks from start to stop of a plane add to the product of its rows [BN] with the lines m [BM]: fp32
+    [BN, BM]. words: those of the plane."""
     fields: tl.constexpr = 16 // width
     groups_in_block: tl.constexpr = fields // fields_in_group
     unit: tl.constexpr = multiplier * (1 << (width + 16 if subnormal else width + 2))
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    n, rows = _rows(out_rows, few_rows, BN)
-    split = tl.program_id(2) // planes
-    plane = tl.program_id(2) % planes
     c = tl.arange(0, 32)
-    live = m < tokens
-    plane_stride *= aligned  # these come in units of so many words: what can be loaded at once
-    row_stride *= aligned
-    lanes *= aligned
-    lines = words + plane * plane_stride + rows[:, None] * row_stride + c[None, :]  # [BN, 32]
+    live = m < lines
+    of_row = words + rows[:, None] * row_stride + c[None, :]  # [BN, 32]
     inputs = x16 + m[None, :] * (blocks * (fields * 32)) + c[:, None]  # [32, BM]
     sums += m * (blocks * groups_in_block)
     units += m * blocks
 
     acc = tl.zeros([BN, BM], tl.float32)
     total = tl.zeros([BM], tl.float32)
-    for block in range(split, blocks, splits):
+    for block in range(start, stop):
         at = tl.minimum(block, full) * 32
         if tail:
-            word = tl.load(lines + at, mask=c[None, :] < tl.where(block < full, 32, lanes), other=0)
+            word = tl.load(of_row + at, mask=c[None, :] < tl.where(block < full, 32, lanes), other=0)
         else:
-            word = tl.load(lines + at)
+            word = tl.load(of_row + at)
         e = tl.load(units + block, mask=live, other=0.0) * unit
         for g in tl.static_range(groups_in_block):
             part = tl.zeros([BN, BM], tl.float32)
@@ -282,18 +159,95 @@ def multiply(
     if row_scale:
         s, k = _levels(scale, zero, offset, 0, 1, rows, out_rows, plane, z, zero_width, has_offset)
         acc = acc * s[:, None] + total[None, :] * k[:, None]
-    at = (tl.program_id(2) * tokens + m[None, :]) * out_rows + n[:, None]
-    tl.store(partial + at, acc, mask=live[None, :] & (n[:, None] < out_rows))
+    return acc
 
 
-@triton.jit(do_not_specialize=["count", "tokens"])
-def reduce(partial, y, count, tokens, out_rows, digits: tl.constexpr, BN: tl.constexpr):
-    """y [tokens, out] = sum of partial [count, digits * tokens, out] fp32 in a fixed order. Grid (tiles of rows,
-    tokens)."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    acc = tl.zeros([BN], tl.float32)
-    for i in range(count):
-        for digit in tl.static_range(digits):
-            line = (i * digits + digit) * tokens + tl.program_id(1)
-            acc += tl.load(partial + line * out_rows + n, mask=n < out_rows, other=0.0)
-    tl.store(y + tl.program_id(1) * out_rows + n, acc.to(y.dtype.element_ty), mask=n < out_rows)
+@triton.jit
+def _add_up(
+    acc, partial, arrived, y, m, n, part, parts, lines, tokens, out_rows, digits: tl.constexpr, alone: tl.constexpr,
+    last: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Keep a part [BN, BM] of lines m and rows n; where all of this tile have arrived, y is their sum."""
+    here = n[:, None] < out_rows
+    live = here & (m < lines)[None, :]
+    if alone:
+        tl.store(y + m[None, :] * out_rows + n[:, None], acc.to(y.dtype.element_ty), mask=live)
+    else:
+        tl.store(partial + (part * lines + m[None, :]) * out_rows + n[:, None], acc, mask=live)
+    if last and not alone:
+        tl.debug_barrier()  # all threads have stored before one says so
+        tile = arrived + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        if tl.atomic_add(tile, 1) == tl.num_programs(2) - 1:
+            i = tl.arange(0, BM)
+            token = tl.program_id(0) * (BM // digits) + i
+            there = here & ((i < BM // digits) & (token < tokens))[None, :]
+            total = tl.zeros_like(acc)
+            for k in range(parts):
+                for digit in tl.static_range(digits):
+                    line = k * lines + token * digits + digit
+                    # past the first cache, where the memory was before others wrote to it
+                    at = partial + line[None, :] * out_rows + n[:, None]
+                    total += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
+            tl.store(y + token[None, :] * out_rows + n[:, None], total.to(y.dtype.element_ty), mask=there)
+            tl.store(tile, 0)
+
+
+# an alignment that does not help would only mean more variants to compile
+_UNALIGNED = [
+    "first", "columns", "group", "planes", "plane_stride", "row_stride", "blocks", "full", "lanes", "groups",
+    "blocks_in_group", "span", "splits", "before", "parts", "entries", "entries_in_block", "entry_block",
+]  # fmt: skip
+_ANY = ["tokens", "span", "splits", "before", "parts", "entries", "entries_in_block", "entry_block"]
+
+
+@triton.jit(do_not_specialize=_ANY, do_not_specialize_on_alignment=_UNALIGNED)
+def multiply(
+    x, turned, column_scale, x16, sums, units, words, scale, zero, offset, index, value, value_scale, value_zero,
+    partial, arrived, y, tokens, token_stride, column_stride, first, columns, group, out_rows, planes, plane_stride,
+    row_stride, blocks, full, lanes, groups, blocks_in_group, span, splits, before, parts, entries,
+    entries_in_block, entry_block, width: tl.constexpr, fields_in_group: tl.constexpr, row_scale: tl.constexpr,
+    tail: tl.constexpr, multiplier: tl.constexpr, z: tl.constexpr, zero_width: tl.constexpr,
+    has_offset: tl.constexpr, subnormal: tl.constexpr, aligned: tl.constexpr, few_rows: tl.constexpr,
+    digits: tl.constexpr, prepares: tl.constexpr, rounds: tl.constexpr, root: tl.constexpr,
+    has_scale: tl.constexpr, corrects: tl.constexpr, alone: tl.constexpr, last: tl.constexpr, pieces: tl.constexpr,
+    turn: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """y [tokens, out] = x [tokens, in] times a matrix, and what is before it in partial [parts, lines, out] fp32; not
+    `last`: only its own parts there, from `before` on.
+
+    turned [tokens, in] fp32 and x16, sums, units as of `inputs.py`: room for the inputs if it `prepares`, else made by
+    `prologue`. words [planes, out, row_stride] int16; scale [planes, groups, out], offset [groups, out] fp16, zero
+    packed uint8 [., out]; index, value [entries, out] of replaced weights if it `corrects`. arrived int32, a zero for
+    each of the first two sides of the grid (tiles of lines, tiles of rows, parts), left as zeros.
+    """
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n, rows = _rows(out_rows, few_rows, BN)
+    part, lines = tl.program_id(2), tokens * digits
+    plane_stride *= aligned  # these come in units of so many words: what can be loaded at once
+    row_stride *= aligned
+    lanes *= aligned
+    plane, start = part % planes, tl.minimum(part // planes * span, blocks)  # none for the programs after the splits
+    stop = tl.minimum(start + span, blocks)
+    if prepares:
+        _prepare(
+            x, turned, column_scale, x16, sums, units, tokens, token_stride, column_stride, first, columns, group,
+            start, stop, blocks, full, lanes, width, 16 // width // fields_in_group, digits, rounds, root, has_scale,
+            pieces, turn,
+        )  # fmt: skip
+    acc = _blocks(
+        x16, sums, units, words + plane * plane_stride, scale, zero, offset, m, rows, lines, out_rows, plane, start,
+        stop, blocks, full, lanes, row_stride, groups, blocks_in_group, width, fields_in_group, row_scale, tail,
+        multiplier, z, zero_width, has_offset, subnormal, BM, BN,
+    )  # fmt: skip
+    if corrects:
+        split = part - planes * splits
+        if split >= 0:
+            acc += correction(
+                x, index, value, value_scale, value_zero, words, scale, offset, m, n, lines, token_stride,
+                column_stride, out_rows, entries, entries_in_block, entry_block, full, lanes, plane_stride,
+                row_stride, groups, group, split, tl.num_programs(2) - planes * splits, planes, multiplier == 2,
+                has_offset, digits, BM, BN,
+            )  # fmt: skip
+    _add_up(
+        acc, partial, arrived, y, m, n, before + part, parts, lines, tokens, out_rows, digits, alone, last, BM,
+    )  # fmt: skip

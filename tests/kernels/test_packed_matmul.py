@@ -70,8 +70,8 @@ ON_CUDA = [
     (PLANES, torch.bfloat16, 1, "gemv"),
     (PLANES, torch.float32, 8, "gemv"),
     (PLANES, torch.float16, 9, "gemm"),
-    (PLANES, torch.float16, 64, "gemm"),
-    (PLANES, torch.float16, 65, "dequantized"),
+    (PLANES, torch.float16, 128, "gemm"),
+    (PLANES, torch.float16, 129, "dequantized"),
     (PLANES, torch.float64, 1, "packed_matmul_ref"),
     (FORMAT, torch.bfloat16, 1, "gemv"),
     (
@@ -137,4 +137,4 @@ def test_tuning_is_by_name_with_the_rest_from_the_default():
     tuning = triton_matmul.read_tuning("no such GPU", 7)
     assert tuning.processors == 7 and tuning.gemv_tokens <= max(tuning.tiles)
     narrow = triton_matmul.NARROWEST_DOT
-    assert [tuning.tile(n)[0] for n in (1, 8, 9, 16, 17)] == [narrow, narrow, 16, 16, 16]
+    assert [tuning.tile(n)[0] for n in (1, 8, 9, 16, 17, 99)] == [narrow, narrow, 16, 16, 32, 32]

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from ultralowbit.format.ints import Ints
+from ultralowbit.format.outliers import IndexedOutliers
 from ultralowbit.format.planes import Planes, TiedPlanes
 from ultralowbit.format.salient import SalientSplit
+from ultralowbit.format.transform import InputTransform
 from ultralowbit.format.weight import Format
 from ultralowbit.kernels.gpu.dispatch import product, read_tuning
-from ultralowbit.kernels.gpu.fields import matrices
+from ultralowbit.kernels.gpu.fields import multiply
 from ultralowbit.kernels.gpu.inputs import prologue, prologue_ref
+from ultralowbit.kernels.gpu.matrix import matrices
 
 TUNING = read_tuning("", processors=4)
 
@@ -122,21 +125,78 @@ def test_extreme_inputs(gpu, value):
         assert not y[1].isfinite().any()
 
 
+def multiplied(launches):
+    """The arguments by name of each launch of `multiply`."""
+    return [
+        dict(zip(multiply.arg_names, launch.args, strict=False)) for launch in launches if launch.kernel is multiply
+    ]
+
+
+@pytest.mark.parametrize("tokens", [3, 9], ids=["by the programs", "by the prologue"])
 @each_case
-def test_prologue_is_its_reference(gpu, segment, dtype):
-    x = gpu.x(3, segment.columns, dtype)
+def test_inputs_are_their_reference(gpu, segment, dtype, tokens):
+    x = gpu.x(tokens, segment.columns, dtype)
     x[1] = 0
     packed = gpu.packed(Format((segment,)), 2)
     launches, _ = product(x, packed.tensors, packed.format, TUNING)
+    assert any(launch.kernel is prologue for launch in launches) == (tokens > TUNING.gemv_tokens)
     gpu.run(launches, x, *packed.tensors.values())
     digits = 1 + (dtype == torch.float32)
-    prologues = [launch for launch in launches if launch.kernel is prologue]
-    for launch, matrix in zip(prologues, matrices(packed.format), strict=True):
+    for args, matrix in zip(multiplied(launches), matrices(packed.format), strict=True):
         x16, sums, units = prologue_ref(x, matrix, digits)
-        assert torch.equal(launch.args[1].view_as(x16), x16)
-        assert torch.equal(launch.args[3].view_as(units), units)
+        assert torch.equal(args["x16"].view_as(x16), x16)
+        assert torch.equal(args["units"].view_as(units), units)
         atol = 1e-5 * float(x.abs().max())
-        torch.testing.assert_close(launch.args[2].view_as(sums), sums, rtol=1e-5, atol=atol)
+        torch.testing.assert_close(args["sums"].view_as(sums), sums, rtol=1e-5, atol=atol)
+
+
+ONE_LAUNCH = [
+    Format((Planes(1024, 1),)),
+    Format((Planes(700, 2, 64, offset=True),)),
+    Format((TiedPlanes(600, 2, 128),)),
+    Format((Ints(640, 2, 128),)),
+    Format((Planes(600, 1, None, offset=True),), IndexedOutliers(600, 10)),
+    Format((Planes(1536, 1),), None, InputTransform(1536, hadamard=512)),
+    Format((Ints(192, 4, 32),), None, InputTransform(192, hadamard=64, column_scale=True)),
+    Format((Planes(4096, 1),), None, InputTransform(4096, hadamard=2048)),
+    Format((Planes(96, 2),), None, InputTransform(96, column_scale=True)),
+]
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("format", ONE_LAUNCH, ids=lambda f: f.summary)
+def test_one_launch_for_few_tokens(gpu, assert_product, format, tokens):
+    """Transform and outliers included; it leaves its counters as they were, and the same bits every time."""
+    packed = gpu.packed(format, 69)
+    x = gpu.x(tokens, format.in_features)
+    launches, y = product(x, packed.tensors, format, TUNING)
+    assert len(launches) == 1
+    (args,) = multiplied(launches)
+    products = []
+    for _ in range(2):
+        gpu.run(launches, x, *packed.tensors.values(), y)
+        assert not args["arrived"].any()
+        products.append(y.clone())
+    assert torch.equal(*products)
+    assert_product(y, x, packed.dequantize())
+
+
+MORE_LAUNCHES = [
+    (Format((Planes(512, 1),)), 9, 2),  # a prologue
+    (Format((Ints(640, 3, 128),)), 1, 2),  # two matrices
+    (Format((Ints(64, 4), Planes(96, 1)), None, InputTransform(160, channel_order=True)), 1, 3),
+    (Format((Planes(600, 1),), None, InputTransform(600, hadamard=128)), 1, 5),  # blocks of 128, 64, 16 and 8
+]
+
+
+@pytest.mark.parametrize(("format", "tokens", "count"), MORE_LAUNCHES, ids=lambda v: getattr(v, "summary", str(v)))
+def test_more_launches(gpu, assert_product, format, tokens, count):
+    packed = gpu.packed(format, 37)
+    x = gpu.x(tokens, format.in_features)
+    launches, y = product(x, packed.tensors, format, TUNING)
+    assert len(launches) == count
+    gpu.run(launches, x, *packed.tensors.values())
+    assert_product(y, x, packed.dequantize())
 
 
 def test_what_is_no_sum_of_fields():
