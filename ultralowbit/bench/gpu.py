@@ -98,7 +98,7 @@ def device_bench(
             say(f"[{i}/{len(names)}] {name}: left out, no time is left")
         else:
             say(f"[{i}/{len(names)}] {name}: {PARTS[name].does}; at most {format_seconds(limit)}")
-            summary["parts"][name] = {"status": "interrupted", "seconds": 0.0, "reason": "interrupted"}
+            summary["parts"][name] = {"status": "interrupted", "seconds": 0.0, "reason": ""}
             try:
                 summary["parts"][name] = _run_part(name, folder, Task(**asdict(task) | {"seconds": limit}))
             finally:

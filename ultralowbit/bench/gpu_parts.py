@@ -112,7 +112,8 @@ def kernels(task: Task, device: torch.device, folder: Path, keep: Keep) -> None:
     file.unlink(missing_ok=True)
     for shape in sizes.shapes:
         for name in ("1 plane", "1 plane g128", "2 tied planes g128", "2 planes g128"):
-            rows += map(asdict, kernels_gpu.product_bench(device, [shape], sizes.tokens, [name], sizes.rounds, file))
+            for row in kernels_gpu.product_bench(device, [shape], sizes.tokens, [name], sizes.rounds, file):
+                rows.append({key: None if value != value else value for key, value in asdict(row).items()})  # nan
             keep({"subnormals_are_exact": exact, "rows": rows})
 
 
