@@ -35,11 +35,11 @@ def two_copies(monkeypatch):
     monkeypatch.setattr("ultralowbit.bench.timing.cache_bytes", lambda device: 0)
 
 
-def test_products_of_every_format(tmp_path, two_copies):
+def test_products_of_every_format(tmp_path, two_copies, device):
     said, file = [], tmp_path / "bench.csv"
     for _ in range(2):
-        check_csv(file, CPU)
-        rows = product_bench(CPU, [(48, 512)], [1, 3], rounds=2, csv_file=file, say=said.append)
+        check_csv(file, device)
+        rows = product_bench(device, [(48, 512)], [1, 3], rounds=2, csv_file=file, say=said.append)
     assert [(row.format, row.tokens) for row in rows] == [(name, n) for name in FORMATS for n in (1, 3)]
     for row in rows:
         assert row.us > 0 and row.us_alone > 0 and row.x_cublas > 0 and row.of_copy > 0 and math.isnan(row.x_gemlite)
@@ -91,11 +91,11 @@ def test_the_error_is_that_of_all_rows():
     ("name", "compiled"),
     [(None, False), ("ptq161", False), *(pytest.param(n, True, marks=pytest.mark.slow) for n in (None, "1 plane"))],
 )
-def test_steps_write_what_generate_writes(name, compiled):
-    model = random_llama(TINY, CPU, torch.float32, FORMATS.get(name))
+def test_steps_write_what_generate_writes(name, compiled, device):
+    model = random_llama(TINY, device, torch.float32, FORMATS.get(name))
     assert sum(isinstance(m, PackedLinear) for m in model.modules()) == (0 if name is None else 14)
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
-    first = torch.tensor([[5], [77]])
+    first = torch.tensor([[5], [77]], device=device)
     decoder = Decoder(model, first, 12, compiled)
     written = [decoder.token.clone()]
     for _ in range(10):
@@ -106,10 +106,10 @@ def test_steps_write_what_generate_writes(name, compiled):
     assert torch.equal(torch.cat(written, 1), expected)
 
 
-def test_decode_bench():
+def test_decode_bench(device):
     said = []
     rows = decode_bench_gpu(
-        CPU, ["1 plane", "pb-llm"], [1, 2], TINY, steps=2, rounds=2, ways=["eager", "graph"], say=said.append
+        device, ["1 plane", "pb-llm"], [1, 2], TINY, steps=2, rounds=2, ways=["eager", "graph"], say=said.append
     )
     assert [(row["format"], row["way"], row["batch"]) for row in rows] == [
         (name, way, batch) for name in ("bf16", "1 plane", "pb-llm") for way in ("eager", "graph") for batch in (1, 2)
