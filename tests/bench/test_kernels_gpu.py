@@ -183,3 +183,5 @@ def test_without_a_gpu_one_sentence_says_so():
         assert said.startswith("error: --device is cuda, and torch") and "finds no GPU" in said
     result = CliRunner().invoke(app, ["bench", "kernels", "--tune"])
     assert result.exit_code == 2 and "--tune is for a GPU, and --device is cpu" in " ".join(result.stderr.split())
+    result = CliRunner().invoke(app, ["bench", "kernels", "--seconds", "60"])
+    assert result.exit_code == 2 and "--seconds is the time of --tune" in " ".join(result.stderr.split())
