@@ -80,6 +80,7 @@ def device_bench(
     `InputError`, before the work, for a part that is not known, a folder of something else, or one that holds results
     of another machine.
     """
+    folder = folder.expanduser().absolute()  # for processes that run elsewhere
     names = list(dict.fromkeys(names)) or [name for name, part in PARTS.items() if not part.asked]
     for name in names:
         if name not in PARTS:

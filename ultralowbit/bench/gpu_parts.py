@@ -181,35 +181,37 @@ def deep(task: Task, device: torch.device, folder: Path, keep: Keep) -> None:
 
 
 def trained(task: Task, device: torch.device, folder: Path, keep: Keep) -> None:
-    """A step of block-wise training beside the block's own passes, and a few steps of every recipe that trains."""
-    sizes = sizes_of(device)
-    shape = TINY if device.type == "cpu" else Shape.wide(1024)
-    result: dict[str, Any] = {"recipes": {}, "failed": 0}
+    """A few steps of every recipe that trains; then a step of block-wise training beside the block's own passes."""
+    result: dict[str, Any] = {"recipes": {}}
     with tempfile.TemporaryDirectory() as scratch:
         model = write_model(Path(scratch) / "model", 2, TINY)
-        text = _random_text(scratch, HOST, TINY)
-        for name in shipped():
-            settings = _windows(text, HOST)
-            stages = [stage for stage in TRAINING if getattr(Recipe.load(name, small=True), stage) is not None]
-            for stage in stages:
-                settings += [f"{stage}.training.steps=2", f"{stage}.held_out=0.25"]
-                if getattr(getattr(Recipe.load(name, small=True), stage), "data", None) is not None:
-                    settings.append(f"{stage}.data=null")
-            if not stages:
-                continue
+        recipes = filter(None, (_brief(name, _random_text(scratch, HOST, TINY)) for name in shipped()))
+        for recipe in recipes:
             began, wrong = time.perf_counter(), None
             try:
-                compress(str(model), Recipe.load(name, settings, small=True), Path(scratch) / name, device=str(device))
-            except Exception as error:
+                compress(str(model), recipe, Path(scratch) / recipe.name, device=str(device))
+            except Exception as error:  # which the others are to run after
                 wrong = f"{type(error).__name__}: {error}"
-            print(f"{name}: {wrong or 'done'}", flush=True)
-            result["recipes"][name] = {"seconds": time.perf_counter() - began, "error": wrong}
-            result["failed"] += wrong is not None
+            print(f"{recipe.name}: {wrong or 'done'}", flush=True)
+            result["recipes"][recipe.name] = {"seconds": time.perf_counter() - began, "error": wrong}
             keep(result)
-    keep(result | {"steps": training_bench(sizes.context, 1, 3, shape, str(device))})
-    if result["failed"]:
-        names = [name for name, outcome in result["recipes"].items() if outcome["error"]]
-        raise RuntimeError(f"{result['failed']} recipes fail: {', '.join(names)}")
+    failed = [name for name, outcome in result["recipes"].items() if outcome["error"]]
+    keep(result | {"failed": len(failed)})
+    shape = TINY if device.type == "cpu" else Shape.wide(1024)
+    steps = training_bench(sizes_of(device).context, 1, 3, shape, str(device))
+    keep(result | {"failed": len(failed), "steps": steps})
+    if failed:
+        raise RuntimeError(f"{len(failed)} recipes fail: {', '.join(failed)}")
+
+
+def _brief(name: str, text: str) -> Recipe | None:
+    """A shipped recipe with two steps of each of its trained stages; None where it has none."""
+    recipe, settings = Recipe.load(name, small=True), _windows(text, HOST)
+    stages = {stage: getattr(recipe, stage) for stage in TRAINING if getattr(recipe, stage) is not None}
+    for stage, spec in stages.items():
+        settings += [f"{stage}.training.steps=2", f"{stage}.held_out=0.25"]
+        settings += [f"{stage}.data=null"] * (getattr(spec, "data", None) is not None)
+    return Recipe.load(name, settings, small=True) if stages else None
 
 
 def measuring(task: Task, device: torch.device, folder: Path, keep: Keep) -> None:
@@ -275,10 +277,10 @@ def suite(task: Task, device: torch.device, folder: Path, keep: Keep) -> None:
     except KeyboardInterrupt:
         process.send_signal(signal.SIGINT)  # upon which pytest writes what it has
         process.wait(8)
-        raise
-    finally:
         if file.exists():
-            keep(_counted(file) | {"seconds": time.perf_counter() - began})
+            keep({"stopped": _counted(file)})
+        raise
+    keep(_counted(file) | {"seconds": time.perf_counter() - began})
     if process.returncode:
         raise RuntimeError(f"pytest left with exit code {process.returncode}")
 
@@ -304,7 +306,7 @@ def tune(task: Task, device: torch.device, folder: Path, keep: Keep) -> None:
 def best(task: Task, device: torch.device, folder: Path, keep: Keep) -> None:
     """`ulb-best` by the command that a user would give; its folder stays."""
     out = folder / "best"
-    texts = [*(["--calib", task.calibration] if task.calibration else [])]
+    texts = ["--calib", task.calibration] if task.calibration else []
     texts += ["--eval", task.evaluation] if task.evaluation else []
     command = [
         sys.executable, "-P", "-m", "ultralowbit", "compress", str(task.model), "--bits", "2.05", "--effort", "best",
