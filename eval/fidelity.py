@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ultralowbit.checkpoint.activations import Activations
+from ultralowbit.checkpoint.activations import Activations, lanes_of
 from ultralowbit.data.corpora import token_sha256
 from ultralowbit.errors import InputError
 from ultralowbit.eval.base import Metric, Quantity, Result
@@ -166,13 +166,13 @@ def by_depth(
 class _Recorded(nn.Module):
     """Gives the logits of the windows again, in order, as the model did that is no longer in memory."""
 
-    def __init__(self, logits: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, logits: Activations, dtype: torch.dtype) -> None:
         super().__init__()
-        self.logits, self.at = logits, 0
+        self.logits, self.at = logits, 0  # a window after the other
         self.stands_for = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
 
     def forward(self, ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
-        logits = self.logits[self.at : self.at + len(ids)]
+        logits = torch.stack([self.logits[k] for k in range(self.at, self.at + len(ids))])
         self.at = (self.at + len(ids)) % len(self.logits)
         return SimpleNamespace(logits=logits)
 
@@ -185,25 +185,27 @@ def recorded(
     progress: Callable[[int, int], object] | None = None,
 ) -> Iterator[nn.Module]:
     """Yield what stands in for the model on the windows [windows, context]: it gives exactly the model's logits, which
-    lie in a temporary file.
+    lie in temporary files.
 
-    For models that do not fit into memory together. Raises `InputError` where the file does not fit either.
+    For models that do not fit into memory together. Raises `InputError` where they do not fit either.
     """
     with tempfile.TemporaryDirectory(prefix="ultralowbit-") as folder:
         store: Activations | None = None
         done = 0
-        for batch, logits in forward(model, windows, batch_size):
+        for _, logits in forward(model, windows, batch_size):
             if store is None:
                 dtype = dtype_of(model, logits)
                 shape = (*windows.shape, logits.shape[-1])
                 _check_disk(Path(folder), torch.Size(shape).numel() * logits.dtype.itemsize)
-                store = Activations(Path(folder) / "logits.bin", shape, logits.dtype, create=True)
-            store.tensor[done : done + len(batch)] = logits.cpu()
-            done += len(batch)
+                lanes = range(len(lanes_of(len(windows))))
+                store = Activations(Path(folder) / "logits", shape, logits.dtype, lanes)
+            for window in logits:
+                store[done].copy_(window)
+                done += 1
             if progress:
                 progress(done, len(windows))
-        del model, logits  # the caller's hands are to be the last that hold the model
-        yield _Recorded(store.tensor, getattr(torch, dtype))
+        del model, logits, window  # the caller's hands are to be the last that hold the model
+        yield _Recorded(store, getattr(torch, dtype))
 
 
 def _check_disk(folder: Path, need: int) -> None:

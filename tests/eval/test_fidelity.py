@@ -156,7 +156,7 @@ def test_from_a_file_it_is_the_same(base, other, stream, tmp_path, monkeypatch):
     windows = cut(stream, 30)
     seen = []
     with recorded(base, windows, batch_size=7, progress=lambda *done: seen.append(done)) as kept:
-        assert len(list(tmp_path.rglob("*.bin"))) == 1
+        assert list(tmp_path.rglob("*.bin"))
         for _ in range(2):  # it starts over by itself
             assert observe(kept, [other], stream, context=30, batch_size=7) == observe(
                 base, [other], stream, context=30, batch_size=7
