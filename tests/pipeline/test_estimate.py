@@ -184,6 +184,30 @@ def test_what_does_not_fit_is_said(model):
     assert str(tight).count("WARNING") == 2
 
 
+def test_what_makes_a_stage_fit_is_named(model):
+    """The key that costs least and is enough; where none is, that is said."""
+    training = {"lr": {"latent": 1e-3}, "batch": 4, "steps": 2}
+    stage = {"objective": {"kind": "kl"}, "training": training}
+
+    def planned(**changes):
+        tuned = {"finetune": stage | changes}
+        return estimate(str(model), Recipe.model_validate(recipe(model).model_dump() | tuned), device="cpu")
+
+    plain = planned()
+    totals = [less.total[0] for _, less in plain.smaller["finetune"]]
+    assert totals == sorted(totals, reverse=True) and totals[0] < plain.stages["finetune"].total[0]
+    alone = replace(plain, stages={"finetune": plain.stages["finetune"]})
+    settings = ["--set finetune.checkpointing=true", "--set finetune.latents=bf16", "--set finetune.training.batch=1"]
+    for i, total in enumerate(totals):
+        (warning,) = replace(alone, available_memory=total).warnings
+        assert "needed for fine-tuning" in warning
+        assert [setting in warning for setting in settings] == [k <= i for k in range(3)]
+    (warning,) = replace(alone, available_memory=1).warnings
+    assert "no key of the recipe makes it fit" in warning
+    less = planned(checkpointing=True, latents="bf16", training=training | {"batch": 1, "accumulation": 4})
+    assert less.stages["finetune"].total[0] == totals[-1] and "fine-tuning" in str(less)
+
+
 def test_prints_and_json(model):
     planned = estimate(str(model), recipe(model), device="cpu")
     stored = json.loads(json.dumps(planned.to_dict()))

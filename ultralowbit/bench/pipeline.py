@@ -28,9 +28,11 @@ from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.format.words import group_count
 from ultralowbit.methods.statistics import invert_upper
 from ultralowbit.pipeline.compress import compress
+from ultralowbit.pipeline.estimate import estimate
 from ultralowbit.pipeline.source import batched
+from ultralowbit.progress import Silent
 from ultralowbit.recipe import Recipe
-from ultralowbit.system import peak_memory
+from ultralowbit.system import forget_peak_memory, peak_memory
 from ultralowbit.units import format_bytes
 
 
@@ -65,6 +67,11 @@ def pipeline_bench(
                 f"{statistics.median(blocks):.2f} s ({blocks[0]:.2f} to {blocks[-1]:.2f}), of which methods "
                 f"take {run['quantizing_seconds'] / depth:.2f} s; outside blocks {run['seconds'] - sum(blocks):.1f} s"
             )
+            for stage, peak in run["stage_peaks"].items():
+                say(
+                    f"           {stage}: peak memory {format_bytes(peak['measured'])}, predicted "
+                    f"{format_bytes(peak['predicted'])} ({peak['predicted'] / peak['measured'] - 1:+.0%})"
+                )
             if run["unavoidable"]:
                 parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in run["unavoidable"].items())
                 say(
@@ -105,13 +112,37 @@ def _fresh_run(folder: Path, depth: int, samples: int, length: int, recipe: str,
     return json.loads(done.stdout.splitlines()[-1])
 
 
+STAGES = {
+    "training adapters": "preprocess", "blocks": "blocks", "blocks, by steps": "blocks", "fine-tuning": "finetune",
+}  # fmt: skip
+"""What `compress` tells whoever watches it when a stage begins -> the stage's name in an estimate."""
+
+
+class _Peaks(Silent):
+    """Notes the peak memory of each stage of `compress`."""
+
+    def __init__(self) -> None:
+        self.peaks, self.stage = dict.fromkeys(STAGES.values(), 0), "blocks"
+        forget_peak_memory()
+
+    def start(self, what: str, total: int) -> None:
+        self.note()
+        self.stage = STAGES.get(what, self.stage)
+
+    def note(self) -> None:
+        self.peaks[self.stage] = max(self.peaks[self.stage], peak_memory())
+        forget_peak_memory()
+
+
 def _run(task: dict[str, Any]) -> dict[str, Any]:
-    """Compress, note the peak, then time the bare products in the same process, which is a fresh one."""
+    """Compress, note the peaks, then time the bare products in the same process, which is a fresh one."""
     recipe = Recipe.load(task["recipe"], task["settings"])
-    started = time.perf_counter()
-    manifest = compress(task["model"], recipe, task["out"], device="cpu").manifest
+    predicted = estimate(task["model"], recipe, "cpu", out=task["out"]).peaks
+    watch, started = _Peaks(), time.perf_counter()
+    manifest = compress(task["model"], recipe, task["out"], device="cpu", progress=watch).manifest
     seconds = time.perf_counter() - started
-    peak = peak_memory()
+    watch.note()
+    peak = max(watch.peaks.values())
     blocks = list(manifest["block_seconds"].values())
     bare = {}
     if manifest["calibration"] is not None:
@@ -119,6 +150,7 @@ def _run(task: dict[str, Any]) -> dict[str, Any]:
     total = len(blocks) * sum(bare.values())
     return {
         "peak_bytes": peak,
+        "stage_peaks": {s: {"measured": watch.peaks[s], "predicted": host} for s, (host, _) in predicted.items()},
         "seconds": seconds,
         "block_seconds": blocks,
         "quantizing_seconds": sum(layer["seconds"] for layer in manifest["layers"].values()),

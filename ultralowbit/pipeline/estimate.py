@@ -1,7 +1,7 @@
 """What `compress` would write, need and take, before anything heavy: from headers, config.json and a second of timing.
 
-The size is exact where formats are known before any data is seen, else what the method expects. Memory and time are
-estimates for the pipeline as it is: `_memory` and `_seconds` follow pipeline.py, stats.py and methods/base.py.
+The size is exact where formats are known before any data is seen, else what the method expects. Memory (memory.py) and
+time (rates.py) are estimates for the pipeline as it is.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from ultralowbit.methods.base import Method
 from ultralowbit.methods.statistics import InputStats
 from ultralowbit.nn.decoder import Decoder
 from ultralowbit.pipeline.allocate import expected_planes
+from ultralowbit.pipeline.memory import Memory, smaller_memory, stage_memory
 from ultralowbit.pipeline.rates import random, seconds
-from ultralowbit.pipeline.source import open_decoder, planned_formats, window_length
+from ultralowbit.pipeline.source import open_decoder, planned_formats
 from ultralowbit.pipeline.workload import Workload
 from ultralowbit.recipe import Recipe
 from ultralowbit.system import available_memory, existing, pick_device
@@ -33,13 +34,15 @@ from ultralowbit.units import format_bytes, format_seconds
 
 ACTIVATIONS = "activation files in memory"
 """Mapped pages of the activation files: the system takes them back under pressure, so they never make a run fail."""
+DOING = {"preprocess": "training adapters", "blocks": "packing blocks", "finetune": "fine-tuning"}
+"""What each stage does."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """size: what will be stored, headers left out; memory, device_memory, disk: part -> bytes; seconds: part -> s.
-
-    On a CPU `device_memory` is empty: everything is in `memory`. Peaks are the sums of their parts.
+    """size: what will be stored, headers left out; process: bytes that this process has already; mapped: bytes of the
+    activation files; stages: the peak of each stage beside these; smaller: by stage, settings with which it takes less,
+    and how much it then takes; disk: part -> bytes; seconds: part -> s.
     """
 
     model: str
@@ -48,8 +51,10 @@ class Estimate:
     dtype: str
     blocks: int
     size: Size
-    memory: dict[str, int]
-    device_memory: dict[str, int]
+    process: int
+    mapped: int
+    stages: dict[str, Memory]
+    smaller: dict[str, list[tuple[str, Memory]]]
     disk: dict[str, int]
     seconds: dict[str, float]
     available_memory: int
@@ -58,34 +63,54 @@ class Estimate:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def memory(self) -> dict[str, int]:
+        """Bytes by part of the stage that takes most, on the host."""
+        parts = max((stage.host for stage in self.stages.values()), key=lambda parts: sum(parts.values()))
+        mapped = {ACTIVATIONS: self.mapped} if self.mapped else {}
+        return {"this process": self.process} | parts | mapped
+
+    @property
+    def device_memory(self) -> dict[str, int]:
+        """Bytes by part of the stage that takes most, on the device; nothing on a CPU."""
+        return max((stage.device for stage in self.stages.values()), key=lambda parts: sum(parts.values()))
+
+    @property
+    def peaks(self) -> dict[str, tuple[int, int]]:
+        """Bytes of each stage on the host, this process included, and on the device."""
+        here = self.process + self.mapped
+        return {stage: (here + memory.total[0], memory.total[1]) for stage, memory in self.stages.items()}
+
+    @property
     def warnings(self) -> list[str]:
-        """One sentence for each thing that will not fit."""
-        pinned = sum(size for part, size in self.memory.items() if part != ACTIVATIONS)
-        base = self.memory.get("this process", 0)  # it has that already
+        """One sentence for each thing that will not fit, with what makes it fit."""
         sentences = []
-        for what, need, there, remedy in (
-            (
-                "memory",
-                pinned - base,
-                self.available_memory,
-                "use fewer or shorter calibration samples, or close others",
-            ),
-            (
-                f"memory on {self.device}",
-                sum(self.device_memory.values()),
-                self.available_device_memory,
-                "--device cpu",
-            ),
-            ("disk", sum(self.disk.values()), self.available_disk, "free some, or choose another --out"),
-        ):
-            if need > there:
-                needed, free = format_bytes(need), format_bytes(there)
-                sentences.append(f"about {needed} of {what} are needed, {free} are free: {remedy}")
+        places = ((f" on {self.device}", self.available_device_memory), ("", self.available_memory))
+        for stage, needed in self.stages.items():
+            for total, (place, free) in zip(reversed(needed.total), places, strict=True):
+                if total > free:
+                    sentences.append(
+                        f"about {format_bytes(total)} of memory{place} are needed for {DOING[stage]}, "
+                        f"{format_bytes(free)} are free: {self._remedy(stage, bool(place), free)}"
+                    )
+        total, free = sum(self.disk.values()), self.available_disk
+        if total > free:
+            there = f"about {format_bytes(total)} of disk are needed, {format_bytes(free)} are free"
+            sentences.append(f"{there}: free some, or choose another --out")
         return sentences
+
+    def _remedy(self, stage: str, on_device: bool, free: int) -> str:
+        """What makes a stage fit into what is free on the host or on the device."""
+        for settings, less in self.smaller.get(stage, ()):
+            if less.total[on_device] <= free:
+                return f"{settings} makes it fit ({format_bytes(less.total[on_device])})"
+        if on_device:
+            return "no key of the recipe makes it fit: --device cpu"
+        shorter = "use shorter calibration windows (--length), or close others" if stage == "blocks" else "close others"
+        return f"no key of the recipe makes it fit: {shorter}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in __str__, as JSON values."""
-        plain = ("model", "recipe", "device", "dtype", "blocks", "memory", "device_memory", "disk", "seconds")
+        plain = ("model", "recipe", "device", "dtype", "blocks", "memory", "device_memory", "peaks", "disk", "seconds")
         free = ("available_memory", "available_device_memory", "available_disk")
         return {
             **{name: getattr(self, name) for name in (*plain, *free, "notes", "warnings")},
@@ -108,6 +133,12 @@ class Estimate:
         ]
         if self.device_memory:
             lines.append(_line("device", self.device_memory, self.available_device_memory))
+        if len(self.stages) > 1:
+            peaks = []
+            for stage, (host, device) in self.peaks.items():
+                beside = f" and {format_bytes(device)} on {self.device}" if device else ""
+                peaks.append(f"{DOING[stage]} {format_bytes(host)}{beside}")
+            lines.append(f"  peaks     {', '.join(peaks)}")
         lines.append(_line("disk", self.disk, self.available_disk))
         parts = ", ".join(f"{part} {format_seconds(s)}" for part, s in self.seconds.items())
         lines.append(f"  time      about {format_seconds(sum(self.seconds.values()))}: {parts}")
@@ -137,7 +168,6 @@ def estimate(
         notes.append(
             f"getting and tokenising the calibration text ({recipe.calibration.source}) is not in the estimates"
         )
-    memory, device_memory = _memory(work)
     return Estimate(
         model=model,
         recipe=recipe.name,
@@ -145,8 +175,10 @@ def estimate(
         dtype=str(decoder.dtype).removeprefix("torch."),
         blocks=len(decoder.blocks),
         size=size,
-        memory=memory,
-        device_memory=device_memory,
+        process=psutil.Process().memory_info().rss,
+        mapped=work.files * work.activations,
+        stages=stage_memory(work, recipe),
+        smaller=smaller_memory(work, recipe),
         disk={
             "packed checkpoint": 2 * size.total_bytes,  # the blocks, and what they are merged into
             "activation files": work.files * work.activations,
@@ -200,74 +232,6 @@ def _depends_on_data(method: Method) -> bool:
     stats.add(random(2 * m, m, torch.device("cpu")))
     packed = method.quantize(random(n, m, torch.device("cpu")), stats)
     return packed.format.tensors(n, m) != method.format(m).tensors(n, m)
-
-
-def _memory(work: Workload) -> tuple[dict[str, int], dict[str, int]]:
-    """Peak bytes by part, on the host and, where it is not the host, on the device."""
-    decoder, compute = work.decoder, work.decoder.dtype.itemsize
-
-    def sizes(names: list[str]) -> tuple[int, int]:
-        """Bytes as stored and as computed with."""
-        specs = [decoder.source.specs[decoder.key_of[name]] for name in names]
-        numbers = [math.prod(spec.shape) for spec in specs]
-        return sum(n * s.dtype.itemsize for n, s in zip(numbers, specs, strict=True)), compute * sum(numbers)
-
-    blocks = [sizes(decoder.names_of_block(i)) for i in range(len(decoder.blocks))]
-    stored, computed = max(blocks)
-    outside, outside_computed = sizes(decoder.names_outside_blocks())
-    widest = max((m for block in work.hessians for m in block), default=0)
-    hessians = 8 * widest**2 + 4 * work.outliers * widest  # one group at a time: fp32 sum, factor, tokens held back
-    if work.paired:  # the sum against the original's inputs, a factor of its own, the residual's sum
-        hessians += 8 * widest**2 + 4 * max(n * m for n, m in work.shapes.values())
-    factorise = 5 * 4 * widest**2  # beside the sum: the fp64 matrix, its flipped copy or factor, a product of halves
-    packing = (12 if compute == 4 else 16) * max(n * m for n, m in work.shapes.values())  # fp32 copies of one weight
-    forward = work.batch * compute * (8 * work.hidden + 3 * max(max(shape) for shape in work.shapes.values()))
-    gather = 4 * widest**2 + 8 * (work.outliers + work.batch) * widest * (work.outliers > 0)  # last group's; clipping
-    process = {"this process": psutil.Process().memory_info().rss}
-    mapped = {ACTIVATIONS: work.files * work.activations} if work.tokens else {}
-    blockwise = {"block as stored": stored}
-    on_device = {
-        "block": computed * (2 if work.paired else 1),
-        "Hessian and its factor": hessians,
-        "working memory": forward + max(factorise, packing, gather),  # allocators keep the small pieces of a forward
-    }
-    entering = {"embeddings and block as stored": outside + stored}
-    entering_on_device = {"embeddings and block": outside_computed + computed} if work.tokens else {}
-    finishing = {"embeddings and head, and their file": 2 * outside}
-    training = _training_memory(work)
-    if decoder.device.type != "cpu":
-        phases = [blockwise, entering if work.tokens else {}, finishing]
-        host = max(phases, key=lambda parts: sum(parts.values()))
-        on_device = max(on_device, entering_on_device, training, key=lambda parts: sum(parts.values()))
-        return process | host | mapped, on_device
-    phases = [blockwise | on_device, entering | entering_on_device if work.tokens else {}, finishing, training]
-    return process | max(phases, key=lambda parts: sum(parts.values())) | mapped, {}
-
-
-def _training_memory(work: Workload) -> dict[str, int]:
-    """Peak bytes of the stage that trains most, all in fp32: weights beside their bits, of latent weights the gradient
-    and two moments too, and what a batch leaves for the backward pass."""
-    recipe, blocks = work.recipe, len(work.decoder.blocks)
-    weights = sum(math.prod(shape) for shape in work.shapes.values())
-    bits = max(format.claimed_bits for format in work.formats)
-    width = 12 * work.hidden + 4 * max(
-        sum(shape) for shape in work.shapes.values()
-    )  # numbers a token leaves in a block
-    stages: list[dict[str, int]] = [{}]
-    for spec, depth in ((recipe.blockwise, 1), (recipe.finetune, blocks), (recipe.preprocess, blocks)):
-        if spec is None:
-            continue
-        tokens = spec.training.batch * window_length(getattr(spec, "data", None) or recipe.calibration, work.decoder)
-        share = weights * depth // blocks
-        end_to_end = spec is not recipe.blockwise
-        stages.append(
-            {
-                "weights and their bits": int(4 * share * (2 + bits)) + 4 * work.outside * end_to_end,
-                "latent weights, gradients and moments": 16 * share * ("latent" in spec.training.lr),
-                "a batch for the backward pass": 4 * tokens * (depth * width + 4 * work.vocabulary * end_to_end),
-            }
-        )  # fmt: skip
-    return max(stages, key=lambda parts: sum(parts.values()))
 
 
 def _line(name: str, parts: dict[str, int], free: int) -> str:

@@ -263,8 +263,8 @@ class _Fit:
     def _finish(self) -> Fitted:
         state = self.state
         if not state.finished:
-            self._restore()
             self._forget_gradients()
+            self._restore()
             self._end()
         for file in self._best_files():
             file.unlink()  # they are the parameters of the state

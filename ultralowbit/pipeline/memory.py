@@ -1,0 +1,199 @@
+"""How much memory each stage of the pipeline takes at its peak, by part, and what would take less.
+
+The formulas follow the code: `_blocks` is stream.py, statistics.py and methods/base.py; `_training` is training/.
+`ultralowbit bench pipeline` measures the same stages beside them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from ultralowbit.format.ints import Ints
+from ultralowbit.format.planes import Planes
+from ultralowbit.format.weight import Format
+from ultralowbit.pipeline.source import window_length
+from ultralowbit.pipeline.workload import Workload
+from ultralowbit.recipe import Recipe
+from ultralowbit.training.specs import Blockwise, Finetune, Preprocess, Trained
+
+TRAINING = "training."
+
+
+class Memory(NamedTuple):
+    """Bytes of a stage by part, on the host and, where that is another place, on the device."""
+
+    host: dict[str, int]
+    device: dict[str, int]
+
+    @property
+    def total(self) -> tuple[int, int]:
+        return sum(self.host.values()), sum(self.device.values())
+
+
+def stage_memory(work: Workload, recipe: Recipe) -> dict[str, Memory]:
+    """The peak of each stage of a recipe that has the workload's formats."""
+    stages = {"blocks": _blocks(work, recipe)}
+    if recipe.preprocess is not None:
+        stages = {"preprocess": _preprocess(work, recipe.preprocess, recipe)} | stages
+    if recipe.finetune is not None:
+        stages["finetune"] = _finetune(work, recipe.finetune, recipe)
+    return stages
+
+
+def smaller_memory(work: Workload, recipe: Recipe) -> dict[str, list[tuple[str, Memory]]]:
+    """By stage, what to set so that it takes less memory, from what costs least on; each with the peak that is left."""
+    options: dict[str, list[tuple[str, Memory]]] = {}
+    for stage, key, changes in _changes(recipe):
+        spec = getattr(recipe, key)
+        training = {name.removeprefix(TRAINING): v for name, v in changes.items() if name.startswith(TRAINING)}
+        update = {name: v for name, v in changes.items() if not name.startswith(TRAINING)}
+        update["training"] = replace(spec.training, **training)
+        less = recipe.model_copy(update={key: spec.model_copy(update=update)})
+        settings = " ".join(f"--set {key}.{name}={str(value).lower()}" for name, value in changes.items())
+        options.setdefault(stage, []).append((settings, stage_memory(work, less)[stage]))
+    return options
+
+
+def _changes(recipe: Recipe) -> Iterator[tuple[str, str, dict[str, object]]]:
+    """Stage, key of the recipe, and what to change there."""
+    for stage, key in (("preprocess", "preprocess"), ("blocks", "blockwise"), ("finetune", "finetune")):
+        spec = getattr(recipe, key)
+        changes: dict[str, object] = {}
+        if isinstance(spec, Finetune):
+            changes["checkpointing"] = True
+            yield stage, key, dict(changes)
+        if isinstance(spec, Blockwise | Finetune) and "latent" in spec.training.lr:
+            changes["latents"] = "bf16"
+            yield stage, key, dict(changes)
+        if spec is not None and spec.training.batch > 1:
+            rest = spec.training.batch * spec.training.accumulation  # the same steps
+            yield stage, key, changes | {f"{TRAINING}batch": 1, f"{TRAINING}accumulation": rest}
+
+
+def _blocks(work: Workload, recipe: Recipe) -> Memory:
+    """Of packing one block after another, of block-wise training, and of what comes before and after."""
+    decoder, compute = work.decoder, work.decoder.dtype.itemsize
+    blocks = [_sizes(work, decoder.names_of_block(i)) for i in range(len(decoder.blocks))]
+    stored, computed = max(blocks)
+    outside, outside_computed = _sizes(work, decoder.names_outside_blocks())
+    widest = max((m for block in work.hessians for m in block), default=0)
+    hessians = 8 * widest**2 + 4 * work.outliers * widest  # one group at a time: fp32 sum, factor, tokens held back
+    if work.paired:  # the sum against the original's inputs, a factor of its own, the residual's sum
+        hessians += 8 * widest**2 + 4 * max(n * m for n, m in work.shapes.values())
+    factorise = 5 * 4 * widest**2  # beside the sum: the fp64 matrix, its flipped copy or factor, a product of halves
+    packing = (12 if compute == 4 else 16) * max(n * m for n, m in work.shapes.values())  # fp32 copies of one weight
+    forward = work.batch * compute * (8 * work.hidden + 3 * max(max(shape) for shape in work.shapes.values()))
+    gather = 4 * widest**2 + 8 * (work.outliers + work.batch) * widest * (work.outliers > 0)  # last group's; clipping
+    as_stored = {"block as stored": stored}
+    on_device = {
+        "block": computed * (2 if work.paired else 1),
+        "Hessian and its factor": hessians,
+        "working memory": forward + max(factorise, packing, gather),  # allocators keep the small pieces of a forward
+    }
+    entering = Memory({"embeddings and block as stored": outside + stored}, {"embeddings and block": outside_computed})
+    phases = [Memory(as_stored, on_device), Memory({"embeddings and head, and their file": 2 * outside}, {})]
+    phases += [entering] if work.tokens else []
+    if recipe.blockwise is not None:
+        parts = {"block": computed} | _training(work, recipe.blockwise, recipe, len(blocks))
+        phases.append(Memory(as_stored, parts))
+    return _largest(work, phases)
+
+
+def _finetune(work: Workload, spec: Finetune, recipe: Recipe) -> Memory:
+    """Of the original, which is the teacher, and of the student, which shares all with it but the packed Linears."""
+    decoder = work.decoder
+    names = list(decoder.key_of)
+    dtypes = {decoder.source.specs[decoder.key_of[name]].dtype for name in names}
+    stored, computed = _sizes(work, names)
+    teacher = stored if len(dtypes) == 1 else 4 * computed // decoder.dtype.itemsize
+    head = 4 * work.vocabulary * work.hidden if dtypes != {torch.float32} else 0  # in fp32, for the backward pass too
+    on_device = {"the original": teacher, "its head in fp32": head} | _training(work, spec, recipe, 1)
+    return _largest(work, [Memory({"packed blocks": _packed(work)}, on_device)])
+
+
+def _preprocess(work: Workload, spec: Preprocess, recipe: Recipe) -> Memory:
+    """Of the quantized model with its adapters; the model is quantized before like any other."""
+    dense = 4 * (sum(work.forward) + work.outside)
+    adapted = [shape for name, shape in work.shapes.items() if spec.adapts(name)]
+    tokens = spec.training.batch * window_length(spec.data or recipe.calibration, work.decoder)
+    inputs = 3 * sum(m for _, m in adapted)  # of each adapter: what was dropped out, and which
+    parts = {
+        "the model in fp32": dense,
+        "adapters, gradients and moments": 16 * spec.rank * sum(n + m for n, m in adapted),
+        "a batch for the backward pass": _backward(work, spec, tokens, len(work.decoder.blocks)) + 4 * tokens * inputs,
+    }
+    return _largest(work, [Memory({"packed blocks": _packed(work)}, parts)])
+
+
+def _training(work: Workload, spec: Blockwise | Finetune, recipe: Recipe, parts: int) -> dict[str, int]:
+    """Of fake-quantized Linears, of one of so many `parts` of the model, while they are trained."""
+    weights = sum(math.prod(shape) for shape in work.shapes.values()) // parts
+    end_to_end, latent = isinstance(spec, Finetune), "latent" in spec.training.lr
+    again = end_to_end and spec.is_checkpointed(weights)
+    per_weight = 16 if spec.latent_dtype(weights) == torch.float32 else 6
+    depth = len(work.decoder.blocks) if end_to_end else 1
+    dense = (2 if _autocast(work, spec) else 4) * (weights // depth if again else weights)
+    kept = [_kept(f, shape, latent) for f, shape in zip(work.formats, work.shapes.values(), strict=True)]
+    codes, scales = (sum(numbers) // parts for numbers in zip(*kept, strict=True))
+    tokens = spec.training.batch * window_length(getattr(spec, "data", None) or recipe.calibration, work.decoder)
+    return {
+        "latent weights, gradients and moments": per_weight * weights * latent,
+        "codes, and scales with moments": codes + 16 * scales,
+        "weights of the forward pass": dense,
+        "a batch for the backward pass": _backward(work, spec, tokens, depth, again),
+    }
+
+
+def _backward(work: Workload, spec: Trained, tokens: int, depth: int, again: bool = False) -> int:
+    """What so many tokens leave for the backward pass."""
+    number = 2 if _autocast(work, spec) else 4
+    # numbers that a token leaves in a block
+    width = 12 * work.hidden + 4 * max(sum(shape) for shape in work.shapes.values())
+    blocks = number * (depth * work.hidden + width) if again else number * depth * width
+    ends = 3 * 4 * work.hidden if isinstance(spec, Blockwise) else 4 * 4 * work.vocabulary  # targets; logits of two
+    return tokens * (blocks + ends)
+
+
+def _autocast(work: Workload, spec: Trained) -> bool:
+    setting = spec.training.autocast
+    return setting == "on" or (setting == "auto" and work.decoder.device.type == "cuda")
+
+
+def _kept(format: Format, shape: tuple[int, int], latent: bool) -> tuple[int, int]:
+    """Bytes of the codes that a fake-quantized weight keeps, and its scales and offsets."""
+    out, _ = shape
+    codes = 0 if format.outliers is None else 5 * math.prod(shape)
+    for segment in format.segments:
+        if not latent:
+            codes += out * segment.columns * {Planes: getattr(segment, "planes", 0), Ints: 2}.get(type(segment), 4)
+    tensors = format.tensors(*shape)
+    scales = sum(math.prod(spec.shape) for name, spec in tensors.items() if name.endswith(("_scale", "_offset")))
+    return codes, scales
+
+
+def _packed(work: Workload) -> int:
+    """Bytes of the packed blocks."""
+    tensors = (f.tensors(*shape) for f, shape in zip(work.formats, work.shapes.values(), strict=True))
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for named in tensors for spec in named.values())
+
+
+def _sizes(work: Workload, names: list[str]) -> tuple[int, int]:
+    """Bytes as stored and as computed with."""
+    specs = [work.decoder.source.specs[work.decoder.key_of[name]] for name in names]
+    numbers = [math.prod(spec.shape) for spec in specs]
+    stored = sum(n * s.dtype.itemsize for n, s in zip(numbers, specs, strict=True))
+    return stored, work.decoder.dtype.itemsize * sum(numbers)
+
+
+def _largest(work: Workload, phases: list[Memory]) -> Memory:
+    """The phase that takes most; on a CPU everything is on the host."""
+    if work.decoder.device.type == "cpu":
+        phases = [Memory(phase.host | phase.device, {}) for phase in phases]
+        return max(phases, key=lambda phase: phase.total)
+    host = max((phase.host for phase in phases), key=lambda parts: sum(parts.values()))
+    return Memory(host, max((phase.device for phase in phases), key=lambda parts: sum(parts.values())))
