@@ -46,7 +46,7 @@ uploaded with the checkpoint."""
 _MARK = {"made_by": "ultralowbit"}
 _FOLDERS = ("blocks", "checkpoint", "replaced", "finetuned", "preprocess")
 _FILES = ("job.json", "job.json.tmp", "lock")
-_PREFIXES = ("activations-", "original-", "targets-", "blockwise-", "finetune.", "outside.")
+_PREFIXES = ("activations-", "original-", "targets-", "allocation.", "blockwise-", "finetune.", "outside.")
 _BESIDE = {MANIFEST, LOCAL, "README.md", "report.md", "report.json"}  # what is ours in a finished OUT, and not listed
 
 log = logging.getLogger(__name__)
@@ -96,6 +96,11 @@ class Job:
             raise
         return job
 
+    @property
+    def place(self) -> dict[str, Any]:
+        """What a `Follower` needs to know."""
+        return {"out": str(self.out), "work": str(self.work), "state": self.state}
+
     def _refuse_what_is_not_ours(self) -> None:
         if self.work.is_symlink() or (self.work.exists() and not _is_work(self.work)):
             raise InputError(f"{self.work} holds files that are not ours: choose another --out, or move them")
@@ -129,10 +134,10 @@ class Job:
             self.publish()
             self._acquire()
             return False
-        difference = _difference(state.get("fingerprint"), self.state["fingerprint"])
-        if difference:
+        differing = difference(state.get("fingerprint"), self.state["fingerprint"])
+        if differing:
             raise InputError(
-                f"{self.work} holds unfinished work with a different {difference}: run the command it was started "
+                f"{self.work} holds unfinished work with a different {differing}: run the command it was started "
                 "with, or --restart to discard it"
             )
         self.state = state
@@ -161,9 +166,9 @@ class Job:
                 f"{self.out} holds files and is no checkpoint of ours: choose another --out, or move them"
             ) from None
         if not restart:
-            if difference := _difference(manifest["fingerprint"], self.state["fingerprint"]):
+            if differing := difference(manifest["fingerprint"], self.state["fingerprint"]):
                 raise InputError(
-                    f"{self.out} holds a checkpoint made with a different {difference}: choose another --out, or "
+                    f"{self.out} holds a checkpoint made with a different {differing}: choose another --out, or "
                     "--restart to replace it"
                 )
             total = sum(path.stat().st_size for path in self.out.iterdir() if path.is_file())
@@ -203,9 +208,14 @@ class Job:
 
     def record(self, paths: Iterable[Path]) -> None:
         """Note size and digest of files in the work folder."""
-        for path in paths:
-            name = str(path.relative_to(self.work))
-            self.state["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        self.state["files"] |= self.describe(paths)
+
+    def describe(self, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+        """Size and digest of files in the work folder, by their names in it."""
+        return {
+            str(path.relative_to(self.work)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in paths
+        }
 
     def forget(self, paths: Iterable[Path]) -> None:
         """Do not expect files of the work folder any more."""
@@ -289,6 +299,20 @@ class Job:
                 log.warning("%s holds files that are not ours: it is left there", self.work)
 
 
+class Follower(Job):
+    """The job as other processes see it, that take part in the work: they read its folder and keep its `state`, and
+    another process writes both."""
+
+    def __init__(self, place: Mapping[str, Any]) -> None:
+        self.out, self.work, self.state = Path(place["out"]), Path(place["work"]), place["state"]
+
+    def write_block(self, i: int, tensors: Mapping[str, Tensor], folder: str = "blocks") -> None: ...
+
+    def commit(self) -> None: ...
+
+    def close(self, finished: bool = False) -> None: ...
+
+
 def _can_be_renamed(out: Path) -> bool:
     """Whether OUT can be put into place by a rename: it is no mount point, not the current folder or one above it, and
     the folder that it lies in may be written."""
@@ -323,7 +347,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _difference(old: Any, new: Mapping[str, Any]) -> str:
+def difference(old: Any, new: Mapping[str, Any]) -> str:
     """Which parts of two fingerprints differ, in words; nothing where they agree."""
     if not isinstance(old, Mapping):
         return "origin"

@@ -171,7 +171,8 @@ class Format:
         return replace(self, transform=None)
 
     def rows(self, tensors: Mapping[str, Tensor], rows: slice | Tensor) -> dict[str, Tensor]:
-        """The stored tensors of some rows, a slice of them or their numbers [n] int64; they are stored tensors again."""
+        """The stored tensors of some rows, a slice of them or their numbers [n] int64; they are stored tensors
+        again."""
         return {
             name: tensors[name]
             if axis is None

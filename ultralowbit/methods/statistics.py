@@ -54,7 +54,8 @@ class InputStats:
     how many of the largest tokens (by norm) are scaled down to the next largest before they count for it, 0 for none;
     with a share of the tokens that are to come, that is clipping at a percentile of the token norms, exact however the
     text is cut into batches. hadamard: the block of a Hadamard matrix that inputs are multiplied by first, None for
-    none; everything is then of the rotated inputs.
+    none; everything is then of the rotated inputs. writes: the outputs of a Linear that the residual stream is made up
+    for in, 0 for none; with `Need.ORIGINAL`.
     """
 
     features: int
@@ -62,6 +63,7 @@ class InputStats:
     device: torch.device | str = "cpu"
     needs: Need = Need.HESSIAN
     hadamard: int | None = None
+    writes: int = 0
     count: int = 0
     notes: list[str] = field(default_factory=list)
     _factors: dict[Any, Factor] = field(default_factory=dict, repr=False)
@@ -75,22 +77,23 @@ class InputStats:
             self._sum = torch.zeros(self.features, self.features, dtype=torch.float32, device=self.device)
         if Need.ORIGINAL in self.needs:
             self._cross = torch.zeros(self.features, self.features, dtype=torch.float32, device=self.device)
-        self._residual: Tensor | None = None
+        if self.writes:
+            self._residual = torch.zeros(self.writes, self.features, dtype=torch.float32, device=self.device)
         self._largest = torch.zeros(0, self.features, dtype=torch.float32, device=self.device)
 
     def add(self, x: Tensor, original: Tensor | None = None, residual: Tensor | None = None) -> None:
         """Count the tokens of x [..., in].
 
-        With `Need.ORIGINAL`, original [..., in] is what the same tokens are in the original model, and residual [...,
-        out] how the stream that the outputs are added to differs there from here, the original's minus this one.
+        With `Need.ORIGINAL`, original [..., in] is what the same tokens are in the original model, and with `writes`
+        residual [..., out] how the stream that the outputs are added to differs there from here, the original's minus
+        this one.
         """
         x = self._rotated(x)
         self.count += len(x)
         if Need.ORIGINAL in self.needs:
             self._cross.addmm_((self._rotated(original) - x).T, x)
-            if residual is not None:
-                moved = residual.reshape(len(x), -1).float().T @ x
-                self._residual = moved if self._residual is None else self._residual.add_(moved)
+            if self.writes:
+                self._residual.addmm_(residual.reshape(len(x), -1).float().T, x)
         if Need.MAGNITUDES in self.needs and len(x):
             size = x.abs()
             self._absmax = torch.maximum(self._absmax, size.amax(0))
@@ -101,22 +104,40 @@ class InputStats:
             self._sum.addmm_(x.T, x)
             self.forget_factors()
 
-    def __add__(self, other: InputStats) -> InputStats:
-        merged = InputStats(self.features, self.outliers, self.device, self.needs, self.hadamard)
-        merged.count = self.count + other.count
+    def __iadd__(self, part: InputStats) -> InputStats:
+        """Count what another part of the text has counted, whose statistics are then used up."""
+        self.take_extremes(part, part.count, part.extremes)
+        for mine, theirs in zip(self.sums, part.sums, strict=True):
+            mine += theirs
+        return self
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """What is added up over tokens, always in the same order: sums of parts of the text are those of the whole."""
+        named = (
+            (Need.MAGNITUDES in self.needs, "_abssum"), (Need.HESSIAN in self.needs, "_sum"),
+            (Need.ORIGINAL in self.needs, "_cross"), (self.writes > 0, "_residual"),
+        )  # fmt: skip
+        return [getattr(self, name) for there, name in named if there]
+
+    @property
+    def extremes(self) -> Tensor:
+        """What parts of the text compare, [tokens, in] fp32: max |x| where that is gathered, then the tokens held
+        back."""
+        absmax = [self._absmax[None]] if Need.MAGNITUDES in self.needs else []
+        return torch.cat([*absmax, self._largest])
+
+    def take_extremes(self, part: InputStats | None, count: int, extremes: Tensor) -> None:
+        """Take over all of another part of the text, `count` tokens, but its `sums`, to which the tokens are added that
+        are not among the largest any more; no part where another process has those sums."""
+        self.count += count
+        self.forget_factors()
         if Need.MAGNITUDES in self.needs:
-            merged._absmax = torch.maximum(self._absmax, other._absmax)
-            merged._abssum = self._abssum + other._abssum
-        if Need.HESSIAN in self.needs:
-            merged._sum = self._sum + other._sum
-            if self.outliers:
-                rest = merged._hold_back(torch.cat([self._largest, other._largest]))
-                merged._sum.addmm_(rest.T, rest)
-        if Need.ORIGINAL in self.needs:
-            merged._cross = self._cross + other._cross
-            parts = [stats._residual for stats in (self, other) if stats._residual is not None]
-            merged._residual = torch.stack(parts).sum(0) if parts else None
-        return merged
+            self._absmax, extremes = torch.maximum(self._absmax, extremes[0]), extremes[1:]
+        if self.outliers and Need.HESSIAN in self.needs:
+            rest = self._hold_back(extremes)
+            if part is not None:
+                part._sum.addmm_(rest.T, rest)
 
     def _rotated(self, x: Tensor) -> Tensor:
         """x [..., in] as tokens [tokens, in] fp32, in the basis that the statistics are of."""
@@ -151,7 +172,7 @@ class InputStats:
     @property
     def residual(self) -> Tensor | None:
         """S [out, in] fp32, the sum of (r_o - r) x^T for the residual stream r; None where none was given."""
-        return self._residual
+        return self._residual if self.writes else None
 
     @property
     def hessian(self) -> Tensor:

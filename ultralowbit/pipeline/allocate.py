@@ -22,6 +22,7 @@ from ultralowbit.errors import InputError
 from ultralowbit.methods.allocation import allocate
 from ultralowbit.methods.base import Method
 from ultralowbit.nn.decoder import Decoder
+from ultralowbit.pipeline.ranks import Ranks
 from ultralowbit.pipeline.sensitivity import sensitivities
 from ultralowbit.pipeline.source import packed_linears
 from ultralowbit.progress import Progress
@@ -40,7 +41,9 @@ def expected_planes(decoder: Decoder, recipe: Recipe) -> Recipe:
     return _within_budget(decoder, recipe, {})
 
 
-def allocated(job: Job, decoder: Decoder, recipe: Recipe, text: Calibration | None, progress: Progress) -> Recipe:
+def allocated(
+    job: Job, decoder: Decoder, recipe: Recipe, text: Calibration | None, progress: Progress, ranks: Ranks
+) -> Recipe:
     """The recipe with planes for each Linear, by the sensitivities in the job; where they are not there yet they are
     measured on the first windows of the calibration text."""
     if recipe.allocate is None:
@@ -49,8 +52,8 @@ def allocated(job: Job, decoder: Decoder, recipe: Recipe, text: Calibration | No
         method = replace(recipe.quantize, planes=MEASURED, refine=0)
         methods = {name: method for name in packed_linears(decoder, recipe) if recipe.is_allocated(name)}
         windows, started = text.tokens[: recipe.allocate.windows], time.perf_counter()
-        file, step = job.work / "allocation.bin", progress.counter("how much each Linear matters")
-        losses = sensitivities(decoder, recipe, methods, windows, file, step)
+        file, step = job.work / "allocation", progress.counter("how much each Linear matters")
+        losses = sensitivities(decoder, recipe, methods, windows, file, step, ranks)
         job.state["allocation"] = {"planes": MEASURED, "kl": losses}
         job.state["seconds"]["allocate"] = round(time.perf_counter() - started, 3)
         job.commit()

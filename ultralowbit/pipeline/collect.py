@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,21 @@ from ultralowbit.methods.statistics import InputStats, Need
 from ultralowbit.nn.decoder import BlockCall, run_block
 
 
+class Batches(Protocol):
+    """What enters a block, by batch [batch, length, d]."""
+
+    def __getitem__(self, k: int) -> Tensor: ...
+
+
 class Original(NamedTuple):
     """The original model beside the packed one, of which a Linear is to make up for the errors so far.
 
-    block: the same block as it was; inputs [batches, batch, length, d]: what enters it there; writers: the Linears that
+    block: the same block as it was; inputs: what enters it there; writers: the Linears that
     are to make up for the errors in the residual stream too, as `residual_writers` has them.
     """
 
     block: nn.Module
-    inputs: Tensor
+    inputs: Batches
     writers: Mapping[str, bool]
 
 
@@ -60,12 +66,13 @@ def collect(
     name: str,
     calls: int,
     call: BlockCall,
-    inputs: Tensor,
+    inputs: Batches,
+    batches: Iterable[int],
     stats: InputStats,
     original: Original | None = None,
-) -> InputStats:
-    """Add to `stats` what enters a Linear of a block that is run on inputs [batches, batch, length, d] up to it; with
-    `Need.ORIGINAL` beside what enters it in the original model.
+) -> None:
+    """Add to `stats` what enters a Linear of a block that is run on some batches of inputs, each [batch, length, d], up
+    to it; with `Need.ORIGINAL` beside what enters it in the original model.
 
     It is gathered when the Linears before it are packed, as `true_sequential` does in GPTQ's code: since each pass ends
     at the Linear, all of a block's groups together cost little more than one whole forward pass.
@@ -75,7 +82,8 @@ def collect(
     writers = list(original.writers) if paired else []
     is_writer = name in writers
     silent = writers[writers.index(name) :] if is_writer and not original.writers[name] else ()
-    for k, batch in enumerate(inputs):
+    for k in batches:
+        batch = inputs[k]
         seen, stream = observe(block, name, calls, call, batch.to(device), silent)
         if not paired:
             for x in seen:
@@ -89,7 +97,6 @@ def collect(
         moved = None if stream is None else target.to(device, torch.float32) - stream.to(device, torch.float32)
         for x, x_o in zip(seen, expected, strict=True):
             stats.add(x, x_o, moved)
-    return stats
 
 
 def residual_writers(block: nn.Module, names: Sequence[str], call: BlockCall, hidden: Tensor) -> dict[str, bool]:

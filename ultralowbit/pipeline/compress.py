@@ -90,8 +90,7 @@ def compress(
     reader = TextReader(folder, decoder, trust_remote_code, progress)
     texts = _shared_texts(ranks, lambda: _read_texts(recipe, formats, reader))
     fingerprint = _fingerprint(decoder, recipe, texts, _model_digests(ranks, decoder, progress))
-    original = decoder.source
-    job = _open_job(Path(out), fingerprint, restart, progress, ranks)
+    source, job = decoder.source, _open_job(Path(out), fingerprint, restart, progress, ranks)
     if job is None:
         target = Path(out).expanduser().resolve()
         progress.say(f"{target} is already what this command makes")
@@ -111,7 +110,7 @@ def compress(
             with naming_memory(f"fine-tuning {folder}"):
                 _finetune(job, folder, decoder, recipe, texts["finetune"].tokens, trust_remote_code, progress)
         manifest = write_checkpoint(job, model, folder, decoder, recipe, texts.get("calibration"))
-        original.check_unchanged()
+        source.check_unchanged()
         job.publish()
         return manifest
 

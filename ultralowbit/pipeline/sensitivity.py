@@ -14,113 +14,155 @@ run backwards in turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ultralowbit.checkpoint.activations import Activations
+from ultralowbit.checkpoint.activations import Activations, lanes_of
 from ultralowbit.format.transform import block_hadamard
+from ultralowbit.format.weight import PackedWeight
 from ultralowbit.methods.base import Method
 from ultralowbit.methods.statistics import InputStats, Need, SingularHessian
 from ultralowbit.nn.decoder import BlockCall, Decoder, run_block
 from ultralowbit.nn.inputs import input_groups
 from ultralowbit.nn.linear import linear_shape, linear_weight
 from ultralowbit.pipeline.collect import collect
+from ultralowbit.pipeline.ranks import Ranks, own_batches
 from ultralowbit.progress import OnProgress
 from ultralowbit.recipe import Recipe
 
 
 def sensitivities(
-    decoder: Decoder, recipe: Recipe, methods: Mapping[str, Method], tokens: Tensor, scratch: Path, step: OnProgress
-) -> dict[str, float]:
+    decoder: Decoder, recipe: Recipe, methods: Mapping[str, Method], tokens: Tensor, scratch: Path, step: OnProgress,
+    ranks: Ranks,
+) -> dict[str, float]:  # fmt: skip
     """KL in nats a token that each Linear that is reached would cost alone, packed by its method.
 
-    methods: by the full names of the Linears. tokens [windows, length] int64; scratch: a file for what enters the
-    blocks, which is removed. Calls `step(done, total)` after each of the two passes through a block.
+    methods: by the full names of the Linears. tokens [windows, length] int64; scratch: the name of files for what
+    enters the blocks, which are removed. Each rank runs the windows of its lanes. Calls `step(done, total)` after each
+    of the two passes through a block.
     """
     total = 2 * len(decoder.blocks)
-    calls, hidden = _forwards(decoder, tokens, scratch, lambda i: step(i + 1, total))
-    gradient = _after_blocks(decoder, tokens, hidden[-1])
+    lanes = lanes_of(len(tokens))
+    own = own_batches(ranks.mine(len(lanes)), lanes)
+    calls, hidden = _forwards(decoder, tokens, scratch, own, ranks, lambda i: step(i + 1, total))
+    gradient = _after_blocks(decoder, tokens, hidden, own)
     losses: dict[str, float] = {}
     for i in reversed(range(len(decoder.blocks))):
         with decoder.filled_block(i) as (block, _):
             block.requires_grad_(False)
             wanted = {name: m for name, m in decoder.linears(i, recipe.ignore).items() if name in methods}
             prefix = f"{decoder.block_name(i)}."
-            lost = _lost(block, prefix, wanted, methods, calls[i], hidden[i], recipe, decoder.device)
-            costs = dict.fromkeys(lost, 0.0)
-            for k in range(len(tokens)):
-                entering = hidden[i, k].to(decoder.device)
-                gradient[k] = _backwards(block, calls[i], entering, gradient[k], prefix, lost, costs)
-        losses |= {name: cost / 2 / tokens.numel() for name, cost in costs.items()}
+            entering = _Depth(hidden, i)
+            lost = _lost(block, prefix, wanted, methods, calls[i], entering, recipe, decoder.device, ranks)
+            costs: dict[int, dict[str, float]] = {}
+            for k in own:
+                costs[k] = dict.fromkeys(lost, 0.0)
+                here = entering[k].to(decoder.device)
+                gradient[k] = _backwards(block, calls[i], here, gradient[k], prefix, lost, costs[k])
+        of_windows = {int(k): cost for part in ranks.gather(costs) for k, cost in part.items()}
+        for name in lost:
+            losses[name] = sum(of_windows[k][name] for k in range(len(tokens))) / 2 / tokens.numel()
         step(total - i, total)
-    scratch.unlink()
+    ranks.wait()
+    hidden.remove()
     return losses
+
+
+class _Depth(NamedTuple):
+    """What enters one block: window k of it is [1, length, d]."""
+
+    hidden: Activations
+    block: int
+
+    def __getitem__(self, k: int) -> Tensor:
+        return self.hidden[k][self.block]
 
 
 @torch.no_grad()
 def _forwards(
-    decoder: Decoder, tokens: Tensor, scratch: Path, step: Callable[[int], object]
-) -> tuple[list[BlockCall], Tensor]:
-    """How each block is called, and what enters it [blocks + 1, windows, 1, length, hidden]; last, what leaves them."""
+    decoder: Decoder, tokens: Tensor, scratch: Path, own: Sequence[int], ranks: Ranks, step: Callable[[int], object]
+) -> tuple[list[BlockCall], Activations]:
+    """How each block is called, and what enters it [windows, blocks + 1, 1, length, hidden]; last, what leaves them."""
     depth, width = len(decoder.blocks), decoder.config.get_text_config().hidden_size
-    hidden = Activations(scratch, (depth + 1, len(tokens), 1, tokens.shape[1], width), decoder.dtype, True).tensor
+    shape = (len(tokens), depth + 1, 1, tokens.shape[1], width)
+    hidden = Activations(scratch, shape, decoder.dtype, ranks.mine(len(lanes_of(len(tokens)))))
 
     def sink(k: int, entering: Tensor) -> None:
-        hidden[0, k] = entering.cpu()
+        if own:
+            hidden[own[k]][0].copy_(entering)
 
-    calls = decoder.block_inputs(iter(tokens[:, None]), sink)
+    calls = decoder.block_inputs(iter(tokens[own or [0], None]), sink)
     for i in range(depth):
         with decoder.filled_block(i) as (block, _):
-            for k in range(len(tokens)):
-                hidden[i + 1, k] = run_block(block, hidden[i, k].to(decoder.device), calls[i]).cpu()
+            for k in own:
+                hidden[k][i + 1].copy_(run_block(block, hidden[k][i].to(decoder.device), calls[i]))
         step(i)
     return calls, hidden
 
 
-def _after_blocks(decoder: Decoder, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """The gradient of log p(y) with respect to hidden [windows, 1, length, d], on the host, for y that the model draws
-    at every position."""
+def _after_blocks(decoder: Decoder, tokens: Tensor, hidden: Activations, own: Sequence[int]) -> dict[int, Tensor]:
+    """The gradient [1, length, d] of log p(y) with respect to what leaves the blocks, on the host, for y that the model
+    draws at every position, by window."""
     generator = torch.Generator().manual_seed(0)
-    gradients = []
+    gradients = {}
     with decoder.after_blocks() as logits:
-        for k in range(len(tokens)):
-            leaving = hidden[k].to(decoder.device).requires_grad_(True)
-            log_p = logits(tokens[k : k + 1].to(decoder.device), leaving).float().log_softmax(-1)[0]  # [length, vocab]
-            draw = torch.rand(len(log_p), 1, generator=generator, dtype=torch.float32).to(log_p.device)
+        for k, window in enumerate(tokens):
+            draw = torch.rand(len(window), 1, generator=generator, dtype=torch.float32).to(decoder.device)
+            if k not in own:
+                continue
+            leaving = hidden[k][-1].to(decoder.device).requires_grad_(True)
+            log_p = logits(window[None].to(decoder.device), leaving).float().log_softmax(-1)[0]  # [length, vocab]
             with torch.no_grad():
                 y = torch.searchsorted(log_p.exp().cumsum(-1), draw).clamp_max(log_p.shape[-1] - 1)
             (gradient,) = torch.autograd.grad(log_p.gather(1, y).sum(), leaving)
-            gradients.append(gradient.cpu())
-    return torch.stack(gradients)
+            gradients[k] = gradient.cpu()
+    return gradients
 
 
 @torch.no_grad()
 def _lost(
     block: nn.Module, prefix: str, linears: Mapping[str, nn.Module], methods: Mapping[str, Method], call: BlockCall,
-    entering: Tensor, recipe: Recipe, device: torch.device,
+    entering: _Depth, recipe: Recipe, device: torch.device, ranks: Ranks,
 ) -> dict[str, Tensor]:  # fmt: skip
     """D [out, in] of each Linear of a block, whose full names begin with `prefix`: what its method loses of the weight,
-    in the basis of the inputs as they are, where `entering` [windows, 1, length, d] enters the block."""
+    in the basis of the inputs as they are."""
     lost = {}
-    for group in input_groups(block, dict(linears), call, entering[0].to(device)):
-        columns = linear_shape(linears[group.names[0]])[1]
-        hadamard = recipe.hadamard(columns)
-        stats = InputStats(columns, 0, device, Need.HESSIAN, hadamard)
-        collect(block, group.names[0].removeprefix(prefix), group.calls, call, entering, stats)
-        for name in group.names:
-            weight = linear_weight(linears[name])
-            rotated = block_hadamard(weight, hadamard) if hadamard else weight
+    groups = ranks.agree(lambda: input_groups(block, dict(linears), call, entering[0].to(device)))
+    for names, calls in groups:
+        columns = linear_shape(linears[names[0]])[1]
+        hadamard, local = recipe.hadamard(columns), names[0].removeprefix(prefix)
+
+        def new(columns: int = columns, hadamard: int | None = hadamard) -> InputStats:
+            return InputStats(columns, 0, device, Need.HESSIAN, hadamard)
+
+        def gather(batches: range, stats: InputStats, local: str = local, calls: int = calls) -> None:
+            collect(block, local, calls, call, entering, batches, stats)
+
+        stats = ranks.sum_lanes(entering.hidden.lanes, new, gather)
+        rotated = {name: _rotated(linear_weight(linears[name]), hadamard) for name in names}
+
+        def pack(
+            name: str, stats: InputStats = stats, rotated: Mapping[str, Tensor] = rotated
+        ) -> tuple[PackedWeight, None]:
             try:
-                packed = methods[name].quantize(rotated, stats)
+                return methods[name].quantize(rotated[name], stats), None
             except SingularHessian:
-                packed = methods[name].quantize(rotated, None)
-            off = rotated - packed.dequantize()
-            lost[name] = block_hadamard(off, hadamard) if hadamard else off
+                return methods[name].quantize(rotated[name], None), None
+
+        costs = {name: weight.numel() for name, weight in rotated.items()}
+        for name, (packed, _) in ranks.solve(costs, pack, device).items():
+            lost[name] = _rotated(rotated[name] - packed.dequantize(), hadamard)
     return lost
+
+
+def _rotated(weight: Tensor, hadamard: int | None) -> Tensor:
+    """A weight [out, in] in the basis that a Hadamard matrix turns its inputs to, and back: it is its own inverse."""
+    return block_hadamard(weight, hadamard) if hadamard else weight
 
 
 def _backwards(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import asdict
 from functools import reduce
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ultralowbit.checkpoint.activations import Activations
+from ultralowbit.checkpoint.activations import Activations, lanes_of
 from ultralowbit.checkpoint.job import Job
 from ultralowbit.data.calibration import Calibration
 from ultralowbit.errors import CheckpointError, FormatError, naming_memory
@@ -26,6 +27,7 @@ from ultralowbit.nn.inputs import InputGroup, input_groups
 from ultralowbit.nn.linear import linear_shape
 from ultralowbit.pipeline.collect import Original, collect, residual_writers
 from ultralowbit.pipeline.quantize import give_weight, quantize_linear
+from ultralowbit.pipeline.ranks import Ranks, own_batches
 from ultralowbit.pipeline.source import batched
 from ultralowbit.progress import OnProgress, Progress
 from ultralowbit.recipe import Recipe
@@ -38,18 +40,22 @@ log = logging.getLogger(__name__)
 class BlockStream:
     """The blocks of one job: activations take turns in two files, a block is committed when both are on disk.
 
-    With block-wise training or error correction a second stream of activations is that of the original model.
+    With block-wise training or error correction a second stream of activations is that of the original model. Each of
+    several ranks keeps the activations of its lanes.
     """
 
     def __init__(
-        self, job: Job, decoder: Decoder, recipe: Recipe, data: Calibration | None, progress: Progress
+        self, job: Job, decoder: Decoder, recipe: Recipe, data: Calibration | None, progress: Progress, ranks: Ranks
     ) -> None:
         self.job, self.decoder, self.recipe, self.data, self.progress = job, decoder, recipe, data, progress
+        self.ranks = ranks
         spec = recipe.blockwise
         most = None if spec is None else spec.training.batch  # a block is trained on a batch at a time
         self.tokens = None if data is None else batched(data.tokens, most)  # [batches, batch, length]
         paired = spec is not None or recipe.error_correction is not None
         self.streams = ("activations", "original") if paired and data is not None else ("activations",)
+        self.lanes = [] if data is None else lanes_of(len(self.tokens))
+        self.own_lanes = ranks.mine(len(self.lanes))
         self.steps = 0 if spec is None else spec.steps(len(self.tokens))  # optimizer steps of a block
 
     def run(self) -> None:
@@ -74,31 +80,38 @@ class BlockStream:
         state["blocks"] = i + 1
         state["seconds"][self.decoder.block_name(i)] = round(seconds, 3)
         if self.tokens is not None:
-            self.job.forget(self._file(i, stream) for stream in self.streams)
+            self.job.forget(self._files(i, range(len(self.lanes))))
             if i + 1 < len(self.decoder.blocks):
-                self.job.record(self._file(i + 1, stream) for stream in self.streams)
-        self.job.note_memory(peak_memory())
+                for entries in self.ranks.gather(self.job.describe(self._files(i + 1, self.own_lanes))):
+                    self.job.state["files"] |= entries
+        for nbytes in self.ranks.gather(peak_memory()):
+            self.job.note_memory(nbytes)
         self.job.commit()
+        self.ranks.wait()  # until then no file is replaced that the last commit names
 
-    def _file(self, i: int, stream: str) -> Path:
-        return self.job.work / f"{stream}-{i % 2}.bin"
+    def _files(self, i: int, lanes: Iterable[int]) -> list[Path]:
+        """The files of some lanes of what enters block i."""
+        return [self._activations(i, stream=stream).file(lane) for stream in self.streams for lane in lanes]
 
     def _activations(self, i: int, create: bool = False, stream: str = "activations") -> Activations:
-        """What enters block i in a stream; its two files take turns."""
+        """What enters block i in a stream; its two places take turns. With `create`, this rank's lanes of it anew."""
         shape = (*self.tokens.shape, self.decoder.config.get_text_config().hidden_size)
-        return Activations(self._file(i, stream), shape, self.decoder.dtype, create)
+        lanes = self.own_lanes if create else ()
+        return Activations(self.job.work / f"{stream}-{i % 2}", shape, self.decoder.dtype, lanes)
 
     def _enter(self) -> list[BlockCall]:
         """How blocks are called; on a fresh start also what enters block 0."""
         fresh = self.job.state["blocks"] == 0
-        into = [self._activations(0, True, stream).tensor for stream in self.streams] if fresh else []
-        batches = self.tokens if fresh else self.tokens[:1]
+        own = own_batches(self.own_lanes, self.lanes) if fresh else []
+        into = [self._activations(0, True, stream) for stream in self.streams] if own else []
 
         def sink(k: int, hidden: Tensor) -> None:
             for stream in into:
-                stream[k] = hidden.cpu()
+                stream[own[k]].copy_(hidden)
 
-        return self.decoder.block_inputs(iter(batches), sink)
+        calls = self.decoder.block_inputs(iter(self.tokens[own or [0]]), sink)
+        self.ranks.wait()  # rank 0 looks into the first lane of all
+        return calls
 
     def _block(self, i: int, call: BlockCall | None) -> None:
         decoder, state = self.decoder, self.job.state
@@ -108,8 +121,8 @@ class BlockStream:
         ):
             linears = decoder.linears(i, self.recipe.ignore)
             tensors = {name: tensor for name, tensor in stored.items() if name.removesuffix(".weight") not in linears}
-            inputs = None if call is None else self._activations(i).tensor
-            original = self._activations(i, stream="original").tensor if len(self.streams) == 2 else None
+            inputs = None if call is None else self._activations(i)
+            original = self._activations(i, stream="original") if len(self.streams) == 2 else None
             streams = None if self.recipe.blockwise is None else self._streams(i, block, call, inputs, original)
             if original is not None and streams is None and i + 1 < len(decoder.blocks):
                 self._run_through(block, call, original, self._activations(i + 1, True, "original"))
@@ -131,36 +144,52 @@ class BlockStream:
         block: nn.Module,
         linears: dict[str, nn.Module],
         call: BlockCall | None,
-        inputs: Tensor | None,
-        original: Tensor | None,
+        inputs: Activations | None,
+        original: Activations | None,
     ) -> dict[str, PackedWeight]:
         """Pack the Linears of a block in the order of their use; they then hold what the packed bytes mean."""
-        packed, recipe = {}, self.recipe
-        for name, stats in self._statistics(i, block, linears, call, inputs, original):
-            linear, method = linears[name], recipe.method_for(name)
-            block_size = recipe.hadamard(linear_shape(linear)[1])
-            try:
-                packed[name], result = quantize_linear(linear, method, stats, block_size, recipe.error_correction)
-            except FormatError as e:
-                raise CheckpointError(f"{name} in {self.decoder.source.folder} cannot be packed: {e}") from e
-            self.job.state["layers"][name] = result
-            if result["fallback"]:
-                log.warning("%s: rounded to nearest, because %s", name, result["fallback"])
+        packed: dict[str, PackedWeight] = {}
+        for names, stats in self._statistics(i, block, linears, call, inputs, original):
+
+            def pack(name: str, stats: InputStats | None = stats) -> tuple[PackedWeight, dict[str, Any]]:
+                return self._pack_linear(name, linears[name], stats)
+
+            costs = {name: math.prod(linear_shape(linears[name])) for name in names}
+            for name, (weight, result) in self.ranks.solve(costs, pack, self.decoder.device).items():
+                give_weight(linears[name], weight.dequantize())
+                packed[name] = weight
+                self.job.state["layers"][name] = result
+                if result["fallback"]:
+                    log.warning("%s: rounded to nearest, because %s", name, result["fallback"])
         return packed
 
-    def _streams(self, i: int, block: nn.Module, call: BlockCall, inputs: Tensor, original: Tensor) -> Streams:
+    def _pack_linear(
+        self, name: str, linear: nn.Module, stats: InputStats | None
+    ) -> tuple[PackedWeight, dict[str, Any]]:
+        recipe = self.recipe
+        block_size = recipe.hadamard(linear_shape(linear)[1])
+        try:
+            return quantize_linear(linear, recipe.method_for(name), stats, block_size, recipe.error_correction)
+        except FormatError as e:
+            raise CheckpointError(f"{name} in {self.decoder.source.folder} cannot be packed: {e}") from e
+
+    def _streams(
+        self, i: int, block: nn.Module, call: BlockCall, inputs: Activations, original: Activations
+    ) -> Streams:
         """What the unpacked block puts out: for the original's activations, and for those of the packed model."""
         y1 = self._activations(i + 1, True, "original")
         self._run_through(block, call, original, y1)
         y2 = self._activations(0, True, "targets")
         self._run_through(block, call, inputs, y2)
-        return Streams(call, original, inputs, y1.tensor, y2.tensor)
+        return Streams(call, original, inputs, y1, y2)
 
     @torch.no_grad()
-    def _run_through(self, block: nn.Module, call: BlockCall, inputs: Tensor, outputs: Activations) -> None:
-        for k, batch in enumerate(inputs):
-            outputs.tensor[k] = run_block(block, batch.to(self.decoder.device), call).cpu()
+    def _run_through(self, block: nn.Module, call: BlockCall, inputs: Activations, outputs: Activations) -> None:
+        """What leaves the block, of this rank's lanes; all ranks have theirs on disk when it returns."""
+        for k in own_batches(self.own_lanes, self.lanes):
+            outputs[k].copy_(run_block(block, inputs[k].to(self.decoder.device), call))
         outputs.sync()
+        self.ranks.wait()
 
     def _train(
         self,
@@ -176,18 +205,26 @@ class BlockStream:
         file = self.job.work / f"blockwise-{i}.safetensors"
         weights = {n: stored[f"{n}.weight"] for n in packed}
         within = SubStage(self.progress, self.steps)
-        trained, fitted = train_block(
-            self.decoder.model, block, weights, packed, streams, self.recipe.blockwise, file, within
-        )
+        trained: dict[str, PackedWeight] = {}
+
+        def train() -> dict[str, Any] | None:
+            better, fitted = train_block(
+                self.decoder.model, block, weights, packed, streams, self.recipe.blockwise, file, within
+            )
+            trained.update(better)
+            return fitted and asdict(fitted)
+
+        fitted = self.ranks.agree(train)
+        trained = self.ranks.hand_out(trained, self.decoder.device)
         within.step(within.left)  # where training has ended early
         for n, p in trained.items():
             give_weight(linears[n], p.dequantize())
             # the error was that of the codes and scales before
             state["layers"][n] |= {"error": None}
         if fitted is not None:
-            state["blockwise"][name] = asdict(fitted)
+            state["blockwise"][name] = fitted
         for done in self.job.work.glob("blockwise-*.safetensors"):
-            if done != file:  # this one a run that is killed before the commit still needs
+            if self.ranks.is_first and done != file:  # this one a run that is killed before the commit still needs
                 done.unlink()
         return trained
 
@@ -197,14 +234,15 @@ class BlockStream:
         block: nn.Module,
         linears: dict[str, nn.Module],
         call: BlockCall | None,
-        inputs: Tensor | None,
-        original: Tensor | None,
-    ) -> Iterator[tuple[str, InputStats | None]]:
-        """The Linears in the order of their use, each with what enters it: the caller has packed the ones before.
+        inputs: Activations | None,
+        original: Activations | None,
+    ) -> Iterator[tuple[list[str], InputStats | None]]:
+        """The Linears in the order of their use, those that share an input at a time, with what enters them: the caller
+        has packed the ones before.
 
         Magnitudes alone, of which no error is made up for, are those of the original model where it runs along.
         """
-        groups = [] if inputs is None else input_groups(block, linears, call, inputs[0].to(self.decoder.device))
+        groups = [] if inputs is None else self._groups(block, linears, call, inputs)
         early = [g for g in groups if original is not None and self._needs(g) == Need.MAGNITUDES]
         known = {group.names[0]: self._gather(i, block, group, call, original, None) for group in early}
         beside = None if original is None else self._beside(i, block, groups, call, original)
@@ -212,34 +250,51 @@ class BlockStream:
             stats = known.get(group.names[0])
             if stats is None and self._needs(group):
                 stats = self._gather(i, block, group, call, inputs, beside)
-            for name in group.names:
-                yield name, stats
+            yield group.names, stats
         reached = {name for group in groups for name in group.names}
-        yield from ((name, None) for name in linears if name not in reached)
+        yield [name for name in linears if name not in reached], None
+
+    def _groups(
+        self, block: nn.Module, linears: dict[str, nn.Module], call: BlockCall, inputs: Activations
+    ) -> list[InputGroup]:
+        """Which Linears share an input, as rank 0 sees it on the first batch."""
+        device = self.decoder.device
+        groups = self.ranks.agree(lambda: input_groups(block, linears, call, inputs[0].to(device)))
+        return [InputGroup(*group) for group in groups]
 
     def _beside(
-        self, i: int, block: nn.Module, groups: list[InputGroup], call: BlockCall, original: Tensor
+        self, i: int, block: nn.Module, groups: list[InputGroup], call: BlockCall, original: Activations
     ) -> Original | None:
         """The original block, as `block` still is, where errors are corrected."""
         correction = self.recipe.error_correction
         if correction is None or not any(Need.HESSIAN in self._needs(group) for group in groups):
             return None
         names = [self._local(i, name) for group in groups for name in group.names]
-        first = original[0].to(self.decoder.device)
-        writers = residual_writers(block, names, call, first) if correction.residual else {}
+
+        def writers_of() -> dict[str, bool]:
+            return residual_writers(block, names, call, original[0].to(self.decoder.device))
+
+        writers = self.ranks.agree(writers_of) if correction.residual else {}
         return Original(deepcopy(block), original, writers)
 
     def _gather(
-        self, i: int, block: nn.Module, group: InputGroup, call: BlockCall, source: Tensor, beside: Original | None
+        self, i: int, block: nn.Module, group: InputGroup, call: BlockCall, source: Activations, beside: Original | None
     ) -> InputStats:
         """What enters the Linears of a group, where `source` enters the block."""
         name = self._local(i, group.names[0])
         linear, needs = block.get_submodule(name), self._needs(group)
         if beside is not None and Need.HESSIAN in needs:
             needs |= Need.ORIGINAL
-        width = linear_shape(linear)[1]
-        stats = InputStats(width, self._outliers(), linear.weight.device, needs, self.recipe.hadamard(width))
-        return collect(block, name, group.calls, call, source, stats, beside)
+        out, width = linear_shape(linear)
+        writes = out if Need.ORIGINAL in needs and name in beside.writers else 0
+
+        def new() -> InputStats:
+            return InputStats(width, self._outliers(), self.decoder.device, needs, self.recipe.hadamard(width), writes)
+
+        def gather(batches: range, stats: InputStats) -> None:
+            collect(block, name, group.calls, call, source, batches, stats, beside)
+
+        return self.ranks.sum_lanes(self.lanes, new, gather)
 
     def _local(self, i: int, name: str) -> str:
         """The name of a Linear within its block."""
