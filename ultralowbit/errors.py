@@ -30,6 +30,10 @@ class DiskFull(OSError):
     """No space is left; what was committed is kept."""
 
 
+class AnotherRankFailed(RuntimeError):
+    """Another process of the same run has failed, and says why: this one ends without a word."""
+
+
 class OutOfMemory(MemoryError):
     """Memory ran out; the message says while doing what. What was committed is kept."""
 

@@ -21,7 +21,7 @@ from ultralowbit.cli import bench, compress, demo, evaluate, inspect, recipes, s
 from ultralowbit.cli.console import err, out, say, show_warnings, visible
 from ultralowbit.cli.errors import FAILED, INTERRUPTED, USAGE, explain
 from ultralowbit.cli.options import command_line
-from ultralowbit.errors import InputError
+from ultralowbit.errors import AnotherRankFailed, InputError
 
 
 class Commands(TyperGroup):
@@ -37,6 +37,8 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             _interrupted(ctx.obj)
             raise typer.Exit(INTERRUPTED) from None
+        except AnotherRankFailed:
+            raise typer.Exit(FAILED) from None
         except Exception as e:
             usage = type(e).__module__.startswith(("typer.", "click."))  # it has its own way to be shown
             debug = ctx.params.get("debug") or os.environ.get("ULTRALOWBIT_DEBUG")

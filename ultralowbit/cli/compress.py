@@ -87,34 +87,37 @@ def compress(
     """Compress a model into a packed checkpoint and measure what it cost.
 
     Killed at any moment, the same command goes on where it stopped. The folder ends up with report.md, report.json and
-    a model card, README.md.
+    a model card, README.md. Several processes share the work, and write the same bytes, under torchrun.
 
     [bold]ultralowbit compress meta-llama/Llama-3.2-1B --bits 2 --effort fast --calib wikitext2[/]
 
     [bold]ultralowbit compress ./model --recipe gptq-2bit --set quantize.group=64 --calib notes.txt --out small[/]
     """
     from ultralowbit.pipeline.estimate import estimate
+    from ultralowbit.pipeline.ranks import Ranks
     from ultralowbit.report.run import Texts, compress_and_measure
     from ultralowbit.report.schema import Limits
 
-    windows = [f"calibration.{key}={value}" for key, value in given(samples=samples, length=length).items()]
-    goal = Goal(recipe, bits, size, effort)
-    texts_of = given(source=calib, seed=seed)
-    chosen = goal.load(model, [*settings, *windows], device, trust_remote_code, small=small, texts=texts_of)
-    measured = Texts(eval_sources(texts), context, max_tokens)
-    folder = out_folder or Path(default_name(model, chosen))
-    if dry_run:
-        say(str(estimate(model, chosen, device, trust_remote_code, folder)))
-        return
-    _check_push(push_to_hub, private)
-    download(model, quiet)
-    with Watch(quiet) as watch:
-        report = compress_and_measure(
-            model, chosen, folder, measured, device=device, restart=restart, trust_remote_code=trust_remote_code,
-            watch=watch, command=command_line(ctx.obj), load_from=push_to_hub, limits=Limits(max_ppl_ratio, max_kl),
-        )  # fmt: skip
-    show(report, folder)
-    _finish(report, folder, push_to_hub, private)
+    with Ranks.join() as ranks:
+        windows = [f"calibration.{key}={value}" for key, value in given(samples=samples, length=length).items()]
+        goal, texts_of = Goal(recipe, bits, size, effort), given(source=calib, seed=seed)
+        chosen = goal.load(model, [*settings, *windows], device, trust_remote_code, small=small, texts=texts_of)
+        measured = Texts(eval_sources(texts), context, max_tokens)
+        folder = out_folder or Path(default_name(model, chosen))
+        if dry_run:
+            say(str(estimate(model, chosen, device, trust_remote_code, folder)))
+            return
+        _check_push(push_to_hub, private)
+        download(model, quiet)
+        with Watch(quiet or not ranks.is_first) as watch:
+            report = compress_and_measure(
+                model, chosen, folder, measured, device=device, restart=restart, trust_remote_code=trust_remote_code,
+                watch=watch, command=command_line(ctx.obj), load_from=push_to_hub,
+                limits=Limits(max_ppl_ratio, max_kl), ranks=ranks,
+            )  # fmt: skip
+    if report is not None:
+        show(report, folder)
+        _finish(report, folder, push_to_hub, private)
 
 
 def _check_push(repo: str | None, private: bool) -> None:

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultralowbit.errors import InputError
+from ultralowbit.errors import AnotherRankFailed, InputError
 from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.methods.statistics import InputStats
 
@@ -38,10 +38,6 @@ GRACE = 5.0
 
 T = TypeVar("T")
 _FAILED = "ultralowbit/failed"
-
-
-class AnotherRankFailed(RuntimeError):
-    """Another rank has failed, and says why: this one ends without a word."""
 
 
 class ConnectionLost(RuntimeError):

@@ -21,6 +21,7 @@ from ultralowbit.eval.runner import EvalText, pick_dtype, read_texts
 from ultralowbit.eval.schema import first_mistake, read_file, write_file
 from ultralowbit.hub import resolve_model
 from ultralowbit.pipeline.compress import Compressed, compress
+from ultralowbit.pipeline.ranks import Ranks
 from ultralowbit.progress import Progress
 from ultralowbit.recipe import Recipe
 from ultralowbit.report.card import CARD, card_text, is_edited
@@ -82,7 +83,8 @@ def compress_and_measure(
     load_from: str | None = None,
     thorough: bool = True,
     limits: Limits | None = None,
-) -> RunReport:
+    ranks: Ranks | None = None,
+) -> RunReport | None:
     """Compress `model` into the folder `out`, measure it before and after, and write report.json, report.md and a model
     card, README.md, there.
 
@@ -90,7 +92,8 @@ def compress_and_measure(
     measured stands; `known` are results of the original to be taken over. The card says to load from `load_from`, by
     default the name of the folder; a card that someone has edited is left alone. `thorough` runs both models side by
     side, where they fit into memory together, to see how far apart their predictions are, and lets the packed model
-    write. The "exceeded" of the report says which `limits` do not hold.
+    write. The "exceeded" of the report says which `limits` do not hold. ranks: the processes that share the work, of
+    which rank 0 measures; the others return None.
     """
     limits = limits or Limits()
     if limits and texts.sources == ():
@@ -101,8 +104,11 @@ def compress_and_measure(
     watch.step()
     forget_peak_memory()  # what this process did before is no cost of this run
     compressed = compress(
-        model, recipe, out, device=device, restart=restart, trust_remote_code=trust_remote_code, progress=watch
-    )
+        model, recipe, out, device=device, restart=restart, trust_remote_code=trust_remote_code, progress=watch,
+        ranks=ranks,
+    )  # fmt: skip
+    if ranks is not None and not ranks.is_first:
+        return None
     try:
         report = _begin(model, folder, recipe, out, compressed, command)
     except (ValidationError, KeyError, TypeError, FormatError) as error:
