@@ -62,7 +62,7 @@ class Ranks:
 
         Raises `InputError` where the environment is incomplete, or the others do not come.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             return cls()
         try:
             store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
