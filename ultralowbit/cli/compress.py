@@ -99,10 +99,10 @@ def compress(
     from ultralowbit.report.schema import Limits
 
     with Ranks.join() as ranks:
-        windows = [f"calibration.{key}={value}" for key, value in given(samples=samples, length=length).items()]
-        goal, texts_of = Goal(recipe, bits, size, effort), given(source=calib, seed=seed)
-        chosen = goal.load(model, [*settings, *windows], device, trust_remote_code, small=small, texts=texts_of)
-        measured = Texts(eval_sources(texts), context, max_tokens)
+        goal, calibration = Goal(recipe, bits, size, effort), given(source=calib, seed=seed)
+        every = [*settings, *_windows(samples, length)]
+        chosen = goal.load(model, every, device, trust_remote_code, small=small, texts=calibration)
+        measured, limits = Texts(eval_sources(texts), context, max_tokens), Limits(max_ppl_ratio, max_kl)
         folder = out_folder or Path(default_name(model, chosen))
         if dry_run:
             say(str(estimate(model, chosen, device, trust_remote_code, folder)))
@@ -112,12 +112,16 @@ def compress(
         with Watch(quiet or not ranks.is_first) as watch:
             report = compress_and_measure(
                 model, chosen, folder, measured, device=device, restart=restart, trust_remote_code=trust_remote_code,
-                watch=watch, command=command_line(ctx.obj), load_from=push_to_hub,
-                limits=Limits(max_ppl_ratio, max_kl), ranks=ranks,
+                watch=watch, command=command_line(ctx.obj), load_from=push_to_hub, ranks=ranks, limits=limits,
             )  # fmt: skip
     if report is not None:
         show(report, folder)
         _finish(report, folder, push_to_hub, private)
+
+
+def _windows(samples: int | None, length: int | None) -> list[str]:
+    """Settings of the calibration windows that options ask for."""
+    return [f"calibration.{key}={value}" for key, value in given(samples=samples, length=length).items()]
 
 
 def _check_push(repo: str | None, private: bool) -> None:
