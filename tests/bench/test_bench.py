@@ -60,11 +60,13 @@ def test_a_run_is_compared_with_what_no_run_can_avoid(monkeypatch):
                 "calibration": {"source": "x"}}  # fmt: skip
     clock = iter([100.0, 112.0])
     monkeypatch.setattr(pipeline, "compress", lambda *_, **__: SimpleNamespace(manifest=manifest))
+    monkeypatch.setattr(pipeline, "estimate", lambda *_, **__: SimpleNamespace(peaks={"blocks": (7, 0)}))
     monkeypatch.setattr(pipeline, "unavoidable", lambda *_: {"forward passes": 1.0, "Hessians": 0.5})
     monkeypatch.setattr(pipeline, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     run = pipeline._run({"model": "m", "out": "o", "recipe": "gptq-2bit", "settings": [], "shape": asdict(TINY)})
     assert (run["seconds"], run["unavoidable_seconds"], run["ratio"]) == (12.0, 3.0, 4.0)
     assert (run["block_seconds"], run["quantizing_seconds"]) == ([5.0, 6.0], 2.5)
+    assert run["stage_peaks"]["blocks"]["predicted"] == 7 and run["stage_peaks"]["blocks"]["measured"] > 0
 
 
 def test_out_folder_is_kept_but_emptied_of_models(tmp_path):
