@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ultralowbit.checkpoint.config import TENSORS_DIGEST, tensors_digest
 from ultralowbit.checkpoint.files import INDEX, WEIGHTS, read_raw_header
-from ultralowbit.checkpoint.storage import DTYPES, raise_disk_full, sync_folder, write_json
+from ultralowbit.checkpoint.storage import encode_header, lay_out, raise_disk_full, sync_folder, write_json
 
 SHARD_BYTES = 5_000_000_000
 """Largest shard, that of transformers; a single tensor may be larger."""
@@ -69,20 +67,13 @@ def _entries(file: Path) -> Iterator[_Entry]:
 
 
 def _write(path: Path, entries: Sequence[_Entry], metadata: Mapping[str, str]) -> None:
-    # wide dtypes first: every tensor then starts at a multiple of its item size, as torch needs it
-    ordered = sorted(entries, key=lambda e: -DTYPES[e.dtype].itemsize)
-    header: dict[str, Any] = {}
-    offset = 0
-    for e in ordered:
-        header[e.name] = {"dtype": e.dtype, "shape": e.shape, "data_offsets": [offset, offset + e.size]}
-        offset += e.size
-    header["__metadata__"] = {"format": "pt", **metadata, TENSORS_DIGEST: tensors_digest(header)}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    by_name = {e.name: e for e in entries}
+    header = lay_out((e.name, e.dtype, e.shape, e.size) for e in entries)
+    about = {"format": "pt", **metadata, TENSORS_DIGEST: tensors_digest(header)}
     try:
         with path.open("wb") as out:
-            out.write(len(encoded).to_bytes(8, "little") + encoded)
-            for e in ordered:
+            out.write(encode_header({**header, "__metadata__": about}))
+            for e in (by_name[name] for name in header):
                 with e.file.open("rb") as source:
                     source.seek(e.start)
                     for at in range(0, e.size, _CHUNK):

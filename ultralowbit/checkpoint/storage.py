@@ -77,18 +77,28 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
     """A safetensors file: its header, then the bytes of one tensor after another."""
     names = {dtype: name for name, dtype in DTYPES.items()}
+    header = lay_out((name, names[t.dtype], list(t.shape), t.nbytes) for name, t in sorted(tensors.items()))
+    yield encode_header({"__metadata__": dict(metadata), **header})
+    for name in header:
+        yield tensor_bytes(tensors[name])
+
+
+def lay_out(tensors: Iterable[tuple[str, str, list[int], int]]) -> dict[str, dict[str, Any]]:
+    """The header of a safetensors file, without metadata, for tensors given as name, dtype as headers call it, shape
+    and bytes; they lie in its order."""
+    header, offset = {}, 0
     # wide dtypes first: every tensor then starts at a multiple of its item size, as torch needs it
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, t in ordered:
-        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
-        offset += t.nbytes
+    for name, dtype, shape, size in sorted(tensors, key=lambda tensor: -DTYPES[tensor[1]].itemsize):
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    return header
+
+
+def encode_header(header: Mapping[str, Any]) -> bytes:
+    """What a safetensors file begins with."""
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    yield len(encoded).to_bytes(8, "little") + encoded
-    for _, t in ordered:
-        yield tensor_bytes(t)
+    return len(encoded).to_bytes(8, "little") + encoded
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
