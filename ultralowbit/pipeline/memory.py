@@ -137,7 +137,7 @@ def _training(work: Workload, spec: Blockwise | Finetune, recipe: Recipe, parts:
     again = end_to_end and spec.is_checkpointed(weights)
     per_weight = 16 if spec.latent_dtype(weights) == torch.float32 else 6
     depth = len(work.decoder.blocks) if end_to_end else 1
-    dense = (2 if _autocast(work, spec) else 4) * (weights // depth if again else weights)
+    dense = (2 if spec.training.autocasts(work.decoder.device) else 4) * (weights // depth if again else weights)
     kept = [_kept(f, shape, latent) for f, shape in zip(work.formats, work.shapes.values(), strict=True)]
     codes, scales = (sum(numbers) // parts for numbers in zip(*kept, strict=True))
     tokens = spec.training.batch * window_length(getattr(spec, "data", None) or recipe.calibration, work.decoder)
@@ -151,17 +151,12 @@ def _training(work: Workload, spec: Blockwise | Finetune, recipe: Recipe, parts:
 
 def _backward(work: Workload, spec: Trained, tokens: int, depth: int, again: bool = False) -> int:
     """What so many tokens leave for the backward pass."""
-    number = 2 if _autocast(work, spec) else 4
+    number = 2 if spec.training.autocasts(work.decoder.device) else 4
     # numbers that a token leaves in a block
     width = 12 * work.hidden + 4 * max(sum(shape) for shape in work.shapes.values())
     blocks = number * (depth * work.hidden + width) if again else number * depth * width
     ends = 3 * 4 * work.hidden if isinstance(spec, Blockwise) else 4 * 4 * work.vocabulary  # targets; logits of two
     return tokens * (blocks + ends)
-
-
-def _autocast(work: Workload, spec: Trained) -> bool:
-    setting = spec.training.autocast
-    return setting == "on" or (setting == "auto" and work.decoder.device.type == "cuda")
 
 
 def _kept(format: Format, shape: tuple[int, int], latent: bool) -> tuple[int, int]:
@@ -178,16 +173,14 @@ def _kept(format: Format, shape: tuple[int, int], latent: bool) -> tuple[int, in
 
 def _packed(work: Workload) -> int:
     """Bytes of the packed blocks."""
-    tensors = (f.tensors(*shape) for f, shape in zip(work.formats, work.shapes.values(), strict=True))
-    return sum(math.prod(spec.shape) * spec.dtype.itemsize for named in tensors for spec in named.values())
+    return sum(f.nbytes(*shape) for f, shape in zip(work.formats, work.shapes.values(), strict=True))
 
 
 def _sizes(work: Workload, names: list[str]) -> tuple[int, int]:
     """Bytes as stored and as computed with."""
     specs = [work.decoder.source.specs[work.decoder.key_of[name]] for name in names]
-    numbers = [math.prod(spec.shape) for spec in specs]
-    stored = sum(n * s.dtype.itemsize for n, s in zip(numbers, specs, strict=True))
-    return stored, work.decoder.dtype.itemsize * sum(numbers)
+    computed = work.decoder.dtype.itemsize * sum(math.prod(spec.shape) for spec in specs)
+    return sum(spec.nbytes for spec in specs), computed
 
 
 def _largest(work: Workload, phases: list[Memory]) -> Memory:

@@ -30,7 +30,7 @@ from ultralowbit.checkpoint.storage import tensor_bytes
 from ultralowbit.errors import InputError
 from ultralowbit.progress import Progress, Silent
 from ultralowbit.training import saved
-from ultralowbit.training.optimizer import AdamW8bit
+from ultralowbit.training.optimizer import AdamW8bit, mixed_seed
 from ultralowbit.training.specs import TrainSpec
 
 log = logging.getLogger(__name__)
@@ -205,13 +205,11 @@ class _Fit:
         """The samples of a step; every epoch has its own order."""
         size = self.spec.batch * self.spec.accumulation
         epoch, at = divmod(step, math.ceil(self.samples / size))
-        mixed = hashlib.sha256(f"{self.spec.seed} {epoch}".encode()).digest()[:4]  # the generator takes 32 bits
-        generator = torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
+        generator = torch.Generator().manual_seed(mixed_seed(self.spec.seed, epoch))
         return torch.randperm(self.samples, generator=generator)[at * size : (at + 1) * size].tolist()
 
     def _autocast(self) -> torch.autocast:
-        wanted = self.spec.autocast == "on" or (self.spec.autocast == "auto" and self.device.type == "cuda")
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.autocasts(self.device))
 
     def _objective(self) -> float:
         with torch.no_grad(), self._autocast():

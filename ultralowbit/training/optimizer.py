@@ -48,7 +48,7 @@ class AdamW8bit(torch.optim.Optimizer):
             if not state:
                 state |= self._start(p)
             state["step"] += 1
-            generator = torch.Generator(p.device).manual_seed(_mixed(self.seed, int(state["step"]), i))
+            generator = torch.Generator(p.device).manual_seed(mixed_seed(self.seed, int(state["step"]), i))
             numbers = p.view(-1), p.grad.reshape(-1)
             for part, blocks in _chunks(p.numel()):
                 p_part, grad = (t[part] for t in numbers)
@@ -93,7 +93,8 @@ def _chunks(size: int) -> Iterator[tuple[slice, slice]]:
         yield slice(start, stop), slice(start // BLOCK, -(-stop // BLOCK))
 
 
-def _mixed(*numbers: int) -> int:
+def mixed_seed(*numbers: int) -> int:
+    """A seed for what these numbers name, of the 32 bits that a generator takes."""
     digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
     return int.from_bytes(digest[:4], "little")
 

@@ -177,6 +177,10 @@ class TrainSpec:
     seed: int = Field(0, ge=0, le=MOST_SEED)
     autocast: Literal["auto", "on", "off"] = "auto"
 
+    def autocasts(self, device: torch.device) -> bool:
+        """Whether products are made in bfloat16 there."""
+        return self.autocast == "on" or (self.autocast == "auto" and device.type == "cuda")
+
     def total_steps(self, samples: int) -> int:
         """Optimizer steps on so many samples."""
         return self.steps or max(1, round(self.epochs * math.ceil(samples / (self.batch * self.accumulation))))
