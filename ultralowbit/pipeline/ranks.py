@@ -53,8 +53,6 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None) -> None:
         self.rank, self.size, self._store = rank, size, store
-        self.bytes_sent = 0
-        self.seconds = 0.0  # in exchanges, waiting included
 
     @classmethod
     def join(cls) -> Ranks:
@@ -104,7 +102,7 @@ class Ranks:
             return [value]
         encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with self._exchange(encoded.nbytes):
+        with self._exchange():
             dist.all_gather(lengths, torch.tensor([len(encoded)], dtype=torch.int64))
             values = [torch.zeros(int(n), dtype=torch.uint8) for n in lengths]
             values[self.rank] = encoded
@@ -123,7 +121,7 @@ class Ranks:
     def from_rank(self, rank: int, tensor: Tensor) -> Tensor:
         """A tensor that one rank holds, for all; the others give one of its shape and dtype, which is filled."""
         if self.size > 1 and tensor.numel():
-            with self._exchange(tensor.nbytes if rank == self.rank else 0):
+            with self._exchange():
                 dist.broadcast(tensor, rank)
         return tensor
 
@@ -170,7 +168,7 @@ class Ranks:
         shares = [len(share) for share in piece.tensor_split(self.size)]
         width = shares[self.rank]
         received = piece.new_empty(owners * width)
-        with self._exchange(sent.nbytes):
+        with self._exchange():
             dist.all_to_all_single(
                 received, sent, [width] * owners + [0] * (self.size - owners), shares if len(sent) else [0] * self.size
             )
@@ -214,7 +212,7 @@ class Ranks:
             (name, part, spec) for name, (format, shape) in formats.items()
             for part, spec in format.tensors(*shape).items()
         ]  # fmt: skip
-        sizes = [torch.Size(spec.shape).numel() * spec.dtype.itemsize for _, _, spec in specs]
+        sizes = [spec.nbytes for _, _, spec in specs]
         if packed is None:
             data = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
         else:
@@ -232,8 +230,8 @@ class Ranks:
     # --- how it ends ---
 
     @contextmanager
-    def _exchange(self, nbytes: int) -> Iterator[None]:
-        started = time.perf_counter()
+    def _exchange(self) -> Iterator[None]:
+        """Says in words that another rank is gone."""
         try:
             yield
         except RuntimeError as e:
@@ -241,8 +239,6 @@ class Ranks:
                 f"rank {self.rank} has lost the connection to another rank, which was killed or whose machine is gone: "
                 "run the same command to go on"
             ) from e
-        self.bytes_sent += nbytes
-        self.seconds += time.perf_counter() - started
 
     def __enter__(self) -> Ranks:
         return self
@@ -290,7 +286,6 @@ def machine_facts() -> dict[str, Any]:
     """What of a process and its machine the last bits of a result depend on."""
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
