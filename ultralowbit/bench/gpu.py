@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def device_bench(
             say(f"[{i}/{len(names)}] {name}: {PARTS[name].does}; at most {format_seconds(limit)}")
             summary["parts"][name] = {"status": "interrupted", "seconds": 0.0, "reason": ""}
             try:
-                summary["parts"][name] = _run_part(name, folder, Task(**asdict(task) | {"seconds": limit}))
+                summary["parts"][name] = _run_part(name, folder, replace(task, seconds=limit))
             finally:
                 _write(folder, summary)
             outcome = summary["parts"][name]
