@@ -21,7 +21,7 @@ from ultralowbit.methods.statistics import InputStats
 from ultralowbit.nn.linear import PackedLinear
 from ultralowbit.pipeline.compress import compress
 from ultralowbit.pipeline.estimate import estimate
-from ultralowbit.pipeline.quantize import quantize_linear
+from ultralowbit.pipeline.quantize import quantize_weight
 from ultralowbit.pipeline.ranks import Ranks
 from ultralowbit.pipeline.sensitivity import sensitivities
 from ultralowbit.pipeline.source import open_decoder
@@ -218,11 +218,10 @@ def test_the_bound_counts_how_large_outputs_are():
     stats.add(x)
     shares = {}
     for name, slope in (("toward", torch.linspace(2, 0.1, 64)), ("away", torch.linspace(0.1, 2, 64))):
-        linear = torch.nn.Linear(64, 400, bias=False)
-        linear.weight.data = torch.randn(400, 64, generator=generator) * slope
-        energy = (x @ linear.weight.T).square().sum()
-        isotropic = linear.weight.square().sum() * x.square().sum() / 64
-        _, result = quantize_linear(linear, Sign(planes=2), stats)
+        weight = torch.randn(400, 64, generator=generator) * slope
+        energy = (x @ weight.T).square().sum()
+        isotropic = weight.square().sum() * x.square().sum() / 64
+        _, result = quantize_weight(weight, Sign(planes=2), stats)
         shares[name] = result["least_error"]
         expected = least_error(stats.spectrum, result["bits_per_weight"]) * isotropic / energy
         assert result["least_error"] == pytest.approx(expected.item(), rel=1e-3)

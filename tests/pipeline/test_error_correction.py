@@ -100,7 +100,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(source, text, tmp_path, monkeyp
     whole = compress(str(source), recipe(text, **values), tmp_path / "whole").manifest
     from ultralowbit.pipeline import stream
 
-    pack = stream.quantize_linear
+    pack = stream.quantize_weight
     packed = []
 
     def stop(*args):
@@ -109,10 +109,10 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(source, text, tmp_path, monkeyp
             raise KeyboardInterrupt
         return pack(*args)
 
-    monkeypatch.setattr(stream, "quantize_linear", stop)
+    monkeypatch.setattr(stream, "quantize_weight", stop)
     with pytest.raises(KeyboardInterrupt):
         compress(str(source), recipe(text, **values), tmp_path / "parts")
-    monkeypatch.setattr(stream, "quantize_linear", pack)
+    monkeypatch.setattr(stream, "quantize_weight", pack)
     parts = compress(str(source), recipe(text, **values), tmp_path / "parts").manifest
     assert parts["files"] == whole["files"]
 

@@ -43,32 +43,17 @@ class KeepsPacked(nn.Module):
         return self
 
 
-class PackedLinear(KeepsPacked):
-    """y = x @ decode(packed).T + bias, for x [..., in] and y [..., out].
+class PackedModule(KeepsPacked):
+    """A module with one packed weight [out, in], whose state holds the packed tensors under their own names (`weight`,
+    `weight_scale`, ...)."""
 
-    Its state holds the packed tensors under their own names (`weight`, `weight_scale`, ...) and `bias` if there is one.
-    `transposed` remembers that the module stands for a Conv1D, whose dense weight is [in, out]. With `int8`, x may be
-    rounded to 8 bits for the sake of speed; `kernel_for` says whether it is.
-    """
-
-    int8 = False
-
-    def __init__(
-        self, out_features: int, in_features: int, format: Format, bias: nn.Parameter | None, transposed: bool = False
-    ) -> None:
+    def __init__(self, out_features: int, in_features: int, format: Format) -> None:
         super().__init__()
-        self.out_features, self.in_features = out_features, in_features
-        self.format, self.transposed = format, transposed
+        self.out_features, self.in_features, self.format = out_features, in_features, format
         self._layout = json.dumps(format.to_dict())
         self._names = tuple(format.tensors(out_features, in_features))
         for name, spec in format.tensors(out_features, in_features).items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
-        self.register_parameter("bias", bias)
-
-    @classmethod
-    def replacing(cls, module: nn.Module, format: Format) -> PackedLinear:
-        """A PackedLinear on meta in the place of a Linear or Conv1D, keeping its bias."""
-        return cls(*linear_shape(module), format, module.bias, isinstance(module, Conv1D))
 
     @property
     def packed(self) -> PackedWeight:
@@ -79,12 +64,40 @@ class PackedLinear(KeepsPacked):
         for name, tensor in packed.tensors.items():
             setattr(self, name, tensor)
 
+    def dense(self, dtype: torch.dtype) -> nn.Module:
+        """The module that it stands for, with the weight that the packed bytes mean."""
+        raise NotImplementedError
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self._names}
+
+
+class PackedLinear(PackedModule):
+    """y = x @ decode(packed).T + bias, for x [..., in] and y [..., out].
+
+    `transposed` remembers that the module stands for a Conv1D, whose dense weight is [in, out]. With `int8`, x may be
+    rounded to 8 bits for the sake of speed; `kernel_for` says whether it is.
+    """
+
+    int8 = False
+
+    def __init__(
+        self, out_features: int, in_features: int, format: Format, bias: nn.Parameter | None, transposed: bool = False
+    ) -> None:
+        super().__init__(out_features, in_features, format)
+        self.transposed = transposed
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def replacing(cls, module: nn.Module, format: Format) -> PackedLinear:
+        """A PackedLinear on meta in the place of a Linear or Conv1D, keeping its bias."""
+        return cls(*linear_shape(module), format, module.bias, isinstance(module, Conv1D))
+
     def forward(self, x: Tensor) -> Tensor:
         y = packed_matmul(x, [getattr(self, name) for name in self._names], self._layout, self.int8)
         return y if self.bias is None else y + self.bias
 
     def dense(self, dtype: torch.dtype) -> nn.Module:
-        """The Linear or Conv1D with the weight that the packed bytes mean."""
         weight = self.packed.dequantize(dtype)
         with torch.device("meta"):
             module = (
@@ -100,9 +113,6 @@ class PackedLinear(KeepsPacked):
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, format={self.format.summary}{', int8=True' if self.int8 else ''}"
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self._names}
 
 
 def swap(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -37,7 +37,7 @@ from ultralowbit.errors import CheckpointError, FormatError
 from ultralowbit.format.weight import Format
 from ultralowbit.format.words import TensorSpec
 from ultralowbit.nn.hf_names import match_keys, tied_names
-from ultralowbit.nn.linear import PackedLinear, swap
+from ultralowbit.nn.linear import PackedLinear, PackedModule, swap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,7 +108,7 @@ class UltraLowBitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, module in model.named_modules():
-            if isinstance(module, PackedLinear) and not module.weight.is_meta:  # what is on a disk is not read here
+            if isinstance(module, PackedModule) and not module.weight.is_meta:  # what is on a disk is not read here
                 try:
                     module.format.check_values(module.packed.tensors)
                 except FormatError as e:
@@ -117,7 +117,7 @@ class UltraLowBitQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name, module in list(model.named_modules()):
-            if isinstance(module, PackedLinear):
+            if isinstance(module, PackedModule):
                 swap(model, name, module.dense(dtype or model.dtype))
         return model
 
@@ -158,7 +158,7 @@ def check_files(model: PreTrainedModel, files: Sequence[str | Path]) -> None:
     key_of = match_keys(model, stored)
     modules, problems, packed = by_module(stored), [], set()
     for name, module in model.named_modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedModule):
             packed |= {f"{name}.{tensor}" for tensor in module.format.row_axes}
             own = modules.get(key_of.get(f"{name}.weight", name).rpartition(".")[0], {})
             problems += weight_mismatches(name, module.format, module.out_features, own)

@@ -1,4 +1,4 @@
-"""One Linear packed."""
+"""One weight packed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from ultralowbit.methods.bound import least_error
 from ultralowbit.methods.error_correction import ErrorCorrection
 from ultralowbit.methods.rotation import rotated_weight
 from ultralowbit.methods.statistics import InputStats, Need, SingularHessian, output_energy, relative_error
-from ultralowbit.nn.linear import linear_weight
 
 
-def quantize_linear(
-    module: nn.Module,
+def quantize_weight(
+    weight: Tensor,
     method: Method,
     stats: InputStats | None,
     hadamard: int | None = None,
     correction: ErrorCorrection | None = None,
 ) -> tuple[PackedWeight, dict[str, Any]]:
-    """Pack one Linear and give it the weight that the packed bytes mean.
+    """Pack the weight [out, in] fp32 of one Linear, or of an embedding.
 
     hadamard: the block of the Hadamard matrix that its inputs are multiplied by, which `stats` are of too. correction:
     how the weight is corrected for what is wrong in its inputs, where `stats` know that.
@@ -37,7 +36,6 @@ def quantize_linear(
     of the corrected weight where there is a correction; `least_error` is what any code of as many bits loses at least.
     """
     started = time.perf_counter()
-    weight = linear_weight(module)
     weight = block_hadamard(weight, hadamard) if hadamard else weight
     fallback = None
     if method.needs and (stats is None or stats.count == 0):
@@ -55,9 +53,7 @@ def quantize_linear(
         error = relative_error(weight, packed.dequantize(), stats.hessian, energy)
         least = _least_error(weight, stats, packed.bits_per_weight, energy)
     packed = rotated_weight(packed, hadamard) if hadamard else packed
-    dense = packed.dequantize()
-    _check_not_lost(weight, dense)
-    give_weight(module, dense)
+    _check_not_lost(weight, packed.dequantize())
     return packed, {
         "shape": list(packed.shape),
         "format": packed.format.summary,

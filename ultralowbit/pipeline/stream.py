@@ -24,9 +24,9 @@ from ultralowbit.format.weight import PackedWeight
 from ultralowbit.methods.statistics import InputStats, Need
 from ultralowbit.nn.decoder import BlockCall, Decoder, run_block
 from ultralowbit.nn.inputs import InputGroup, input_groups
-from ultralowbit.nn.linear import linear_shape
+from ultralowbit.nn.linear import linear_shape, linear_weight
 from ultralowbit.pipeline.collect import Original, collect, residual_writers
-from ultralowbit.pipeline.quantize import give_weight, quantize_linear
+from ultralowbit.pipeline.quantize import give_weight, quantize_weight
 from ultralowbit.pipeline.ranks import Ranks, own_batches
 from ultralowbit.pipeline.source import batched
 from ultralowbit.progress import OnProgress, Progress
@@ -169,7 +169,8 @@ class BlockStream:
         recipe = self.recipe
         block_size = recipe.hadamard(linear_shape(linear)[1])
         try:
-            return quantize_linear(linear, recipe.method_for(name), stats, block_size, recipe.error_correction)
+            weight, method = linear_weight(linear), recipe.method_for(name)
+            return quantize_weight(weight, method, stats, block_size, recipe.error_correction)
         except FormatError as e:
             raise CheckpointError(f"{name} in {self.decoder.source.folder} cannot be packed: {e}") from e
 
