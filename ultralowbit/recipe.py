@@ -18,6 +18,7 @@ from ultralowbit.errors import InputError
 from ultralowbit.methods import METHODS
 from ultralowbit.methods.allocation import Allocate
 from ultralowbit.methods.base import Method
+from ultralowbit.methods.embeddings import EMBEDDINGS
 from ultralowbit.methods.error_correction import ErrorCorrection
 from ultralowbit.methods.rotation import Rotate
 from ultralowbit.methods.sign import Sign
@@ -34,8 +35,8 @@ class Override(StrictModel):
 
 
 class Recipe(StrictModel):
-    """What is done to each Linear of the decoder blocks, and on which text: the stages in the order of the fields, all
-    but `quantize` optional."""
+    """What is done to each Linear of the decoder blocks, to the embedding and the head, and on which text: the stages
+    in the order of the fields, all but `quantize` optional."""
 
     name: str
     summary: str = ""
@@ -43,6 +44,7 @@ class Recipe(StrictModel):
     rotate: Rotate | None = None
     error_correction: ErrorCorrection | None = None
     allocate: Allocate | None = None
+    embeddings: one_of(EMBEDDINGS, "method") | None = None
     quantize: Quantize
     blockwise: Blockwise | None = None
     finetune: Finetune | None = None
@@ -94,7 +96,8 @@ class Recipe(StrictModel):
     @property
     def stage_reads_text(self) -> bool:
         """Whether a stage beside `quantize` reads text, whatever the methods."""
-        return any((self.preprocess, self.allocate, self.blockwise, self.finetune))
+        fitted = self.embeddings is not None and bool(self.embeddings.quantizer.needs)
+        return fitted or any((self.preprocess, self.allocate, self.blockwise, self.finetune))
 
     @property
     def sources(self) -> list[str]:

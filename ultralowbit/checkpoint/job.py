@@ -43,10 +43,13 @@ LOCAL = ".ultralowbit-local.json"
 """Where the model and the texts lay on this machine, for `verify --rerun`, and the memory that the run took; it is not
 uploaded with the checkpoint."""
 
+EMBEDDINGS = "embeddings.safetensors"
+"""The packed embedding and head, in the work folder."""
+
 _MARK = {"made_by": "ultralowbit"}
 _FOLDERS = ("blocks", "checkpoint", "replaced", "finetuned", "preprocess")
 _FILES = ("job.json", "job.json.tmp", "lock")
-_PREFIXES = ("activations-", "original-", "targets-", "allocation.", "blockwise-", "finetune.", "outside.")
+_PREFIXES = ("activations-", "original-", "targets-", "allocation.", EMBEDDINGS, "blockwise-", "finetune.", "outside.")
 _BESIDE = {MANIFEST, LOCAL, "README.md", "report.md", "report.json"}  # what is ours in a finished OUT, and not listed
 
 log = logging.getLogger(__name__)

@@ -55,6 +55,7 @@ class _Manifest(BaseModel):
 
     files: dict[str, str]
     layers: dict[str, _Layer]
+    embeddings: dict[str, _Layer] = {}
     fingerprint: _Fingerprint
     model: str = ""
     calibration: dict[str, Any] | None = None

@@ -58,11 +58,15 @@ class LayerSize:
 class Size:
     """A whole checkpoint: `file_bytes` = `total_bytes` + `header_bytes`, exactly.
 
-    A packed weight counts as out * in weights, any other tensor as its elements. An unpacked checkpoint has no layers,
+    A packed weight counts as out * in weights, any other tensor as its elements. What is said of linears is said of
+    those in blocks: a packed embedding or head counts under its kind. An unpacked checkpoint has no layers,
     and None for the bits of its linears.
     """
 
     layers: tuple[LayerSize, ...]
+    """Packed Linears of the blocks."""
+    outside: tuple[LayerSize, ...]
+    """The packed embedding and head, whose bytes count as `other`."""
     other: dict[str, int]
     """Each of KINDS -> bytes."""
     other_weights: int
@@ -111,6 +115,13 @@ class Size:
         return {**packed, **self.other, "file headers": self.header_bytes}
 
     @property
+    def model_bits_before(self) -> float:
+        """Bits per weight of the whole model if its embedding and head had 16 bits, as they have where they are not
+        packed."""
+        packed, weights = (sum(getattr(layer, what) for layer in self.outside) for what in ("bytes", "weights"))
+        return 8 * (self.total_bytes - packed + 2 * weights) / self.total_weights
+
+    @property
     def fp16_bytes(self) -> int:
         """The same weights at two bytes each."""
         return 2 * self.total_weights
@@ -124,10 +135,11 @@ class Size:
         """Fields and totals, as JSON values."""
         totals = (
             "linear_bytes", "linear_weights", "linear_bits_per_weight", "claimed_bits", "total_bytes", "total_weights",
-            "model_bits_per_weight", "header_bytes", "file_bytes", "fp16_bytes", "compression",
+            "model_bits_per_weight", "model_bits_before", "header_bytes", "file_bytes", "fp16_bytes", "compression",
         )  # fmt: skip
         return {
             "layers": [layer.to_dict() for layer in self.layers],
+            "outside": [layer.to_dict() for layer in self.outside],
             "other": dict(self.other),
             "budget": self.budget,
             **{name: getattr(self, name) for name in totals},
@@ -146,13 +158,18 @@ class Size:
         Raises `CheckpointError` where a packed weight lacks a tensor, or has one of another shape or dtype.
         """
         modules = by_module(tensors)
-        layers = tuple(_layer(name, formats[name], modules.get(name, {})) for name in sorted(formats, key=_natural))
+        packed_weights = [_layer(name, formats[name], modules.get(name, {})) for name in sorted(formats, key=_natural)]
+        layers = tuple(layer for layer in packed_weights if _is_in_block(layer.name))
+        outside = tuple(layer for layer in packed_weights if not _is_in_block(layer.name))
         packed = {f"{name}.{tensor}" for name, format in formats.items() for tensor in format.row_axes}
         rest = {name: spec for name, spec in tensors.items() if name not in packed}
         other = dict.fromkeys(KINDS, 0)
         for name, spec in rest.items():
             other[_kind(name, spec.shape, vocabulary)] += spec.nbytes
-        return cls(layers, other, sum(math.prod(spec.shape) for spec in rest.values()), header_bytes)
+        for layer in outside:
+            other[_kind(layer.name, layer.shape, vocabulary)] += layer.bytes
+        weights = sum(math.prod(spec.shape) for spec in rest.values()) + sum(layer.weights for layer in outside)
+        return cls(layers, outside, other, weights, header_bytes)
 
 
 def measure_size(folder: Path | str) -> Size:
@@ -209,11 +226,16 @@ def _layer(name: str, format: Format, own: Mapping[str, TensorSpec]) -> LayerSiz
     return LayerSize(name, (out, format.in_features), format.summary, parts, budget, format.claimed_bits)
 
 
+def _is_in_block(name: str) -> bool:
+    """Whether a name is that of something in a list of blocks."""
+    return re.search(r"\.\d+\.", name) is not None
+
+
 def _kind(name: str, shape: tuple[int, ...], vocabulary: int | None) -> str:
     """Which of KINDS a tensor that is not packed belongs to."""
     if len(shape) < 2 or name.endswith("bias"):
         return "norms and other"
-    if re.search(r"\.\d+\.", name):  # inside a list of blocks
+    if _is_in_block(name):
         return "unquantized linears"
     if vocabulary and max(shape) >= vocabulary and re.search(r"head|out", name):
         return "head"

@@ -170,7 +170,7 @@ def _plain_ids(tokenizer: Any, model: Any) -> list[int]:
     for config in (model.config, model.generation_config):
         ends = getattr(config, "eos_token_id", None)
         special.update(ends if isinstance(ends, list | tuple) else () if ends is None else (ends,))
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().num_embeddings
     plain = sorted(id for id in {*tokenizer.get_vocab().values()} - special if id < rows)
     if not plain:
         raise InputError("the tokenizer has only special tokens for this model: check that the two belong together")

@@ -33,7 +33,7 @@ class Planes(Segment):
     offset: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self, planes=range(1, 5), alphabet=("pm1", "01"))
+        check_fields(self, planes=range(1, 9), alphabet=("pm1", "01"))
 
     @property
     def code_bits(self) -> int:

@@ -170,8 +170,9 @@ class Format:
         """The segments and the outliers alone, which the same stored tensors hold."""
         return replace(self, transform=None)
 
-    def rows(self, tensors: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
-        """The stored tensors of some rows, which are stored tensors again."""
+    def rows(self, tensors: Mapping[str, Tensor], rows: slice | Tensor) -> dict[str, Tensor]:
+        """The stored tensors of some rows, a slice of them or their numbers [rows] int64, which are stored tensors
+        again."""
         return {
             name: tensors[name]
             if axis is None

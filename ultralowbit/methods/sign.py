@@ -1,4 +1,4 @@
-"""Sign planes with free scales: 1 to 4 binary planes, the XNOR-Net scale at one.
+"""Sign planes with free scales: 1 to 8 binary planes, the XNOR-Net scale at one.
 
 Rastegari et al.: XNOR-Net, ECCV 2016, arXiv 1603.05279 (a = mean |w|); Lin et al.: Towards Accurate Binary
 Convolutional Neural Network, NIPS 2017, arXiv 1711.11294 (several planes); alternating least squares as in Xu et al.:
@@ -37,7 +37,7 @@ class Sign:
 
     needs: ClassVar[Need] = Need.HESSIAN
     method: Literal["sign"] = "sign"
-    planes: Literal[1, 2, 3, 4] = 1
+    planes: int = Field(1, ge=1, le=8)
     group: Literal[32, 64, 128] | None = None
     tied: bool = False
     iterations: int = Field(15, ge=0)

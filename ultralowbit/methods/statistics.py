@@ -88,10 +88,10 @@ class InputStats:
         residual [..., out] how the stream that the outputs are added to differs there from here, the original's minus
         this one.
         """
-        x = self._rotated(x)
+        x = self.rotated(x)
         self.count += len(x)
         if Need.ORIGINAL in self.needs:
-            self._cross.addmm_((self._rotated(original) - x).T, x)
+            self._cross.addmm_((self.rotated(original) - x).T, x)
             if self.writes:
                 self._residual.addmm_(residual.reshape(len(x), -1).float().T, x)
         if Need.MAGNITUDES in self.needs and len(x):
@@ -139,7 +139,7 @@ class InputStats:
             if part is not None:
                 part._sum.addmm_(rest.T, rest)
 
-    def _rotated(self, x: Tensor) -> Tensor:
+    def rotated(self, x: Tensor) -> Tensor:
         """x [..., in] as tokens [tokens, in] fp32, in the basis that the statistics are of."""
         x = x.reshape(-1, self.features).float()
         return x if self.hadamard is None else block_hadamard(x, self.hadamard)

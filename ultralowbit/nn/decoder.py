@@ -14,6 +14,7 @@ from copy import copy, deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -182,14 +183,20 @@ class Decoder:
             )
 
     @torch.no_grad()
-    def block_inputs(self, batches: Iterator[Tensor], sink: Callable[[int, Tensor], None]) -> list[BlockCall]:
+    def block_inputs(
+        self,
+        batches: Iterator[Tensor],
+        sink: Callable[[int, Tensor], None],
+        instead: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> list[BlockCall]:
         """Run the model's own forward up to block 0 on each batch [batch, length] of token ids.
 
         `sink(k, hidden)` takes the hidden states [batch, length, hidden] of batch k; returns how each block is called,
-        which must not depend on the batch (all have one shape). The embeddings are freed afterwards.
+        which must not depend on the batch (all have one shape). `instead` holds tensors to take in the place of those
+        in the files, by their state names. The embeddings are freed afterwards.
         """
         outside = [n for n in self.names_outside_blocks() if n != _head_name(self.model)]
-        self.fill(self.read(outside))
+        self.fill({**self.read(outside), **instead})
         computed = {
             name: buffer
             for name, buffer in self.model.named_buffers()

@@ -16,20 +16,18 @@ from ultralowbit.errors import CheckpointError, naming_memory, reason
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.nn import fused
 from ultralowbit.nn.hf_names import compiled_steps
-from ultralowbit.nn.linear import PackedLinear, swap
-from ultralowbit.nn.quantizer import UltraLowBitConfig, UltraLowBitQuantizer, check_config
+from ultralowbit.nn.linear import PackedLinear
+from ultralowbit.nn.quantizer import UltraLowBitConfig, UltraLowBitQuantizer, check_config, pack_module
 
 
 def pack_model(
     model: PreTrainedModel, packed: Mapping[str, PackedWeight], recipe: str | None = None
 ) -> PreTrainedModel:
-    """Replace the named Linears of a model in memory by packed ones, in place; `save_pretrained` then writes a
-    checkpoint that `load` reads."""
+    """Replace the named Linears and embeddings of a model in memory by packed ones, in place; `save_pretrained` then
+    writes a checkpoint that `load` reads."""
     config = UltraLowBitConfig.of({name: p.format for name, p in packed.items()}, recipe)
     for name, weight in packed.items():
-        module = PackedLinear.replacing(model.get_submodule(name), weight.format)
-        module.fill(weight)
-        swap(model, name, module)
+        pack_module(model, name, weight.format).fill(weight)
     quantizer = UltraLowBitQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer
     model.is_quantized = True

@@ -43,6 +43,18 @@ def tied_names(model: PreTrainedModel) -> Mapping[str, str]:
     return model.all_tied_weights_keys
 
 
+def untie(model: PreTrainedModel, source: str) -> None:
+    """Let transformers tie nothing to the weight of this name any more."""
+    model._tied_weights_keys = {name: other for name, other in model._tied_weights_keys.items() if other != source}
+    model.all_tied_weights_keys = {name: other for name, other in tied_names(model).items() if other != source}
+
+
+def retie(model: PreTrainedModel) -> None:
+    """Undo every `untie`."""
+    del model._tied_weights_keys
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
 def cache_name(model: nn.Module) -> str:
     """What the model's forward calls the keys and values of earlier tokens: `cache` from transformers 5.24 on."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

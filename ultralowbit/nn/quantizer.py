@@ -36,6 +36,7 @@ from ultralowbit.checkpoint.storage import read_json
 from ultralowbit.errors import CheckpointError, FormatError
 from ultralowbit.format.weight import Format
 from ultralowbit.format.words import TensorSpec
+from ultralowbit.nn.embedding import PackedEmbedding, pack_embedding, unpack_embedding
 from ultralowbit.nn.hf_names import match_keys, tied_names
 from ultralowbit.nn.linear import PackedLinear, PackedModule, swap
 
@@ -78,7 +79,7 @@ class UltraLowBitConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class UltraLowBitQuantizer(HfQuantizer):
-    """Puts a `PackedLinear` wherever the config names one; the shards then fill it as they fill any module."""
+    """Puts a packed module wherever the config names one; the shards then fill it as they fill any module."""
 
     requires_calibration = True
     required_packages: tuple[str, ...] = ()
@@ -94,15 +95,15 @@ class UltraLowBitQuantizer(HfQuantizer):
         check_config([Path(file) for file in checkpoint_files])
         modules = dict(model.named_modules())
         for name, format in self.quantization_config.module_formats().items():
-            # AutoModel builds the same decoder without the head's prefix
+            # AutoModel builds the same decoder without the head's prefix, and without the head
             names = (name, name.removeprefix(f"{model.base_model_prefix}."))
-            own = next((n for n in names if isinstance(modules.get(n), nn.Linear | Conv1D)), None)
+            own = next((n for n in names if isinstance(modules.get(n), nn.Linear | Conv1D | nn.Embedding)), None)
             if own is None:
                 raise CheckpointError(
                     f"config.json lists {name} as packed, which is no Linear of {type(model).__name__}: "
                     "the config.json was edited, or belongs to another model"
                 )
-            swap(model, own, PackedLinear.replacing(modules[own], format))
+            pack_module(model, own, format)
         check_files(model, checkpoint_files)
         return model
 
@@ -115,10 +116,15 @@ class UltraLowBitQuantizer(HfQuantizer):
                     raise CheckpointError(f"{name}.{e}") from e
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        dtype = (
+            getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        )  # saving names it in the config
         for name, module in list(model.named_modules()):
-            if isinstance(module, PackedModule):
-                swap(model, name, module.dense(dtype or model.dtype))
+            if isinstance(module, PackedEmbedding):
+                unpack_embedding(model, name, dtype)
+            elif isinstance(module, PackedLinear):
+                swap(model, name, module.dense(dtype))
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -136,6 +142,16 @@ class UltraLowBitQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def pack_module(model: PreTrainedModel, name: str, format: Format) -> PackedModule:
+    """Put a packed module on meta where a Linear, a Conv1D or an embedding is in the model."""
+    module = model.get_submodule(name)
+    if isinstance(module, nn.Embedding):
+        return pack_embedding(model, name, format)
+    packed = PackedLinear.replacing(module, format)
+    swap(model, name, packed)
+    return packed
 
 
 def check_config(files: Sequence[Path]) -> None:

@@ -30,6 +30,7 @@ from ultralowbit.hub import resolve_model
 from ultralowbit.methods.statistics import Need
 from ultralowbit.nn.decoder import Decoder
 from ultralowbit.pipeline.allocate import allocated, expected_planes
+from ultralowbit.pipeline.embed import dense_embedding, packed_embeddings, planned_embeddings
 from ultralowbit.pipeline.ranks import Ranks, check_agreement, machine_facts
 from ultralowbit.pipeline.source import TextReader, hash_model, open_decoder, planned_formats
 from ultralowbit.pipeline.stream import BlockStream
@@ -87,6 +88,7 @@ def compress(
     folder = resolve_model(model)
     decoder = open_decoder(folder, where, trust_remote_code)
     formats = planned_formats(decoder, expected_planes(decoder, recipe))
+    planned_embeddings(decoder, recipe)  # refuses what cannot be packed
     reader = TextReader(folder, decoder, trust_remote_code, progress)
     texts = _shared_texts(ranks, lambda: _read_texts(recipe, formats, reader))
     fingerprint = _fingerprint(decoder, recipe, texts, _model_digests(ranks, decoder, progress))
@@ -108,7 +110,7 @@ def compress(
     def finish() -> dict[str, Any]:
         if recipe.finetune is not None:
             with naming_memory(f"fine-tuning {folder}"):
-                _finetune(job, folder, decoder, recipe, texts["finetune"].tokens, trust_remote_code, progress)
+                _finetune(job, folder, decoder, recipe, outside, texts["finetune"].tokens, trust_remote_code, progress)
         manifest = write_checkpoint(job, model, folder, decoder, recipe, texts.get("calibration"))
         source.check_unchanged()
         job.publish()
@@ -119,7 +121,9 @@ def compress(
             decoder = open_decoder(Path(ranks.agree(preprocessed)), where, trust_remote_code)
         with naming_memory(f"running {folder} block by block"):
             chosen = allocated(job, decoder, recipe, texts.get("calibration"), progress, ranks)
-        BlockStream(job, decoder, chosen, texts.get("calibration"), progress, ranks).run()
+        outside = packed_embeddings(job, decoder, recipe, texts.get("calibration"), progress, ranks)
+        instead = dense_embedding(decoder, outside)
+        BlockStream(job, decoder, chosen, texts.get("calibration"), progress, ranks, instead).run()
         manifest = ranks.agree(finish)
     finally:
         job.close()
@@ -193,7 +197,7 @@ def _preprocess(
 ) -> Path:
     """The folder of the preprocessed model, in the work folder; `again` compresses the model with another recipe."""
     started = time.perf_counter()
-    first = recipe.model_copy(update={"preprocess": None, "finetune": None})
+    first = recipe.model_copy(update={"preprocess": None, "embeddings": None, "finetune": None})
     made, job.state["preprocess"] = preprocess(
         lambda folder: again(first, folder), tokens, recipe.preprocess, decoder.config.dtype or torch.float32,
         job.work / "preprocess", decoder.device, trust_remote_code, progress,
@@ -207,11 +211,13 @@ def _finetune(
     folder: Path,
     decoder: Decoder,
     recipe: Recipe,
+    outside: Mapping[str, PackedWeight],
     tokens: Tensor,
     trust_remote_code: bool,
     progress: Progress,
 ) -> None:
-    """Train the packed model as a whole, with the model in `folder` as teacher; its blocks are then written again."""
+    """Train the packed model as a whole, with the model in `folder` as teacher; its blocks are then written again.
+    outside: the packed embedding and head, which are not trained."""
     state, started = job.state, time.perf_counter()
     if "finetune" in state:
         return
@@ -222,8 +228,8 @@ def _finetune(
         format, shape, tensors = Format.from_dict(layer["layout"]), tuple(layer["shape"]), blocks[block_of[name]]
         packed[name] = PackedWeight(format, shape, {t: tensors[f"{name}.{t}"] for t in format.tensors(*shape)})
     trained, fitted = finetune(
-        folder, lambda name: decoder.read([f"{name}.weight"])[f"{name}.weight"], packed, tokens, recipe.finetune,
-        job.work / "finetune.safetensors", decoder.device, trust_remote_code, progress,
+        folder, lambda name: decoder.read([f"{name}.weight"])[f"{name}.weight"], packed, outside, tokens,
+        recipe.finetune, job.work / "finetune.safetensors", decoder.device, trust_remote_code, progress,
     )  # fmt: skip
     for name, p in trained.items():
         blocks[block_of[name]] |= {f"{name}.{part}": t.cpu() for part, t in p.tensors.items()}

@@ -24,6 +24,7 @@ from ultralowbit.methods.base import Method
 from ultralowbit.methods.statistics import InputStats
 from ultralowbit.nn.decoder import Decoder
 from ultralowbit.pipeline.allocate import expected_planes
+from ultralowbit.pipeline.embed import planned_embeddings
 from ultralowbit.pipeline.memory import Memory, smaller_memory, stage_memory
 from ultralowbit.pipeline.rates import random, seconds
 from ultralowbit.pipeline.source import open_decoder, planned_formats
@@ -158,7 +159,7 @@ def estimate(
     decoder = open_decoder(folder, where, trust_remote_code)
     recipe = expected_planes(decoder, recipe)
     formats = planned_formats(decoder, recipe)
-    size = _size(decoder, formats)
+    size = _size(decoder, {**formats, **planned_embeddings(decoder, recipe)})
     work = Workload(decoder, recipe, formats)
     notes = [] if recipe.allocate is None else ["which Linears get how many planes is decided on the text"]
     notes += [] if work.exact_groups else ["which Linears share an input is not known: one Hessian a Linear is assumed"]
@@ -198,8 +199,8 @@ def bits_for_size(model: str, recipe: Recipe, nbytes: int, device: str, trust_re
     """
     decoder = open_decoder(resolve_model(model), pick_device(device), trust_remote_code)
     least = recipe.model_copy(update={"allocate": None, "quantize": replace(recipe.quantize, planes=1)})
-    size = _size(decoder, planned_formats(decoder, least))
-    names = [f"{layer.name}.weight_{part}" for layer in size.layers for part in layer.parts]
+    size = _size(decoder, {**planned_formats(decoder, least), **planned_embeddings(decoder, least)})
+    names = [f"{layer.name}.weight_{part}" for layer in (*size.layers, *size.outside) for part in layer.parts]
     entry = {"dtype": "BF16", "shape": [10**7] * 3, "data_offsets": [nbytes] * 2}
     headers = len(json.dumps(dict.fromkeys([*names, *decoder.names_outside_blocks()], entry))) + (1 << 12)
     beside = size.total_bytes - size.linear_bytes + headers

@@ -133,7 +133,7 @@ class TextReader:
                 model_path=self.folder, device=self.decoder.device,
                 progress=self.progress.counter(f"text from {spec.source}"),
             )  # fmt: skip
-        rows = self.decoder.model.get_input_embeddings().weight.shape[0]
+        rows = self.decoder.model.get_input_embeddings().num_embeddings
         if data.tokens.max() >= rows:
             raise InputError(
                 f"the tokenizer makes token {data.tokens.max().item()}, the model has {rows}: put the tokenizer files "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from functools import reduce
@@ -45,10 +45,12 @@ class BlockStream:
     """
 
     def __init__(
-        self, job: Job, decoder: Decoder, recipe: Recipe, data: Calibration | None, progress: Progress, ranks: Ranks
-    ) -> None:
+        self, job: Job, decoder: Decoder, recipe: Recipe, data: Calibration | None, progress: Progress, ranks: Ranks,
+        instead: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        """instead: what the packed model has in the place of tensors before its blocks, by their state names."""
         self.job, self.decoder, self.recipe, self.data, self.progress = job, decoder, recipe, data, progress
-        self.ranks = ranks
+        self.ranks, self.instead = ranks, instead
         spec = recipe.blockwise
         most = None if spec is None else spec.training.batch  # a block is trained on a batch at a time
         self.tokens = None if data is None else batched(data.tokens, most)  # [batches, batch, length]
@@ -103,13 +105,16 @@ class BlockStream:
         """How blocks are called; on a fresh start also what enters block 0."""
         fresh = self.job.state["blocks"] == 0
         own = own_batches(self.own_lanes, self.lanes) if fresh else []
-        into = [self._activations(0, True, stream) for stream in self.streams] if own else []
+        packed, original = self.streams[:1], self.streams[1:]
+        runs = [(packed, self.instead), (original, {})] if self.instead and original else [(self.streams, self.instead)]
+        for streams, instead in runs:
+            into = [self._activations(0, True, stream) for stream in streams] if own else []
 
-        def sink(k: int, hidden: Tensor) -> None:
-            for stream in into:
-                stream[own[k]].copy_(hidden)
+            def sink(k: int, hidden: Tensor, into: Sequence[Activations] = into) -> None:
+                for stream in into:
+                    stream[own[k]].copy_(hidden)
 
-        calls = self.decoder.block_inputs(iter(self.tokens[own or [0]]), sink)
+            calls = self.decoder.block_inputs(iter(self.tokens[own or [0]]), sink, instead)
         self.ranks.wait()  # rank 0 looks into the first lane of all
         return calls
 

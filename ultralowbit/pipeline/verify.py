@@ -160,7 +160,7 @@ def _broken_promises(folder: Path, manifest: dict[str, Any], stored: dict[str, T
         return [str(e)]
     if not formats:
         return ["config.json does not say how the weights are packed: copy it again"]
-    layers, modules = manifest["layers"], by_module(stored)
+    layers, modules = {**manifest["layers"], **manifest.get("embeddings", {})}, by_module(stored)
     problems = [
         f"{name} is packed according to {one} but not to {other}: copy both again"
         for one, other, names in (

@@ -11,7 +11,7 @@ from typing import Any
 
 from ultralowbit.checkpoint.config import CONFIG, DIGEST, config_digest
 from ultralowbit.checkpoint.files import INDEX
-from ultralowbit.checkpoint.job import LOCAL, Job
+from ultralowbit.checkpoint.job import EMBEDDINGS, LOCAL, Job
 from ultralowbit.checkpoint.manifest import MANIFEST
 from ultralowbit.checkpoint.merge import merge_tensors
 from ultralowbit.checkpoint.storage import sha256_file, write_atomic, write_json, write_tensors
@@ -26,7 +26,7 @@ from ultralowbit.system import environment, peak_memory
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 _NOT_CARRIED = {CONFIG, "README.md", INDEX, MANIFEST, "recipe.yaml"}
 _MEASURED = ("eval*.json", "report.*")  # of the original, and not of what is made from it
-_RECORDED = ("preprocess", "allocation", "blockwise", "finetune")  # what stages note of themselves
+_RECORDED = ("preprocess", "allocation", "embeddings", "blockwise", "finetune")  # what stages note of themselves
 _IN_FOLDERS = (".py", ".jinja")  # what sub-folders hold that loading needs: code, and further chat templates
 
 log = logging.getLogger(__name__)
@@ -48,9 +48,12 @@ def write_checkpoint(
     config = _config(job, decoder, recipe)
     write_json(out / CONFIG, config)
     outside = job.work / "outside.safetensors"
-    write_tensors(outside, decoder.read(decoder.names_outside_blocks()))
-    blocks = [job.block_file(i) for i in range(len(decoder.blocks))]
-    merge_tensors([*blocks, outside], out, {DIGEST: config_digest(config)})
+    embeddings = job.state.get("embeddings", {})
+    plain = [name for name in decoder.names_outside_blocks() if name.removesuffix(".weight") not in embeddings]
+    write_tensors(outside, decoder.read(plain))
+    parts = [job.block_file(i) for i in range(len(decoder.blocks))]
+    parts += [job.work / EMBEDDINGS] if embeddings else []
+    merge_tensors([*parts, outside], out, {DIGEST: config_digest(config)})
     for name in carried_files(folder, leave_out=(job.out, job.work)):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out / name, (folder / name).read_bytes())
@@ -73,7 +76,8 @@ def _config(job: Job, decoder: Decoder, recipe: Recipe) -> dict[str, Any]:
     config = decoder.config.to_dict()
     config.pop("_name_or_path", None)  # the same run writes the same bytes wherever its model lies
     config["architectures"] = [type(decoder.model).__name__]
-    formats = {name: Format.from_dict(layer["layout"]) for name, layer in job.state["layers"].items()}
+    packed = {**job.state["layers"], **job.state.get("embeddings", {})}
+    formats = {name: Format.from_dict(entry["layout"]) for name, entry in packed.items()}
     config["quantization_config"] = UltraLowBitConfig.of(formats, recipe.name).to_dict()
     return config
 

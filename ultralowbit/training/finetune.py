@@ -12,7 +12,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ultralowbit.checkpoint.files import Source
@@ -33,6 +33,7 @@ def finetune(
     folder: Path,
     weight: Callable[[str], Tensor],
     packed: Mapping[str, PackedWeight],
+    outside: Mapping[str, PackedWeight],
     tokens: Tensor,
     spec: Finetune,
     state: Path,
@@ -43,11 +44,14 @@ def finetune(
     """Train the packed Linears of the model in `folder` on tokens [windows, length] and return those that are better
     for it, with how the training went.
 
-    weight: reads what the latent weight of a Linear starts from; state: the file that a killed run goes on from.
+    weight: reads what the latent weight of a Linear starts from; outside: the packed embedding and head, with which the
+    student computes and which stay as they are; state: the file that a killed run goes on from.
     """
     teacher = _teacher(folder, device, trust_remote_code)
     shared = {id(t): t for t in (*teacher.parameters(), *teacher.buffers())}
     student = deepcopy(teacher, memo=shared)
+    for name, p in outside.items():
+        _replace_weight(student, student.get_submodule(name).weight, p.dequantize)
     if spec.is_checkpointed(sum(math.prod(p.shape) for p in packed.values())):
         checkpoint_blocks(student)
     training, held_out = spec.split(range(len(tokens)))
@@ -77,6 +81,14 @@ def finetune(
             what="fine-tuning", on_progress=lambda share: set_progress(student, share),
         )  # fmt: skip
         return {name: linear.pack() for name, linear in linears.items()} if fitted.accepted else {}, fitted
+
+
+def _replace_weight(model: PreTrainedModel, weight: nn.Parameter, dense: Callable[[torch.dtype], Tensor]) -> None:
+    """Put what `dense` makes in the dtype of a weight into every module that has this very weight."""
+    value = nn.Parameter(dense(weight.dtype).to(weight.device), requires_grad=False)
+    for module in model.modules():
+        if getattr(module, "weight", None) is weight:
+            module.weight = value
 
 
 def _teacher(folder: Path, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:

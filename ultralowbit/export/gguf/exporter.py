@@ -62,7 +62,7 @@ class GgufExporter(Exporter):
         model = _open(folder)
         target = architecture(model.config)
         stops = _listed(model.generation_config.eos_token_id if model.generation_config else None)
-        vocabulary = Vocabulary.read(folder, model.get_input_embeddings().weight.shape[0], stops)
+        vocabulary = Vocabulary.read(folder, model.get_input_embeddings().num_embeddings, stops)
         tensors = Tensors(model, folder, target, self.embeddings == "q8_0", self.dequantize)
         size = sum(tensor.bytes for tensor in tensors.stored)
         if (free := shutil.disk_usage(out.parent).free) < size:
