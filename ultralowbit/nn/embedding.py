@@ -46,7 +46,7 @@ class PackedEmbedding(PackedModule):
         at = ids.reshape(-1)
         rows = self.format.decode(self.format.rows(self._tensors(), at), self.shell.weight.dtype)
         if type(self.shell) is nn.Embedding:
-            return rows.view(*ids.shape, -1)
+            return rows.view(*ids.shape, self.in_features)
         place = torch.arange(len(at), device=ids.device).view(ids.shape)
         return functional_call(self.shell, {"weight": rows}, (place,))
 
