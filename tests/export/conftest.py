@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ultralowbit.methods.base import Method
+from ultralowbit.nn.embedding import find_ends
 from ultralowbit.nn.hf import pack_model
 
 ROWS = 400  # of the embeddings: more than there are tokens, as in real models
@@ -125,15 +126,20 @@ def small_config() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def save_packed(words, save_model) -> Callable[..., Path]:
     """save_packed(config, method, folder): folder/packed, where the Linears of the random model in folder/source are
-    rounded to nearest, both with a tokenizer."""
+    rounded to nearest, and with `embeddings` the embedding and the head too, both with a tokenizer."""
 
-    def save(config: Any, method: Method, folder: Path, tokenizer: Any = words) -> Path:
+    def save(
+        config: Any, method: Method, folder: Path, tokenizer: Any = words, embeddings: Method | None = None
+    ) -> Path:
         model = AutoModelForCausalLM.from_pretrained(save_model(config, folder / "source"))
         linears = {
             name: method.quantize(module.weight.detach(), None)
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.Linear) and "layers" in name
         }
+        if embeddings is not None:
+            ends = {name: model.get_submodule(name).weight.detach() for name in find_ends(model).names}
+            linears |= {name: embeddings.quantize(weight, None) for name, weight in ends.items()}
         pack_model(model, linears).save_pretrained(folder / "packed")
         for part in ("source", "packed"):
             tokenizer.save_pretrained(folder / part)

@@ -109,6 +109,27 @@ def test_embeddings_of_eight_bits(name, save_packed, small_config, tmp_path):
     assert ((rounded - exact).unflatten(1, (-1, 32)).abs().amax(-1) <= step * (0.5 + 127 * 2**-11)).all()
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-untied", "gemma3"])
+@pytest.mark.parametrize(("method", "kind"), [(EIGHT, "Q8_0"), (FOUR, "Q4_0")], ids=["q8_0", "q4_0"])
+def test_packed_embeddings_are_exact_in_blocks_of_32(method, kind, name, save_packed, small_config, tmp_path):
+    folder = save_packed(small_config(name), FOUR, tmp_path, embeddings=method)
+    _, tensors = read(export(folder, "gguf", tmp_path / "m.gguf"))
+    model = load(folder)
+    names = {"token_embd.weight": model.get_input_embeddings()}
+    names |= {"output.weight": model.get_output_embeddings()} if name == "llama-untied" else {}
+    for stored, module in names.items():
+        assert tensors[stored].tensor_type == gguf.GGMLQuantizationType[kind]
+        assert torch.equal(values(tensors[stored]), module.packed.dequantize())
+
+
+def test_packed_embeddings_that_no_block_holds(save_packed, small_config, tmp_path):
+    folder = save_packed(small_config("llama"), FOUR, tmp_path / "model", embeddings=RTN(bits=8, group=None))
+    refused(folder, tmp_path, "embed_tokens exactly as it is stored.*embeddings: {method: ints, group: 32, symmetric")
+    _, tensors = read(export(folder, "gguf", tmp_path / "m.gguf", dequantize=True))
+    expected = load(folder).get_input_embeddings().packed.dequantize()
+    assert torch.equal(values(tensors["token_embd.weight"]), expected.half().float())
+
+
 def test_norms_of_gemma_are_what_transformers_multiplies_by(save_packed, small_config, tmp_path):
     folder = save_packed(small_config("gemma3"), FOUR, tmp_path)
     _, tensors = read(export(folder, "gguf", tmp_path / "m.gguf"))

@@ -48,7 +48,8 @@ def size(bits: float | None) -> SizeRecord:
     return SizeRecord(
         linear_bits_per_weight=bits, claimed_bits=bits and math.floor(bits), linear_bytes=linear,
         linear_weights=weights if bits else 0, total_weights=weights + embeddings // 2, total_bytes=total,
-        model_bits_per_weight=8 * total / (weights + embeddings // 2), file_bytes=total + 1000, header_bytes=1000,
+        model_bits_per_weight=8 * total / (weights + embeddings // 2),
+        model_bits_before=8 * total / (weights + embeddings // 2), file_bytes=total + 1000, header_bytes=1000,
         fp16_bytes=2 * weights + embeddings, compression=8.4e6 / total, budget=budget, other={},
     )  # fmt: skip
 

@@ -75,7 +75,7 @@ def shout(title: str, text: str) -> None:
 def layer_table(size: Size) -> Table:
     """A row for each packed weight: its shape and format, bytes, bits per weight, and the bits a paper would claim."""
     table = new_table("layer", "shape", "format", "bytes", "bits", "claimed")
-    for layer in size.layers:
+    for layer in (*size.layers, *size.outside):
         table.add_row(
             cell(layer.name), "x".join(map(str, layer.shape)), cell(layer.format), f"{layer.bytes:,}",
             f"{layer.bits_per_weight:.3f}", f"{layer.claimed_bits:.2f}",
@@ -98,6 +98,8 @@ def size_table(size: Size) -> Table:
     table.add_section()
     bits = f"{size.model_bits_per_weight:.3f}"
     table.add_row("whole model", "", f"{size.file_bytes:,}", f"{size.fp16_bytes:,}", bits)
+    if size.outside:
+        table.add_row("with 16 bits for embedding and head", "", "", "", f"{size.model_bits_before:.3f}")
     return table
 
 

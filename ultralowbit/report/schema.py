@@ -29,6 +29,8 @@ class SizeRecord(Record):
     total_bytes: int
     total_weights: int
     model_bits_per_weight: float
+    model_bits_before: float
+    """If a packed embedding and head had 16 bits."""
     header_bytes: int
     file_bytes: int
     fp16_bytes: int

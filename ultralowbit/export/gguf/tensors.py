@@ -18,7 +18,7 @@ from ultralowbit.export.gguf.architectures import Architecture
 from ultralowbit.export.gguf.blocks import BlockType, Eight, Four, Multiples, Signs, Two, exact_type, is_product
 from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.nn.hf_names import match_keys, tied_names
-from ultralowbit.nn.linear import PackedLinear
+from ultralowbit.nn.linear import PackedModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +54,7 @@ class Stored:
 class Tensors:
     """The tensors of a model as llama.cpp names and stores them.
 
-    model: the checkpoint `folder` on meta, its packed Linears in place. Every tensor is planned on construction, from
+    model: the checkpoint `folder` on meta, its packed modules in place. Every tensor is planned on construction, from
     shapes and the scales and zero points of packed weights: raises `InputError` for one that the file cannot hold.
     """
 
@@ -72,7 +72,7 @@ class Tensors:
         self.stored = [*self._plan(model)]
 
     def _plan(self, model: PreTrainedModel) -> Iterator[Stored]:
-        modules = {n: module for n, module in model.named_modules() if isinstance(module, PackedLinear)}
+        modules = {n: module for n, module in model.named_modules() if isinstance(module, PackedModule)}
         inside = {f"{n}.{tensor}" for n, module in modules.items() for tensor in module.format.row_axes}
         for name, module in modules.items():
             if not self.dequantize:
@@ -97,7 +97,7 @@ class Tensors:
             )
         return own
 
-    def _packed(self, name: str, module: PackedLinear) -> Stored:
+    def _packed(self, name: str, module: PackedModule) -> Stored:
         shape = (module.out_features, module.in_features)
         weight = self._weight(name, module.format, shape)
         if self.dequantize:
@@ -112,8 +112,7 @@ class Tensors:
     def _plain(self, name: str, shape: tuple[int, ...]) -> Stored:
         if len(shape) == 1:
             return Stored(self._name(name), shape, F32, 4 * shape[0], partial(self._vector, name))
-        embeddings = name.endswith(("embed_tokens.weight", "lm_head.weight"))
-        if self.q8_embeddings and embeddings:
+        if self.q8_embeddings and _is_outside(name):
             block = Eight()
             if shape[1] % block.size:
                 raise InputError(
@@ -171,6 +170,11 @@ class Tensors:
         return self.source.read([key])[key].float()
 
 
+def _is_outside(name: str) -> bool:
+    """Whether a weight is the embedding or the head, in all architectures that llama.cpp is given."""
+    return name.removesuffix(".weight").endswith(("embed_tokens", "lm_head"))
+
+
 def _check_format(name: str, format: Format) -> None:
     """Raise `InputError` for a format that no block type holds, whatever is stored."""
     if not is_product(format):
@@ -186,6 +190,8 @@ def fitting_recipe(format: Format) -> tuple[str, BlockType]:
 def _inexact(name: str, format: Format) -> InputError:
     if format.in_features % 32:
         remedy = f"all of them hold blocks of 32 to 128 columns, and its rows have {format.in_features}"
+    elif _is_outside(name):
+        remedy = "compress the model again with `embeddings: {method: ints, group: 32, symmetric: true}` and without rotation"
     else:
         remedy = f"compress the model again with `--recipe {fitting_recipe(format)[0]}`, whose weights they do hold"
     return InputError(
