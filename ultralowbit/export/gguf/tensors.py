@@ -191,7 +191,7 @@ def _inexact(name: str, format: Format) -> InputError:
     if format.in_features % 32:
         remedy = f"all of them hold blocks of 32 to 128 columns, and its rows have {format.in_features}"
     elif _is_outside(name):
-        remedy = "compress the model again with `embeddings: {method: ints, group: 32, symmetric: true}` and without rotation"
+        remedy = "compress again with `embeddings: {method: ints, group: 32, symmetric: true}` and without rotation"
     else:
         remedy = f"compress the model again with `--recipe {fitting_recipe(format)[0]}`, whose weights they do hold"
     return InputError(
