@@ -124,8 +124,8 @@ def test_the_budget_is_the_file(packed, model):
     ids=["ints, planes, masked", "salient split, outliers", "transform"],
 )  # fmt: skip
 def test_every_part_has_its_kind(format, expected):
-    tensors = {f"x.{name}": spec for name, spec in format.tensors(10, 100).items()}
-    budget = Size.of(tensors, {"x": format}).budget
+    tensors = {f"blocks.0.x.{name}": spec for name, spec in format.tensors(10, 100).items()}
+    budget = Size.of(tensors, {"blocks.0.x": format}).budget
     assert {kind: count for kind, count in budget.items() if count} == expected
 
 

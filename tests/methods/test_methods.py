@@ -216,7 +216,7 @@ def test_a_hessian_that_cannot_be_used_is_refused(method, layer):
         (GPTQ, {"clip": "max"}),
         (GPTQ, {"method": "rtn"}),
         (Sign, {"planes": 0}),
-        (Sign, {"planes": 5}),
+        (Sign, {"planes": 9}),
         (Sign, {"iterations": -1}),
         (Sign, {"bits": 1}),
         (PBLLM, {"ratio": 1.1}),

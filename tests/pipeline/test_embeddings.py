@@ -44,7 +44,7 @@ def untied(save_model, tiny_config, tmp_path_factory) -> Path:
 def small_parts(monkeypatch):
     """Three batches of two windows, rows in parts of which the last is smaller."""
     monkeypatch.setattr("ultralowbit.pipeline.source.BATCH_TOKENS", 48)
-    monkeypatch.setattr(embed, "_ROWS", 40)
+    monkeypatch.setattr(embed, "ROWS", 40)
 
 
 def recipe(text: str, **values: Any) -> Recipe:

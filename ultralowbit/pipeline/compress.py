@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from ultralowbit.hub import resolve_model
 from ultralowbit.methods.statistics import Need
 from ultralowbit.nn.decoder import Decoder
 from ultralowbit.pipeline.allocate import allocated, expected_planes
-from ultralowbit.pipeline.embed import dense_embedding, packed_embeddings, planned_embeddings
+from ultralowbit.pipeline.embed import dense_embedding, packed_embeddings
 from ultralowbit.pipeline.ranks import Ranks, check_agreement, machine_facts
 from ultralowbit.pipeline.source import TextReader, hash_model, open_decoder, planned_formats
 from ultralowbit.pipeline.stream import BlockStream
@@ -88,9 +89,9 @@ def compress(
     folder = resolve_model(model)
     decoder = open_decoder(folder, where, trust_remote_code)
     formats = planned_formats(decoder, expected_planes(decoder, recipe))
-    planned_embeddings(decoder, recipe)  # refuses what cannot be packed
     reader = TextReader(folder, decoder, trust_remote_code, progress)
     texts = _shared_texts(ranks, lambda: _read_texts(recipe, formats, reader))
+    text = texts.get("calibration")
     fingerprint = _fingerprint(decoder, recipe, texts, _model_digests(ranks, decoder, progress))
     source, job = decoder.source, _open_job(Path(out), fingerprint, restart, progress, ranks)
     if job is None:
@@ -98,20 +99,17 @@ def compress(
         progress.say(f"{target} is already what this command makes")
         return Compressed(target, read_manifest(target), texts)
 
-    def again(recipe: Recipe, out: Path) -> Path:
-        options = {"device": str(where), "trust_remote_code": trust_remote_code, "progress": progress}
-        return compress(model, recipe, out, **options).folder
+    again = partial(compress, model, device=str(where), trust_remote_code=trust_remote_code, progress=progress)
 
     def preprocessed() -> str:
         with naming_memory(f"training adapters of {folder}"):
-            tokens = texts["preprocess"].tokens
-            return str(_preprocess(job, recipe, tokens, decoder, again, trust_remote_code, progress))
+            return str(_preprocess(job, recipe, texts, decoder, again, trust_remote_code, progress))
 
     def finish() -> dict[str, Any]:
         if recipe.finetune is not None:
             with naming_memory(f"fine-tuning {folder}"):
                 _finetune(job, folder, decoder, recipe, outside, texts["finetune"].tokens, trust_remote_code, progress)
-        manifest = write_checkpoint(job, model, folder, decoder, recipe, texts.get("calibration"))
+        manifest = write_checkpoint(job, model, folder, decoder, recipe, text)
         source.check_unchanged()
         job.publish()
         return manifest
@@ -120,10 +118,9 @@ def compress(
         if recipe.preprocess is not None:
             decoder = open_decoder(Path(ranks.agree(preprocessed)), where, trust_remote_code)
         with naming_memory(f"running {folder} block by block"):
-            chosen = allocated(job, decoder, recipe, texts.get("calibration"), progress, ranks)
-        outside = packed_embeddings(job, decoder, recipe, texts.get("calibration"), progress, ranks)
-        instead = dense_embedding(decoder, outside)
-        BlockStream(job, decoder, chosen, texts.get("calibration"), progress, ranks, instead).run()
+            chosen = allocated(job, decoder, recipe, text, progress, ranks)
+        outside = packed_embeddings(job, decoder, recipe, text, progress, ranks)
+        BlockStream(job, decoder, chosen, text, progress, ranks, partial(dense_embedding, decoder, outside)).run()
         manifest = ranks.agree(finish)
     finally:
         job.close()
@@ -189,9 +186,9 @@ def _fingerprint(
 def _preprocess(
     job: Job,
     recipe: Recipe,
-    tokens: Tensor,
+    texts: Mapping[str, Calibration],
     decoder: Decoder,
-    again: Callable[[Recipe, Path], Path],
+    again: Callable[[Recipe, Path], Compressed],
     trust_remote_code: bool,
     progress: Progress,
 ) -> Path:
@@ -199,8 +196,8 @@ def _preprocess(
     started = time.perf_counter()
     first = recipe.model_copy(update={"preprocess": None, "embeddings": None, "finetune": None})
     made, job.state["preprocess"] = preprocess(
-        lambda folder: again(first, folder), tokens, recipe.preprocess, decoder.config.dtype or torch.float32,
-        job.work / "preprocess", decoder.device, trust_remote_code, progress,
+        lambda folder: again(first, folder).folder, texts["preprocess"].tokens, recipe.preprocess,
+        decoder.config.dtype or torch.float32, job.work / "preprocess", decoder.device, trust_remote_code, progress,
     )  # fmt: skip
     job.state["seconds"].setdefault("preprocess", round(time.perf_counter() - started, 3))
     return made

@@ -32,7 +32,7 @@ from ultralowbit.recipe import Recipe
 
 HEAD_TOKENS = 1 << 14
 """Tokens of the calibration text, at most, that the head is fitted to: several for each of its columns."""
-_ROWS = 1 << 13
+ROWS = 1 << 13
 """Rows that are packed at a time."""
 
 
@@ -85,7 +85,7 @@ def packed_embeddings(
 def dense_embedding(decoder: Decoder, packed: Mapping[str, PackedWeight]) -> dict[str, Tensor]:
     """What a packed embedding means [rows, columns], by its weight's name: the blocks' inputs are made of it."""
     name = find_ends(decoder.model).embedding if packed else None
-    return {} if name is None else {f"{name}.weight": packed[name].dequantize()}
+    return {} if name is None else {f"{name}.weight": packed[name].dequantize(decoder.dtype)}
 
 
 def _pack(
@@ -96,12 +96,12 @@ def _pack(
     weights = decoder.read([f"{name}.weight" for name in ends.names])
     block = recipe.hadamard(weights[f"{ends.embedding}.weight"].shape[1])
     read = None if tokens is None or not method.needs else _read_by_head(decoder, tokens, method.needs, block, progress)
-    progress.start("packing the embeddings", sum(-(-len(weight) // _ROWS) for weight in weights.values()))
+    progress.start("packing the embeddings", sum(-(-len(weight) // ROWS) for weight in weights.values()))
     packed, entries = {}, {}
     for name in ends.names:
         stats = read if ends.head in (None, name) else None
         parts = []
-        for rows in weights[f"{name}.weight"].split(_ROWS):
+        for rows in weights[f"{name}.weight"].split(ROWS):
             try:
                 parts.append((rows, *quantize_weight(rows.to(device).float(), method, stats, block)))
             except FormatError as e:

@@ -16,6 +16,7 @@ import torch
 from ultralowbit.format.ints import Ints
 from ultralowbit.format.planes import Planes
 from ultralowbit.format.weight import Format
+from ultralowbit.pipeline.embed import ROWS
 from ultralowbit.pipeline.source import window_length
 from ultralowbit.pipeline.workload import Workload
 from ultralowbit.recipe import Recipe
@@ -95,9 +96,16 @@ def _blocks(work: Workload, recipe: Recipe) -> Memory:
         "Hessian and its factor": hessians,
         "working memory": forward + max(factorise, packing, gather),  # allocators keep the small pieces of a forward
     }
-    entering = Memory({"embeddings and block as stored": outside + stored}, {"embeddings and block": outside_computed})
+    packed = recipe.embeddings is not None
+    entering = Memory(
+        {"embeddings and block as stored": outside + stored, "what packed embeddings mean": outside_computed * packed},
+        {"embeddings and block": outside_computed},
+    )
     phases = [Memory(as_stored, on_device), Memory({"embeddings and head, and their file": 2 * outside}, {})]
     phases += [entering] if work.tokens else []
+    if packed:
+        rows = {"rows that are packed": 12 * 4 * ROWS * work.hidden + 48 * work.hidden**2}  # as for a Linear
+        phases.append(Memory({"embeddings and head as stored, and packed": 2 * outside}, rows))
     if recipe.blockwise is not None:
         parts = {"block": computed} | _training(work, recipe.blockwise, recipe, len(blocks))
         phases.append(Memory(as_stored, parts))

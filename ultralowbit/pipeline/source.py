@@ -17,6 +17,7 @@ from ultralowbit.format.weight import Format
 from ultralowbit.hub import open_tokenizer
 from ultralowbit.methods.rotation import rotated_format, rotated_weight
 from ultralowbit.nn.decoder import Decoder
+from ultralowbit.nn.embedding import find_ends
 from ultralowbit.nn.linear import linear_shape
 from ultralowbit.progress import Progress
 from ultralowbit.recipe import Recipe
@@ -50,6 +51,8 @@ def packed_linears(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[int, int
 def planned_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format, tuple[int, int]]]:
     """Format and (out, in) of every Linear that the recipe packs, as expected before any data is seen: where the choice
     of weights depends on data, the packed result may need more room."""
+    if recipe.embeddings is not None:
+        find_ends(decoder.model)  # refuses what cannot be packed
     formats = {}
     for name, shape in packed_linears(decoder, recipe).items():
         format, block = recipe.method_for(name).format(shape[1]), recipe.hadamard(shape[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from functools import reduce
@@ -46,9 +46,9 @@ class BlockStream:
 
     def __init__(
         self, job: Job, decoder: Decoder, recipe: Recipe, data: Calibration | None, progress: Progress, ranks: Ranks,
-        instead: Mapping[str, Tensor],
+        instead: Callable[[], Mapping[str, Tensor]],
     ) -> None:  # fmt: skip
-        """instead: what the packed model has in the place of tensors before its blocks, by their state names."""
+        """instead: makes what the packed model has in the place of tensors before its blocks, by their state names."""
         self.job, self.decoder, self.recipe, self.data, self.progress = job, decoder, recipe, data, progress
         self.ranks, self.instead = ranks, instead
         spec = recipe.blockwise
@@ -106,7 +106,8 @@ class BlockStream:
         fresh = self.job.state["blocks"] == 0
         own = own_batches(self.own_lanes, self.lanes) if fresh else []
         packed, original = self.streams[:1], self.streams[1:]
-        runs = [(packed, self.instead), (original, {})] if self.instead and original else [(self.streams, self.instead)]
+        changed = self.instead()
+        runs = [(packed, changed), (original, {})] if changed and original else [(self.streams, changed)]
         for streams, instead in runs:
             into = [self._activations(0, True, stream) for stream in streams] if own else []
 
