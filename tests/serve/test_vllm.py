@@ -77,6 +77,17 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt2, stored transposed": ("gpt2", GPT2, mixed("*c_fc")),
     "phi3, fused in the files": ("phi3", SIZES, {"quantize": {"method": "rtn", "bits": 3, "group": 32}}),
     "gpt-neox, heads in turns": ("gpt_neox", NEOX, mixed("*4h_to_h")),
+    "llama, tied embedding packed": (
+        "llama",
+        SIZES | {"tie_word_embeddings": True},
+        ROTATED | {"embeddings": {"method": "ints", "bits": 4}},
+    ),
+    "qwen3, embedding and head packed": ("qwen3", SIZES, ROTATED | {"embeddings": {"method": "planes", "planes": 5}}),
+    "gemma3, scaled rows packed": (
+        "gemma3_text",
+        SIZES | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+        {"quantize": GPTQ, "embeddings": {"method": "ints"}},
+    ),
     "mistral, a block left out": ("mistral", SIZES, {"quantize": GPTQ, "ignore": ["*layers.1.*"]}),
 }
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 from ultralowbit.format.weight import Format
 from ultralowbit.format.words import TensorSpec
+
+
+def is_in_block(name: str) -> bool:
+    """Whether a name is that of something in a list of blocks, unlike the embedding's and the head's."""
+    return re.search(r"\.\d+\.", name) is not None
 
 
 def by_module(stored: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ultralowbit.checkpoint.check import by_module, weight_mismatches
+from ultralowbit.checkpoint.check import by_module, is_in_block, weight_mismatches
 from ultralowbit.checkpoint.config import packed_formats, read_config_json, text_config
 from ultralowbit.checkpoint.files import read_headers, weight_files
 from ultralowbit.errors import CheckpointError
@@ -159,8 +159,8 @@ class Size:
         """
         modules = by_module(tensors)
         packed_weights = [_layer(name, formats[name], modules.get(name, {})) for name in sorted(formats, key=_natural)]
-        layers = tuple(layer for layer in packed_weights if _is_in_block(layer.name))
-        outside = tuple(layer for layer in packed_weights if not _is_in_block(layer.name))
+        layers = tuple(layer for layer in packed_weights if is_in_block(layer.name))
+        outside = tuple(layer for layer in packed_weights if not is_in_block(layer.name))
         packed = {f"{name}.{tensor}" for name, format in formats.items() for tensor in format.row_axes}
         rest = {name: spec for name, spec in tensors.items() if name not in packed}
         other = dict.fromkeys(KINDS, 0)
@@ -226,16 +226,11 @@ def _layer(name: str, format: Format, own: Mapping[str, TensorSpec]) -> LayerSiz
     return LayerSize(name, (out, format.in_features), format.summary, parts, budget, format.claimed_bits)
 
 
-def _is_in_block(name: str) -> bool:
-    """Whether a name is that of something in a list of blocks."""
-    return re.search(r"\.\d+\.", name) is not None
-
-
 def _kind(name: str, shape: tuple[int, ...], vocabulary: int | None) -> str:
     """Which of KINDS a tensor that is not packed belongs to."""
     if len(shape) < 2 or name.endswith("bias"):
         return "norms and other"
-    if _is_in_block(name):
+    if is_in_block(name):
         return "unquantized linears"
     if vocabulary and max(shape) >= vocabulary and re.search(r"head|out", name):
         return "head"

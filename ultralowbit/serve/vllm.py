@@ -3,12 +3,13 @@
 vLLM builds one Linear for q, k and v, and one for gate and up. Each of these members has its own format and tensors;
 neighbours that agree in both format and input are stacked into one product. Output rows are shared out to the ranks of
 tensor parallelism. Where vLLM shares out input columns instead (o_proj, down_proj), every rank keeps the whole weight
-and multiplies its columns by it: an input transform mixes columns, and words hold many of them.
+and multiplies its columns by it: an input transform mixes columns, and words hold many of them. A packed embedding or
+head is unpacked as it is read: vLLM looks up in and multiplies by one of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -19,8 +20,10 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from ultralowbit.checkpoint.config import QUANT_METHOD, module_formats
+from ultralowbit.checkpoint.check import is_in_block
+from ultralowbit.checkpoint.config import QUANT_METHOD, module_formats, packed_formats
 from ultralowbit.errors import CheckpointError, FormatError
 from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.format.words import TensorSpec
@@ -38,16 +41,18 @@ QKV = {"q": 0, "k": 1, "v": 2}
 class PackedConfig(QuantizationConfig):
     """The `quantization_config` of a packed checkpoint, as vLLM knows it.
 
-    formats: the format of each packed Linear by its name, which vLLM turns into its own.
+    formats: the format of each packed Linear of the blocks by its name, which vLLM turns into its own.
     """
 
     def __init__(self, formats: Mapping[str, Format]) -> None:
         super().__init__()
         self.formats = dict(formats)
+        _read_ends_dense()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PackedConfig:
-        return cls(module_formats(config.get("modules"), config.get("formats")))
+        formats = module_formats(config.get("modules"), config.get("formats"))
+        return cls({name: format for name, format in formats.items() if is_in_block(name)})
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -213,6 +218,40 @@ def _stored_rows(layer: nn.Module, member: int) -> int:
         heads = (layer.total_num_heads, layer.total_num_kv_heads, layer.total_num_kv_heads)[member]
         return heads * (layer.v_head_size if member == QKV["v"] else layer.head_size)
     return layer.output_sizes[member]
+
+
+@cache
+def _read_ends_dense() -> None:
+    """Let vLLM read a packed embedding or head as the weight that the bytes mean: not all of its models say which of
+    their modules these are."""
+    read = DefaultModelLoader.get_all_weights
+
+    def read_dense(self: DefaultModelLoader, model_config: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        formats = packed_formats(model_config.hf_config.to_dict())
+        ends = {name: format for name, format in formats.items() if not is_in_block(name)}
+        yield from _dense(read(self, model_config, model), ends, model_config.dtype)
+
+    DefaultModelLoader.get_all_weights = read_dense
+
+
+def _dense(
+    weights: Iterable[tuple[str, Tensor]], formats: Mapping[str, Format], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Stored tensors by name, those of some packed weights as one dense weight [out, in] each."""
+    stored: dict[str, dict[str, Tensor]] = {name: {} for name in formats}
+    for name, tensor in weights:
+        module, _, part = name.rpartition(".")
+        format = formats.get(module)
+        if format is None or part not in format.row_axes:
+            yield name, tensor
+            continue
+        own = stored[module]
+        own[part] = tensor
+        if len(own) == len(format.row_axes):
+            shape = (own["weight"].shape[-2], format.in_features)
+            yield f"{module}.weight", PackedWeight(format, shape, stored.pop(module)).dequantize(dtype)
+    if stored:
+        raise CheckpointError(f"the packed weight of {next(iter(stored))} is not whole: copy the checkpoint again")
 
 
 @cache
