@@ -105,6 +105,7 @@ def _load() -> ctypes.CDLL | None:
         ("isa", ctypes.c_char_p, "n"),
         ("product", ctypes.c_int, "nppnpnnpnn"),
         ("decode", ctypes.c_int, "nppnnnnpn"),
+        ("round_block", ctypes.c_int, "npppppnnnnnppn"),
     ):
         function = getattr(library, f"ultralowbit_{name}")
         function.restype = result
@@ -311,3 +312,23 @@ def _call(name: str, tensors: dict[str, Tensor], format: Format, *arguments: int
     function = getattr(_library, f"ultralowbit_{name}")
     if function(_isa, plan, pointers, out, *arguments, torch.get_num_threads()):
         raise MemoryError("no memory for the tables of a product: use fewer tokens at a time")
+
+
+def round_block(
+    weight: Tensor, rest: Tensor, R: Tensor, tables: Tensor, which: Tensor, sweeps: int
+) -> tuple[Tensor, Tensor]:
+    """`kernels.columns.round_block`, several rows of the weight at a time; `runs_here` says whether it can."""
+    weight, R, tables, which = (t.contiguous() for t in (weight, R, tables, which))
+    gram, rest = R @ R.T if sweeps else R, rest.clone(memory_format=torch.contiguous_format)
+    values = torch.empty_like(rest)
+    pointers = [t.data_ptr() for t in (weight, R, gram, tables, which)]
+    numbers = (*weight.shape, *tables.shape[:2], sweeps)
+    results = (rest.data_ptr(), values.data_ptr())
+    if _library.ultralowbit_round_block(_isa, *pointers, *numbers, *results, torch.get_num_threads()):
+        raise MemoryError("no memory for rounding a block of columns: use fewer threads")
+    return values, rest
+
+
+def runs_here() -> bool:
+    """Whether compiled kernels are used."""
+    return _isa is not None

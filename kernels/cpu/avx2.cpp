@@ -28,6 +28,13 @@ struct Avx2 {
   static void storef(float* p, F v) { _mm256_storeu_ps(p, v); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F zero() { return _mm256_setzero_ps(); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F if_reached(F x, F bound, F then, F otherwise) {
+    return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(x, bound, _CMP_GE_OQ));
+  }
+  static bool any(F v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, zero(), _CMP_NEQ_UQ)); }
 
   static F halves_n(const uint16_t* p, int64_t n) {
     uint16_t part[N] = {};

@@ -31,6 +31,12 @@ struct Avx512 {
   static void storef(float* p, F v) { _mm512_storeu_ps(p, v); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F if_reached(F x, F bound, F then, F otherwise) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), otherwise, then);
+  }
+  static bool any(F v) { return _mm512_cmp_ps_mask(v, zero(), _CMP_NEQ_UQ); }
   static I addi(I a, I b) { return _mm512_add_epi32(a, b); }
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
 

@@ -17,6 +17,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "columns.h"
 #include "native.h"
 
 namespace ultralowbit {
@@ -567,7 +568,8 @@ struct Kernel {
 template <class V>
 constexpr Isa isa(const char* name) {
   using K = Kernel<V>;
-  return {name, {K::kExactBytes, K::kInt8Bytes}, K::input, K::prepare, K::product, K::decode};
+  return {name, {K::kExactBytes, K::kInt8Bytes}, K::input, K::prepare, K::product, K::decode,
+          V::N, Columns<V>::round};
 }
 
 }  // namespace

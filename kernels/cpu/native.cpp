@@ -220,4 +220,25 @@ int ultralowbit_decode(int64_t isa_index, const Plan* plan, void* const* tensors
 } catch (const std::bad_alloc&) {
   return 1;
 }
+
+// Rounds a block of columns, see kernels/columns.py. 0, or 1 where memory is short.
+int ultralowbit_round_block(int64_t isa_index, const float* weight, const float* R, const float* gram,
+                            const float* tables, const int64_t* group, int64_t columns, int64_t out, int64_t groups,
+                            int64_t levels, int64_t sweeps, float* rest, float* values, int64_t threads) try {
+  const Isa& isa = *isa_at(isa_index);
+  const BlockJob job{weight, R, gram, tables, group, columns, out, groups, levels, sweeps, rest, values};
+  std::atomic<bool> failed{false};
+  auto round = [&](int64_t i) {
+    try {
+      char* memory = workspace(isa.lanes * (4 * columns + groups * (2 * levels - 1)) * sizeof(float));
+      isa.round(job, i * isa.lanes, std::min(isa.lanes, out - i * isa.lanes), reinterpret_cast<float*>(memory));
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
+  };
+  parallel(ceil_div(out, isa.lanes), threads, round);
+  return failed;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
 }

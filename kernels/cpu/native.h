@@ -86,6 +86,15 @@ struct Job {
   int64_t dtype;                   // of x and y: 0 fp32, 1 bf16, 2 fp16
 };
 
+// A block of columns to round: weight, rest and values [columns, out]; R, gram = R R^T [columns, columns]; tables
+// [groups, levels, out], levels rising; group [columns] of each column. Writes values, and rest anew.
+struct BlockJob {
+  const float *weight, *R, *gram, *tables;
+  const int64_t* group;
+  int64_t columns, out, groups, levels, sweeps;
+  float *rest, *values;
+};
+
 struct Isa {
   const char* name;
   int64_t pass_bytes[2];  // of one token: exact, int8
@@ -97,6 +106,9 @@ struct Isa {
   void (*product)(const Job&, int64_t first, int64_t count, float* scratch);
   // rows of the weight itself, without the transform of its inputs -> [count, columns] in dtype
   void (*decode)(const Plan&, void* const* tensors, int64_t out, int64_t row, float* scratch, int64_t dtype, void* to);
+  int64_t lanes;
+  // rows [first, first + count) of a block, count <= lanes; `scratch` holds lanes * (4 columns + groups (2 levels - 1))
+  void (*round)(const BlockJob&, int64_t first, int64_t count, float* scratch);
 };
 
 extern const Isa kPortable, kAvx2, kAvx512, kNeon, kNeonDotprod;

@@ -30,6 +30,10 @@ struct Neon {
   static void storef(float* p, F v) { vst1q_f32(p, v); }
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static F sub(F a, F b) { return vsubq_f32(a, b); }
+  static F div(F a, F b) { return vdivq_f32(a, b); }
+  static F if_reached(F x, F bound, F then, F otherwise) { return vbslq_f32(vcgeq_f32(x, bound), then, otherwise); }
+  static bool any(F v) { return vminvq_u32(vceqq_f32(v, zero())) == 0; }
   static I addi(I a, I b) { return vaddq_s32(a, b); }
   static F to_float(I v) { return vcvtq_f32_s32(v); }
 

@@ -36,6 +36,20 @@ struct Portable {
   static F add(F a, F b) {
     return each<F>([&](int i) { return a.at[i] + b.at[i]; });
   }
+  static F sub(F a, F b) {
+    return each<F>([&](int i) { return a.at[i] - b.at[i]; });
+  }
+  static F div(F a, F b) {
+    return each<F>([&](int i) { return a.at[i] / b.at[i]; });
+  }
+  static F if_reached(F x, F bound, F then, F otherwise) {
+    return each<F>([&](int i) { return x.at[i] >= bound.at[i] ? then.at[i] : otherwise.at[i]; });
+  }
+  static bool any(F v) {
+    for (float each : v.at)
+      if (each != 0) return true;
+    return false;
+  }
   static F fma(F a, F b, F c) {
     return each<F>([&](int i) { return a.at[i] * b.at[i] + c.at[i]; });
   }

@@ -69,19 +69,19 @@ def test_it_is_algorithm_1_with_clipped_ranges(layer, gptq_reference, differing_
 
 @pytest.mark.parametrize("columns", [1, 2, 15, 16, 17, 33, 47, 65, 129, 300])
 @pytest.mark.parametrize("group", [32, None], ids=["g32", "row"])
-def test_halving_the_columns_reaches_every_column(layer, gptq_reference, differing_rows, columns, group):
+def test_blocks_of_columns_reach_every_column(layer, gptq_reference, differing_rows, columns, group):
     problem = layer(24, columns, seed=columns)
     expected = gptq_reference(problem, grid(3, False), group, 0.01)
     quantized = GPTQ(bits=3, group=group).quantize(problem.weight, problem.stats).dequantize()
     assert differing_rows(quantized, expected) <= 1
 
 
-@pytest.mark.parametrize("leaf", [1, 5, 16, 1000])
-def test_the_size_of_the_smallest_part_changes_nothing(layer, monkeypatch, differing_rows, leaf):
+@pytest.mark.parametrize("block", [1, 5, 16, 1000])
+def test_the_size_of_a_block_changes_nothing(layer, monkeypatch, differing_rows, block):
     problem = layer(24, 150)
-    method = GPTQ(bits=2, group=32)
+    method = GPTQ(bits=2, group=32, act_order=True)
     expected = method.quantize(problem.weight, problem.stats).dequantize()
-    monkeypatch.setattr(base, "_LEAF", leaf)
+    monkeypatch.setattr(base, "BLOCK", block)
     assert differing_rows(method.quantize(problem.weight, problem.stats).dequantize(), expected) <= 1
 
 

@@ -240,7 +240,7 @@ def test_nothing_waits_for_the_garbage_collector(method, layer):
     gc.disable()
     try:
         method.quantize(problem.weight, stats)
-        factors = [weakref.ref(factor.U) for factor in stats._factors.values()]
+        factors = [weakref.ref(factor.R) for factor in stats._factors.values()]
         del stats
         assert not any(factor() is not None for factor in factors)
     finally:

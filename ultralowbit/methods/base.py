@@ -53,6 +53,11 @@ class Rounding(Protocol):
         they stand for), both in its shape. `first` is the place of the first column in the original weight."""
         ...
 
+    def table(self, g: int) -> Tensor | None:
+        """The levels of group g, rising, [levels, out]: a code stands for one of them. None where they are more than a
+        few, or not the same for all columns."""
+        ...
+
     def pack(self, codes: Tensor) -> PackedWeight:
         """codes [out, in] uint8 and the parameters of all groups -> the packed weight."""
         ...

@@ -1,15 +1,30 @@
-"""The GPTQ column loop, with any rounding."""
+"""GPTQ, block of columns by block, with any rounding; and a search within the blocks.
+
+With H + damp I = R R^T, R upper triangular, and D = W - Q, the error tr(D H D^T) is the sum of squares of e = D R, whose
+entries of a block B of columns depend on no later column:
+
+    e_B = D_before R[before, B] + D_B R_BB.
+
+Frantar et al. 2023, arXiv 2210.17323, algorithm 1 rounds column by column, and each error is made up for by the later
+ones: q_j is what comes nearest to w_j + e_j / R_jj, e_j being that of the columns before. (These are the same numbers as
+with U = R^-1, without the inverse.) `sweeps` over a block then change single columns as long as |e_B|^2 falls, while every
+later block can still make up for what is left (ours): they win as much as two passes over all columns afterwards, and
+need no product with H.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ultralowbit.format.weight import PackedWeight
+from ultralowbit.kernels.columns import round_block, round_block_ref
 from ultralowbit.methods.base import Rounding
-from ultralowbit.methods.statistics import Factor
+from ultralowbit.methods.statistics import Factor, invert_upper
+
+BLOCK = 256
+"""Columns of a block, where groups are fitted beforehand or all columns are one. In larger ones sweeps take longer than
+they bring, in smaller ones they bring less."""
 
 
 def round_to_nearest(weight: Tensor, rounding: Rounding) -> PackedWeight:
@@ -24,63 +39,73 @@ def round_to_nearest(weight: Tensor, rounding: Rounding) -> PackedWeight:
     return rounding.pack(codes.T.contiguous())
 
 
-_LEAF = 16
-
-
 def compensate(weight: Tensor, rounding: Rounding, factor: Factor) -> PackedWeight:
     """The weight [out, in] with codes that make up for each other's errors, packed."""
-    return rounding.pack(compensated_codes(weight, rounding, factor))
+    return rounding.pack(stored(compensated(weight, rounding, factor), factor))
 
 
-def compensated_codes(weight: Tensor, rounding: Rounding, factor: Factor) -> Tensor:
-    """Codes [out, in] uint8 by GPTQ (Frantar et al. 2023, arXiv 2210.17323, algorithm 1) with any rounding.
-
-    Columns are rounded one by one, and each error is made up for by the columns after it: W[:, j:] -= e_j U[j, j:] with
-    e_j = (w_j - q_j) / U_jj. Groups are fitted when their first column is reached, to the weights as compensated by
-    then; in another order of columns (act-order) they are fitted to the original weights beforehand, so that they stay
-    contiguous in storage. The updates are applied by halves, so that nearly all of them are large matrix products; the
-    paper's block size has no counterpart, the result does not depend on it.
-    """
-    U, order = factor.U, factor.order
-    # [in, out]; done rows hold their error. A copy always: one row, one column or a transposed view is contiguous as is
-    columns = weight.T.clone(memory_format=torch.contiguous_format) if order is None else weight.T[order]
-    total = len(columns)
-    codes = torch.empty_like(columns, dtype=torch.uint8)
-    group = rounding.group or total
-    importance = U.diagonal().reciprocal().square_()  # [in], in rounding order
-    pivots = U.diagonal().tolist()
-    if order is not None:
-        original = torch.empty_like(importance).scatter_(0, order, importance)
-        for g, start in enumerate(range(0, total, group)):
-            rounding.fit(g, weight[:, start : start + group].T, original[start : start + group])
-    places = list(range(total)) if order is None else order.tolist()  # in the original weight
-
-    for low, middle, high in _steps(0, total, group):
-        if middle < high:
-            columns[middle:high].addmm_(U[low:middle, middle:high].T, columns[low:middle], alpha=-1)
-            continue
-        for j in range(low, high):
-            if order is None and j % group == 0:
-                rounding.fit(j // group, columns[j : j + group], importance[j : j + group])
-            column = columns[j]
-            codes[j], value = rounding.round(places[j] // group, column, places[j])
-            column.sub_(value).div_(pivots[j])
-            columns[j + 1 : high].addr_(U[j, j + 1 : high], column, alpha=-1)
-    if order is not None:
-        codes = torch.empty_like(codes).index_copy_(0, order, codes)
+def stored(codes: Tensor, factor: Factor) -> Tensor:
+    """Codes [in, out] in the order of rounding -> [out, in] as they are stored."""
+    if factor.order is not None:
+        codes = torch.empty_like(codes).index_copy_(0, factor.order, codes)
     return codes.T.contiguous()
 
 
-def _steps(low: int, high: int, group: int) -> Iterator[tuple[int, int, int]]:
-    """What to do with the columns low:high, in order: (low, high, high) rounds them one by one, (low, middle, high)
-    lets middle:high make up for low:middle."""
-    # no closure in `compensate`: one that calls itself would keep columns and U until the next garbage collection
-    if high - low <= _LEAF:
-        yield low, high, high
-        return
-    # a cut inside a group would fit it before all earlier columns have reached it
-    unit = group if high - low > group else _LEAF
-    middle = low + max(1, (high - low) // (2 * unit)) * unit
-    yield from _steps(low, middle, group)
-    yield low, middle, high
-    yield from _steps(middle, high, group)
+def compensated(
+    weight: Tensor, rounding: Rounding, factor: Factor, sweeps: int = 0, rest: Tensor | None = None
+) -> Tensor:
+    """Codes [in, out] uint8 of a weight [out, in], columns in the order of rounding; rest [in, out] takes e.
+
+    Groups are fitted when their first column is reached, to the weights as compensated by then; in another order of
+    columns (act-order) they are fitted to the original weights beforehand, so that they stay contiguous in storage.
+    """
+    R, order = factor.R, factor.order
+    total = len(R)
+    # [in, out]; where blocks are done, D. A copy always: a transposed view may be contiguous as it is
+    D = weight.T.clone(memory_format=torch.contiguous_format)
+    D = D if order is None else D[order]
+    codes = torch.empty_like(D, dtype=torch.uint8)
+    group = min(rounding.group or total, total)
+    places = torch.arange(total, device=D.device) if order is None else order  # in the original weight
+    importance = R.diagonal().square()  # [in]
+    if order is not None:
+        importance = torch.empty_like(importance).index_copy_(0, order, importance)
+        for g, start in enumerate(range(0, total, group)):
+            rounding.fit(g, weight[:, start : start + group].T, importance[start : start + group])
+    width = group if order is None and group < total else BLOCK  # a group is fitted once all blocks before it are done
+    for low in range(0, total, width):
+        block = slice(low, min(low + width, total))
+        own, left = R[block, block], R[:low, block].T @ D[:low]
+        if order is None and low % group == 0:
+            # the values of these columns that leave e_B = 0
+            target = D if low == 0 else D[block] + invert_upper(own.double()).float().T @ left
+            rounding.fit(low // group, target[:group], importance[low : low + group])
+        codes[block], values, left = rounded(rounding, D[block], left, own, places[block], group, sweeps)
+        D[block] -= values
+        if rest is not None:
+            rest[block] = left
+    return codes
+
+
+def rounded(
+    rounding: Rounding, weight: Tensor, rest: Tensor, R: Tensor, places: Tensor, group: int, sweeps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, values and e' [columns, out] of a block, see `kernels.columns`; places [columns] of its columns in the
+    original weight, group: columns of a group there."""
+    groups = places // group
+    used, which = groups.unique(return_inverse=True)
+    tables = [rounding.table(g) for g in used.tolist()]
+    codes = torch.empty_like(weight, dtype=torch.uint8)
+    if tables[0] is None:
+        at = places.tolist()
+
+        def nearest(j: int, column: Tensor) -> Tensor:
+            codes[j], values = rounding.round(at[j] // group, column, at[j])
+            return values
+
+        return codes, *round_block_ref(weight, rest, R, nearest, sweeps)
+    values, rest = round_block(weight, rest, R, torch.stack(tables), which, sweeps)
+    for k, g in enumerate(used.tolist()):
+        here = slice(None) if len(tables) == 1 else which == k
+        codes[here] = rounding.round(g, values[here])[0].to(torch.uint8)
+    return codes, values, rest

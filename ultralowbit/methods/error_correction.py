@@ -14,6 +14,7 @@ already. With r the stream that they are added to, S = sum (r_o - r) x^T joins W
 
 from __future__ import annotations
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -32,8 +33,9 @@ class ErrorCorrection:
     def target(self, weight: Tensor, stats: InputStats) -> Tensor:
         """W' [out, in] for a weight [out, in], from statistics with `Need.ORIGINAL`. Raises `SingularHessian` where
         they cannot be used."""
-        U = stats.factor(self.damp).U
+        R = stats.factor(self.damp).R
         moved = weight @ stats.cross  # [out, in]
         if stats.residual is not None:
             moved += stats.residual
-        return weight + moved @ U.T @ U
+        half = torch.linalg.solve_triangular(R.T, moved, upper=False, left=False)
+        return weight + torch.linalg.solve_triangular(R, half, upper=True, left=False)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ultralowbit.format.ints import Ints
 from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.methods.base import fields
-from ultralowbit.methods.compensate import compensated_codes, round_to_nearest
+from ultralowbit.methods.compensate import round_to_nearest
 from ultralowbit.methods.refine import refine
 from ultralowbit.methods.rounding.ints import IntRounding
 from ultralowbit.methods.statistics import InputStats, Need
@@ -50,7 +50,4 @@ class GPTQ:
         if stats is None:
             return round_to_nearest(weight, rounding)
         factor = stats.factor(self.damp, self.act_order)
-        codes = compensated_codes(weight, rounding, factor)
-        if self.refine:
-            codes = refine(weight, rounding, codes, stats.hessian, factor.damp, self.refine)
-        return rounding.pack(codes)
+        return rounding.pack(refine(weight, rounding, factor, self.refine))

@@ -85,7 +85,7 @@ class PBLLM:
         """Which weights [out, in] keep 8 bits."""
         score = weight.abs()
         if factor is not None and self.salience == "hessian":
-            score /= factor.U.diagonal()  # the root of w^2 / U_jj^2 orders the weights alike
+            score *= factor.R.diagonal()  # 1 / U_jj; the root of w^2 / U_jj^2 orders the weights alike
         return self._above_threshold(score) if self.selection == "threshold" else self._largest(score)
 
     def _largest(self, score: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Flag, auto
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,15 +36,21 @@ class Need(Flag):
 
 @dataclass(frozen=True)
 class Factor:
-    """U [in, in] fp32 upper triangular with (H + damp mean(diag H) I)^-1 = U^T U, columns in `order`.
+    """R [in, in] fp32 upper triangular with H + damp mean(diag H) I = R R^T, columns in `order`.
 
-    (w - q)^2 / U_jj^2 is the loss of rounding column j once the columns before it are fixed; row j of U says how the
-    later columns make up for it. `order` [in] int64 lists the columns in the order of rounding, None for left to right.
+    (w - q)^2 R_jj^2 is the loss of rounding column j once the columns before it are fixed. `order` [in] int64 lists the
+    columns in the order of rounding, None for left to right.
     """
 
-    U: Tensor
+    R: Tensor
     order: Tensor | None
     damp: float
+
+    @cached_property
+    def U(self) -> Tensor:
+        """R^-1 [in, in] fp32, so that (H + damp mean(diag H) I)^-1 = U^T U: row j says how the later columns make up for
+        an error of column j."""
+        return invert_upper(self.R.double()).float()
 
 
 @dataclass
@@ -208,9 +215,8 @@ class InputStats:
         self._spectrum = None
 
     def _factorise(self, damp: float, act_order: bool, last: Tensor | None) -> Factor:
-        # fp64: at 1-2 bits the small eigenvalues decide where the error goes
-        H = self.hessian.double()
-        diag = H.diagonal()
+        H = self.hessian
+        diag = H.diagonal().double()
         if not diag.isfinite().all():
             raise SingularHessian("its activations are not finite (NaN or Inf)")
         dead = diag == 0
@@ -219,17 +225,17 @@ class InputStats:
             diag[dead] = diag.mean() if not dead.all() else 1.0
         order = diag.argsort(descending=True, stable=True) if act_order else None
         if last is not None:
-            order = torch.arange(self.features, device=H.device) if order is None else order
+            order = torch.arange(self.features, device=diag.device) if order is None else order
             order = order[last[order].to(torch.uint8).argsort(stable=True)]
-        if order is not None:
-            H = H[order][:, order]
-        del diag  # a view: it would keep the unflipped H
-        H = H.flip(0, 1)
+        backwards = None if order is None else order.flip(0)
+        # fp64: at 1-2 bits the small eigenvalues decide where the error goes
+        H = (H.flip(0, 1) if order is None else H[backwards][:, backwards]).double()
+        H.diagonal().copy_(diag.flip(0) if order is None else diag[backwards])
         step = damp * H.diagonal().mean()
         total = damp
         H.diagonal().add_(step)
         while True:
-            # with J the reversal, J H J = L L^T gives H = R R^T for the upper R = J L J, hence U = R^-1
+            # with J the reversal, J H J = L L^T gives H = R R^T for the upper R = J L J
             L, info = torch.linalg.cholesky_ex(H)
             if info.item() == 0:
                 break
@@ -239,9 +245,7 @@ class InputStats:
             H.diagonal().add_(9 * step)
             step, total = 10 * step, 10 * total
         del H
-        R = L.flip(0, 1)
-        del L
-        return Factor(invert_upper(R).float(), order, total)
+        return Factor(L.float().flip(0, 1), order, total)
 
 
 def invert_upper(R: Tensor, leaf: int = 256) -> Tensor:

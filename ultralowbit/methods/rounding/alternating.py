@@ -40,9 +40,6 @@ class Levels(NamedTuple):
         index = rank.long().reshape(-1, weight.shape[-1])  # [columns, out]
         return self.codes.gather(0, index).view_as(rank), self.levels.gather(0, index).view_as(weight)
 
-    def values(self, weight: Tensor) -> Tensor:
-        return self.nearest(weight)[1]
-
 
 class Greedy(NamedTuple):
     """The levels +-a_1 or +-a_1 +-a_2, a_1 >= a_2 >= 0, whose nearest has the sign of w and of what +-a_1 leaves."""
@@ -57,9 +54,10 @@ class Greedy(NamedTuple):
         second = torch.copysign(self.scale[1], weight - value)
         return torch.add(codes, (second >= 0).view(torch.uint8), alpha=2), value.add_(second)
 
-    def values(self, weight: Tensor) -> Tensor:
-        value = torch.copysign(self.scale[0], weight)
-        return value if len(self.scale) == 1 else torch.copysign(self.scale[1], weight - value).add_(value)
+    @property
+    def levels(self) -> Tensor:
+        a = self.scale
+        return torch.stack([-a[0], a[0]] if len(a) == 1 else [-a[0] - a[1], a[1] - a[0], a[0] - a[1], a[0] + a[1]])
 
 
 class OddMultiples(NamedTuple):
@@ -71,6 +69,11 @@ class OddMultiples(NamedTuple):
     def nearest(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         codes = (weight / (2 * self.scale).clamp_min(MIN_SCALE)).floor_().add_((self.top + 1) // 2).clamp_(0, self.top)
         return codes, (2 * codes).sub_(self.top).mul_(self.scale)
+
+    @property
+    def levels(self) -> Tensor:
+        codes = torch.arange(self.top + 1, dtype=torch.float32, device=self.scale.device)
+        return (2 * codes - self.top)[:, None] * self.scale
 
 
 class AlternatingRounding:
@@ -97,6 +100,14 @@ class AlternatingRounding:
 
     def round(self, g: int, weight: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         return self._tables[g].nearest(weight)
+
+    def table(self, g: int) -> Tensor:
+        return self._tables[g].levels
+
+    def rescale(self, scale: Tensor) -> None:
+        """Take other scales [groups, K, out] in the place of all."""
+        self.scale = scale
+        self._tables = {g: self._table(of_group) for g, of_group in enumerate(scale)}
 
     def _start(self, weight: Tensor, h: Tensor) -> Tensor:
         """Scales [K, out] to alternate from."""

@@ -13,6 +13,10 @@ from ultralowbit.format.words import group_count, to_scale
 from ultralowbit.methods.base import MIN_SCALE
 
 
+MOST_LEVELS = 16
+"""Levels of a table; a grid of more is computed."""
+
+
 class Grid(NamedTuple):
     """The levels (c - zero) s for the codes c = 0 to top."""
 
@@ -24,9 +28,6 @@ class Grid(NamedTuple):
         """weight [..., out] -> (codes, values) of the nearest level."""
         codes = (weight / self.scale).round_().add_(self.zero).clamp_(0, self.top)
         return codes, (codes - self.zero).mul_(self.scale)
-
-    def values(self, weight: Tensor) -> Tensor:
-        return self.nearest(weight)[1]
 
 
 class IntRounding:
@@ -76,8 +77,16 @@ class IntRounding:
     def multiples(self, g: int, codes: Tensor, rows: slice) -> list[Tensor]:
         return [codes - self.zero[g, rows]]
 
-    def levels(self, g: int, scale: Tensor, rows: slice) -> Grid:
-        return Grid(scale[0], self.zero[g, rows], self.top)
+    def table(self, g: int) -> Tensor | None:
+        if self.top >= MOST_LEVELS:
+            return None
+        codes = torch.arange(self.top + 1, dtype=torch.float32, device=self.scale.device)
+        levels = (codes[:, None] - self.zero[g]) * self.scale[g]
+        return torch.where(self.scale[g] < 0, levels.flip(0), levels)
+
+    def rescale(self, scale: Tensor) -> None:
+        """Take other scales [groups, 1, out] in the place of all."""
+        self.scale = scale[:, 0]
 
     def ordered(self, scale: Tensor) -> Tensor:
         """Scales of any shape that weights can be divided by."""

@@ -41,3 +41,6 @@ class PartlyBinary:
         # lerp at 0 and 1 chooses, exactly, and in a fraction of the time of `where`
         value = torch.lerp(values, torch.copysign(self.scale[g], centred).add_(mean), low)
         return torch.lerp(codes, (centred >= 0).float(), low), value
+
+    def table(self, g: int) -> None:
+        """Columns of a group have different levels."""
