@@ -25,7 +25,7 @@ ALLOWED = {
     "hub": "checkpoint errors",
     "nn": "kernels checkpoint format errors",
     "data": "nn errors progress",
-    "methods": "format errors",
+    "methods": "kernels format errors",
     "training": "methods nn data checkpoint format errors progress system",
     "recipe": "training methods errors",
     "pipeline": "recipe training methods data nn checkpoint format hub system errors progress units",

@@ -26,8 +26,9 @@ from ultralowbit.methods.base import Rounding
 from ultralowbit.methods.compensate import BLOCK, compensated, rounded, stored
 from ultralowbit.methods.statistics import Factor, invert_upper
 
-SWEEPS = 4
-"""Over the columns of a block. Eight take 0.7 % more off the error of two planes."""
+SWEEPS = 8
+"""Over the columns of a block, at most: they stop where nothing changes any more. Four leave 0.7 % more of the error of
+two planes, twelve 0.1 % less."""
 _ROWS = 256
 """Rows of the weight whose scales are fitted at a time: what they need stays in a core's cache."""
 _PRODUCTS = 1 << 24

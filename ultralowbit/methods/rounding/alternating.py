@@ -12,7 +12,7 @@ from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.format.words import group_count, to_scale
 from ultralowbit.methods.base import MIN_SCALE
 
-_FIT = 1 << 21  # weights fitted at a time
+_FIT = 1 << 19  # weights fitted at a time: more do not fit a cache
 
 
 class Levels(NamedTuple):

@@ -50,22 +50,18 @@ class SignRounding(AlternatingRounding):
         """The alternation in terms of u = |w| and r, the product of the two signs: 1 where u >= a_1, else -1."""
         u, total = weight.abs(), h.sum()
         energy, first = h @ u.square(), h @ u  # [out]
-        tried = to_scale(self.ordered(self._start(weight, h)))  # [2, out]
-        scale, best = tried.clone(), torch.full_like(first, torch.inf)
-        rows = torch.arange(len(first), device=u.device)  # that got better: the others would only do so again
+        scale = tried = to_scale(self.ordered(self._start(weight, h)))  # [2, out]
+        best, outer = torch.full_like(first, torch.inf), torch.empty_like(u)
         for _ in range(self.iterations + 1):
-            outer = (u >= tried[0]).to(u.dtype)  # [columns, rows]
+            torch.ge(u, tried[0], out=outer)  # [columns, out], 1 or 0: ten times faster than converting a mask
             both = 2 * (h @ outer) - total  # sum h r
             second = 2 * (h @ outer.mul_(u)) - first  # sum h r u
             a, b = tried
             error = energy - 2 * (a * first + b * second) + (a * a + b * b) * total + 2 * a * b * both
             better = error < best - 1e-6 * energy  # what fp32 sums can tell
-            if not better.all():
-                rows, u, tried, error = rows[better], u[:, better], tried[:, better], error[better]
-                energy, first, both, second = energy[better], first[better], both[better], second[better]
-            if not len(rows):
+            if not better.any():
                 break
-            scale[:, rows], best = tried, error
+            scale, best = torch.where(better, tried, scale), torch.where(better, error, best)
             # signs that are always equal, or always opposite, make the system singular: the ridge splits the scale
             diagonal = total * (1 + 1e-6)
             determinant = diagonal * diagonal - both * both
