@@ -2,14 +2,15 @@
 
     round_block(w, e, R, tables, which, sweeps) -> q, e'
 
-rounds w [columns, out] to levels q such that |e'|^2, e' = e + R^T (w - q), is small. e [columns, out] is what the columns
-before leave in these, R [columns, columns] is upper triangular. Each row of the weight, a column here, is on its own:
+rounds w [columns, out] to levels q such that |e'|^2, e' = e + R^T (w - q), is small. e [columns, out] is what the
+columns before leave in these, R [columns, columns] is upper triangular. Each row of the weight, a column here, is on
+its own:
 
 1. column by column, q_j is the level nearest to w_j + e_j / R_jj, and e_k += R_jk (w_j - q_j) for k >= j;
 2. `sweeps` over all columns, backwards and forwards in turn: q_j becomes the level nearest to q_j + g_j / G_jj, which
    lowers the error most, with G = R R^T and g = R e' as it is by then.
 
-`round_block_ref` is what it means, with any nearest level; on a CPU the compiled kernels do the same.
+`round_block_ref` is what it means, with any nearest level; the compiled kernels of a CPU and Triton's do the same.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ultralowbit.kernels import cpu
+from ultralowbit.kernels.packed_matmul import triton_products
 
 Nearest = Callable[[int, Tensor], Tensor]
 """(j, wanted values [out] of column j) -> the nearest levels [out]."""
@@ -67,4 +69,8 @@ def round_block(
     """
     if weight.device.type == "cpu" and cpu.runs_here():
         return cpu.round_block(weight, rest, R, tables, which, sweeps)
+    if weight.device.type == "cuda" and triton_products():
+        from ultralowbit.kernels.gpu import columns as gpu
+
+        return gpu.round_block(weight, rest, R, tables, which, sweeps)
     return round_block_ref(weight, rest, R, nearest_of(tables, which), sweeps)

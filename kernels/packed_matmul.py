@@ -27,7 +27,7 @@ Chooser = Callable[[Format, torch.device, torch.dtype, int], Kernel | None]
 
 
 @cache
-def _triton() -> Chooser | None:
+def triton_products() -> Chooser | None:
     """Its kernels' chooser, where Triton is installed and can run."""
     try:
         from ultralowbit.kernels.gpu.dispatch import choose
@@ -50,7 +50,7 @@ def _triton() -> Chooser | None:
 
 
 def _on_cuda(format: Format, device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel | None:
-    choose = _triton()
+    choose = triton_products()
     return choose and choose(format, device, dtype, tokens)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -17,34 +19,13 @@ def isa(request, monkeypatch) -> str:
     return request.param
 
 
-def block(columns: int, out: int, levels: int, groups: int = 1, exact: bool = False, seed: int = 0):
-    """Weight, rest, R, tables and which; `exact`: all sums and quotients are, in fp32 and in any order."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def whole(low: int, high: int, *size: int) -> torch.Tensor:
-        return torch.randint(low, high + 1, size, generator=generator).float()
-
-    which = torch.arange(columns) * groups // columns
-    if exact:
-        # small whole numbers; the diagonal is 1, and no row of R has a second entry but in the next column: what is
-        # divided by, in the loop and in the sweeps, is 1 or 2
-        R = torch.eye(columns) + torch.diag(whole(-1, 1, columns - 1), 1)
-        tables = whole(-8, 8, groups, levels, out).sort(dim=1).values
-        return whole(-20, 20, columns, out), whole(-20, 20, columns, out), R, tables, which
-    R = torch.randn(columns, columns, generator=generator).triu() / columns**0.5
-    R.diagonal().copy_(torch.rand(columns, generator=generator) + 0.5)
-    tables = torch.randn(groups, levels, out, generator=generator).sort(dim=1).values
-    weight, rest = torch.randn(2, columns, out, generator=generator)
-    return weight, rest, R, tables, which
-
-
 SHAPES = [(1, 1, 2, 1), (7, 3, 4, 1), (8, 16, 2, 2), (9, 17, 16, 3), (64, 33, 4, 2), (256, 40, 4, 1), (130, 5, 8, 5)]
 
 
 @pytest.mark.parametrize("sweeps", [0, 1, 2, 5])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_it_is_the_plain_loop(isa, shape, sweeps):
-    weight, rest, R, tables, which = block(*shape, exact=True)
+def test_it_is_the_plain_loop(column_block, isa, shape, sweeps):
+    weight, rest, R, tables, which = column_block(*shape, exact=True)
     expected = round_block_ref(weight, rest, R, nearest_of(tables, which), sweeps)
     given = rest.clone()
     values, left = round_block(weight, rest, R, tables, which, sweeps)
@@ -56,9 +37,9 @@ def test_it_is_the_plain_loop(isa, shape, sweeps):
 
 @pytest.mark.parametrize("sweeps", [0, 4])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_any_numbers(isa, shape, sweeps):
+def test_any_numbers(column_block, isa, shape, sweeps):
     """A tie that sums in another order break differently changes a row; a mistake changes most of them."""
-    weight, rest, R, tables, which = block(*shape, seed=1)
+    weight, rest, R, tables, which = column_block(*shape, seed=1)
     values, left = round_block(weight, rest, R, tables, which, sweeps)
     expected, _ = round_block_ref(weight, rest, R, nearest_of(tables, which), sweeps)
     assert (values != expected).any(0).sum() <= 1 + shape[1] // 20
@@ -68,17 +49,17 @@ def test_any_numbers(isa, shape, sweeps):
     assert torch.equal(nearest, torch.zeros_like(nearest))
 
 
-def test_sweeps_lower_the_error_of_every_row(isa):
-    weight, rest, R, tables, which = block(64, 50, 4, seed=2)
+def test_sweeps_lower_the_error_of_every_row(column_block, isa):
+    weight, rest, R, tables, which = column_block(64, 50, 4, seed=2)
     errors = [round_block(weight, rest, R, tables, which, s)[1].square().sum(0) for s in (0, 1, 2, 4, 50)]
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in pairwise(errors):
         assert (after <= before * (1 + 1e-5)).all()
     assert errors[-1].sum() < 0.95 * errors[0].sum()
 
 
-def test_rows_do_not_depend_on_their_neighbours(isa, monkeypatch):
+def test_rows_do_not_depend_on_their_neighbours(column_block, isa, monkeypatch):
     """However rows are cut into tiles and shared out to threads: ranks and threads write the same bytes."""
-    weight, rest, R, tables, which = block(100, 77, 4, 2, seed=3)
+    weight, rest, R, tables, which = column_block(100, 77, 4, 2, seed=3)
     whole = round_block(weight, rest, R, tables, which, 3)
     for start, stop in ((0, 1), (1, 20), (19, 77)):
         part = round_block(weight[:, start:stop], rest[:, start:stop], R, tables[..., start:stop], which, 3)
@@ -87,9 +68,8 @@ def test_rows_do_not_depend_on_their_neighbours(isa, monkeypatch):
     assert all(map(torch.equal, whole, round_block(weight, rest, R, tables, which, 3)))
 
 
-def test_without_compiled_kernels_the_plain_loop_runs(monkeypatch):
+def test_without_compiled_kernels_the_plain_loop_runs(column_block, monkeypatch):
     monkeypatch.setattr(cpu, "_isa", None)
-    arguments = block(20, 9, 4, exact=True)
-    weight, rest, R, tables, which = arguments
-    for a, b in zip(round_block(*arguments, 2), round_block_ref(weight, rest, R, nearest_of(tables, which), 2), strict=True):
-        assert torch.equal(a, b)
+    weight, rest, R, tables, which = column_block(20, 9, 4, exact=True)
+    expected = round_block_ref(weight, rest, R, nearest_of(tables, which), 2)
+    assert all(map(torch.equal, round_block(weight, rest, R, tables, which, 2), expected))

@@ -106,11 +106,11 @@ def test_old_gpus_have_the_reference(monkeypatch):
 
 def test_without_triton_there_is_the_reference(monkeypatch):
     monkeypatch.setitem(sys.modules, "ultralowbit.kernels.gpu.dispatch", None)
-    op._triton.cache_clear()
+    op.triton_products.cache_clear()
     try:
         assert kernel_for(PLANES, "cuda") is packed_matmul_ref
     finally:
-        op._triton.cache_clear()
+        op.triton_products.cache_clear()
 
 
 def test_a_triton_that_cannot_run_is_said_and_left(monkeypatch):
@@ -124,12 +124,12 @@ def test_a_triton_that_cannot_run_is_said_and_left(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(type(driver), "active", property(lambda self: Broken()))
-    op._triton.cache_clear()
+    op.triton_products.cache_clear()
     try:
         with pytest.warns(UserWarning, match=r"cannot run here \(RuntimeError: Failed to find C compiler\.\), so"):
             assert kernel_for(PLANES, "cuda") is packed_matmul_ref
     finally:
-        op._triton.cache_clear()
+        op.triton_products.cache_clear()
 
 
 def test_tuning_is_by_name_with_the_rest_from_the_default():

@@ -24,6 +24,7 @@ from ultralowbit.format.planes import Planes, TiedPlanes
 from ultralowbit.format.salient import SalientSplit
 from ultralowbit.format.transform import InputTransform
 from ultralowbit.format.weight import Format
+from ultralowbit.kernels.gpu.columns import compensation, search
 from ultralowbit.kernels.gpu.dequantize import dequantize
 from ultralowbit.kernels.gpu.dispatch import lies_on_planes, product, read_tuning
 from ultralowbit.kernels.gpu.fields import multiply
@@ -230,3 +231,15 @@ def test_other_kernels_keep_to_registers(code, format, capability):
             assert any(re.match(r"STG\S*\.128", operation) for operation, _ in each.instructions), (
                 f"{name} stores narrow"
             )
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_a_block_of_columns_is_rounded_in_registers(capability, tmp_path):
+    """What the loops over columns change is never spilled; 20 warps fit a multiprocessor."""
+    empty = {"dtype": torch.float32, "device": "meta"}
+    R, block = torch.empty(256, 256, **empty), torch.empty(256, 4096, **empty)
+    tables, which = torch.empty(1, 4, 4096, **empty), torch.empty(256, dtype=torch.int32, device="meta")
+    for launch in (compensation(block, R, tables, which, block, block), search(R, tables, which, block, block, 8)):
+        code = compiled(launch, capability, tmp_path)
+        assert code.stack == 0 and code.registers <= 65536 // (20 * 32) and code.shared <= SHARED[capability] // 5
+        assert launch.grid == (512,)

@@ -9,8 +9,8 @@ import torch
 
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.format.words import unpack_fields
-from ultralowbit.methods.gptq import GPTQ
 from ultralowbit.methods import refine as refinement
+from ultralowbit.methods.gptq import GPTQ
 from ultralowbit.methods.refine import refine
 from ultralowbit.methods.rounding.signs import SignRounding
 from ultralowbit.methods.sign import Sign

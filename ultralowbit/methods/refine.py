@@ -1,17 +1,18 @@
 """Refinement of sign planes and integer codes against the whole error of a layer (our own composition).
 
 GPTQ fixes column after column and never looks back. `refine: 1` searches within the blocks of columns while later ones
-can still make up for what is left (`compensate`). Each further round then takes, from where that ends, with e = (W - Q) R,
-H = R R^T and E = |e|^2, two steps of Alternating Multi-bit Quantization (Xu et al., ICLR 2018, arXiv 1802.00150), with
-the layer's H in place of the identity:
+can still make up for what is left (`compensate`). Each further round starts from where that ends, with e = (W - Q) R,
+H = R R^T and E = |e|^2, and takes two steps of Alternating Multi-bit Quantization (Xu et al., ICLR 2018, arXiv
+1802.00150), with the layer's H in place of the identity:
 
-    scales   all K G scales a of a row at once: least squares of e + sum_s (a_s - a'_s) v_s R over a', v_s [in] being what
+    scales   all K G scales a of a row at once: least squares of e + sum_s (a_s - a'_s) v_s R over a'; v_s [in] is what
              scale s multiplies in its columns, a plane or the integers code - zero, and 0 elsewhere;
-    codes    block B after block, for all rows: with g = e R^T and H_BB = S S^T, S upper triangular, other values q' of its
-             columns change E by |e_B + (q - q')_B S|^2 - |e_B|^2, e_B = g_B S^-T. That is rounded and searched as the
-             blocks of `compensate` are.
+    codes    block B after block, for all rows: with g = e R^T and H_BB = S S^T, S upper triangular, other values q' of
+             its columns change E by |e_B + (q - q')_B S|^2 - |e_B|^2, e_B = g_B S^-T. That is rounded and searched as
+             the blocks of `compensate` are.
 
-Neither can raise E, but for the rounding of scales to fp16: rows where it would keep what they have.
+Neither can raise E, but for the rounding of scales to fp16: rows where it would keep what they have. The order of the
+columns is that of GPTQ.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Refinable(Rounding, Protocol):
 
 
 def refine(weight: Tensor, rounding: Refinable, factor: Factor, rounds: int) -> Tensor:
-    """Codes [out, in] uint8 for a weight [out, in], after `rounds` of refinement, 0 for none; the rounding is fitted."""
+    """Codes [out, in] uint8 of a weight [out, in] after `rounds` of refinement, 0 for none; fits the rounding."""
     if rounds <= 1:
         return stored(compensated(weight, rounding, factor, SWEEPS if rounds else 0), factor)
     rest = torch.empty_like(weight.T, memory_format=torch.contiguous_format)
@@ -139,9 +140,7 @@ class _Fit:
             own = torch.linalg.cholesky(gram.double().flip(0, 1)).flip(0, 1)
             left = invert_upper(own.clone()).float() @ (here @ after)  # [columns, out]
             held = values[block]
-            codes, tried, new = rounded(
-                self.rounding, held, left, own.float(), self.places[block], self.group, SWEEPS
-            )
+            codes, tried, new = rounded(self.rounding, held, left, own.float(), self.places[block], self.group, SWEEPS)
             better = new.square_().sum(0) < left.square_().sum(0)  # [out]
             self.codes[block] = torch.where(better, codes, self.codes[block])
             after.addmm_(here.T, held.sub_(tried).mul_(better))

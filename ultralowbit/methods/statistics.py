@@ -48,8 +48,8 @@ class Factor:
 
     @cached_property
     def U(self) -> Tensor:
-        """R^-1 [in, in] fp32, so that (H + damp mean(diag H) I)^-1 = U^T U: row j says how the later columns make up for
-        an error of column j."""
+        """R^-1 [in, in] fp32, so that (H + damp mean(diag H) I)^-1 = U^T U: row j says how the later columns make up
+        for an error of column j."""
         return invert_upper(self.R.double()).float()
 
 

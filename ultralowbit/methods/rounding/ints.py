@@ -12,7 +12,6 @@ from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.format.words import group_count, to_scale
 from ultralowbit.methods.base import MIN_SCALE
 
-
 MOST_LEVELS = 16
 """Levels of a table; a grid of more is computed."""
 
