@@ -7,7 +7,7 @@ W[:, j+1:] -= e_j U[j, j+1:]   (equations 2 and 3, algorithm 1).
 Differences from the published code: scales are rounded to the stored fp16 before the codes are chosen; a group shorter
 than the code's block of 128 is fitted to weights that the whole block so far has compensated; a channel that is zero on
 all calibration text keeps its rounded weights instead of losing them; a failed Cholesky factorisation is tried again
-with ten times the damping. `refine` rounds of `refine.py`, which is ours, lower the whole layer's error further.
+with ten times the damping. `refine.py`, which is ours, lowers the whole layer's error further.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from ultralowbit.methods.statistics import InputStats, Need
 class GPTQ:
     """bits: 2, 3, 4 or 8; group: columns that share a scale, null for the row; damp: share of mean(diag H) added to the
     diagonal; act_order: columns by falling diag H, with static groups; clip: `mse` searches the range of a group, and
-    which way a symmetric one leans; refine: rounds of joint scales and codes after the compensation."""
+    which way a symmetric one leans; refine: 1 searches within blocks of columns, each more is a round of joint scales
+    and codes over all."""
 
     needs: ClassVar[Need] = Need.HESSIAN
     method: Literal["gptq"] = "gptq"

@@ -7,7 +7,7 @@ Alternating Multi-bit Quantization, ICLR 2018, arXiv 1802.00150.
 w ~ sum_p a_p b_p, b_p in {-1, +1}, a_p for each row (and group): residual start a_p = sum h|r| / sum h, then alternate
     a = argmin sum_j h_j (w_j - sum_p a_p b_pj)^2  (K x K normal equations a row),   b = nearest of the 2^K levels,
 with h_j = 1 / U_jj^2 from the Hessian (without data h = 1), accepted where the weighted error falls. Columns are
-compensated as in GPTQ, whose U this is; `refine` rounds of `refine.py` then lower the whole layer's error further.
+compensated as in GPTQ, whose U this is; `refine.py` lowers the whole layer's error further.
 
 `tied` planes have a_p = 2^(K - p) a, one scale to store and fit (our own composition). On Gaussian weights two of them
 lose 1 % of what free ones lose, and a GPU unpacks both with one instruction.
@@ -32,8 +32,8 @@ from ultralowbit.methods.statistics import InputStats, Need
 @fields
 class Sign:
     """planes: K sign planes; group: columns that share K scales, null for the row; tied: each scale is half the one
-    before it, for 2 or 4 planes; iterations: of the alternating fit, at most; refine: rounds of joint scales and codes
-    after the compensation, of free scales; damp, act_order: as in GPTQ."""
+    before it, for 2 or 4 planes; iterations: of the alternating fit, at most; refine: of free scales, 1 searches within
+    blocks of columns, each more is a round of joint scales and codes over all; damp, act_order: as in GPTQ."""
 
     needs: ClassVar[Need] = Need.HESSIAN
     method: Literal["sign"] = "sign"
