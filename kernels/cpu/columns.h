@@ -1,7 +1,7 @@
 // Rounds a block of columns (kernels/columns.py), V::N rows of the weight at a time, each of them in a lane.
 #pragma once
+#include <algorithm>
 #include <cstring>
-#include <utility>
 
 #include "native.h"
 
@@ -23,7 +23,7 @@ struct Columns {
     return value;
   }
 
-  // Changes of some columns, and what each unit of them adds to the others.
+  // Changes of some columns, and the row of R or gram that each of them adds to the others.
   struct Changes {
     int64_t count = 0;
     const float* row[kTogether];
@@ -33,7 +33,7 @@ struct Columns {
       row[count] = of;
       by[count++] = change;
     }
-    // to[k] += sum over changes, in their order, for k in [low, high)
+    // to[k] += sum of row[k] by, in the order of the changes, for k in [low, high)
     void reach(int64_t low, int64_t high, float* to) const { reach<kTogether>(low, high, to); }
 
     template <int Count>
