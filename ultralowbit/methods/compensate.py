@@ -9,7 +9,7 @@ Algorithm 1 of Frantar et al. 2023, arXiv 2210.17323, rounds column by column, a
 later ones: q_j is what comes nearest to w_j + e_j / R_jj, e_j being that of the columns before. (These are the same
 numbers as with U = R^-1, without the inverse.) `sweeps` over a block then change single columns as long as |e_B|^2
 falls, while every later block can still make up for what is left (ours). On rotated weights they win as much as two
-passes over all columns afterwards, on others two thirds of it, and they need no product with H.
+passes over all columns afterwards, on others three quarters of it, and they need no product with H.
 """
 
 from __future__ import annotations
