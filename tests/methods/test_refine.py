@@ -185,3 +185,20 @@ def test_inputs_that_are_always_zero_are_no_error(method, alive):
     stats.add(x)
     weight = torch.randn(32, 256, generator=torch.Generator().manual_seed(1))
     assert method.quantize(weight, stats).dequantize().isfinite().all()
+
+
+def test_strong_channels_that_are_nearly_equal_can_be_refined():
+    """The Gram matrix of their block is next to singular."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 64, generator=generator)
+    x[:, 10:14] = 1e4 * x[:, 10, None] + torch.randn(256, 4, generator=generator)
+    stats = InputStats(64)
+    stats.add(x)
+    weight = torch.randn(16, 64, generator=generator)
+    H = stats.hessian.double()
+    H.diagonal().add_(1e-7 * H.diagonal().mean())
+    plain, refined = (
+        errors(weight, Sign(planes=2, refine=rounds, damp=1e-7, act_order=True).quantize(weight, stats).dequantize(), H)
+        for rounds in (1, 3)
+    )
+    assert (refined <= plain * (1 + 1e-3)).all() and refined.sum() < plain.sum()

@@ -77,6 +77,8 @@ class _Fit:
         self.group = rounding.group or total
         groups = self.places // self.group
         self.columns = [(groups == g).nonzero()[:, 0] for g in range(len(rounding.scale))]  # of each group, rising
+        ends = torch.arange(BLOCK, total + BLOCK, BLOCK, device=self.R.device)
+        self.above = [torch.searchsorted(columns, ends).tolist() for columns in self.columns]  # those before each end
 
     def fit_scales(self) -> None:
         """The joint least squares, a few rows of the weight at a time."""
@@ -120,9 +122,8 @@ class _Fit:
         for g, columns in enumerate(self.columns):
             R = self.R if len(columns) == total else self.R[columns]
             for p, plane in enumerate(self.rounding.multiples(g, self.codes[columns][:, rows], rows)):
-                for low in range(0, total, BLOCK):
-                    here = slice(low, min(low + BLOCK, total))
-                    above = int((columns < here.stop).sum())  # R is 0 below its diagonal
+                for low, above in zip(range(0, total, BLOCK), self.above[g], strict=True):
+                    here = slice(low, min(low + BLOCK, total))  # where R is 0 for columns after it
                     torch.mm(R[:above, here].T, plane[:above], out=products[g, p, here])
         return products.flatten(0, 1)
 
@@ -135,9 +136,10 @@ class _Fit:
         for low in range(0, len(R), BLOCK):
             block = slice(low, min(low + BLOCK, len(R)))
             here, after = R[block, low:], rest[low:]
-            gram = here @ here.T
+            wide = here.double()  # the rounding of fp32 sums could leave a matrix that is not positive definite
+            gram = wide @ wide.T
             # with J the reversal, J gram J = L L^T gives gram = own own^T for the upper own = J L J
-            own = torch.linalg.cholesky(gram.double().flip(0, 1)).flip(0, 1)
+            own = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1)
             left = invert_upper(own.clone()).float() @ (here @ after)  # [columns, out]
             held = values[block]
             codes, tried, new = rounded(self.rounding, held, left, own.float(), self.places[block], self.group, SWEEPS)
