@@ -21,16 +21,19 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ultralowbit.checkpoint.files import Source
 from ultralowbit.errors import CheckpointError, InputError, reason
-from ultralowbit.nn.hf_names import match_keys, tied_names
+from ultralowbit.format.words import TensorSpec
+from ultralowbit.nn.experts import ExpertLinear, routing_linears, separate_experts, weight_name
+from ultralowbit.nn.hf_names import match_keys, match_parts, tied_names
 from ultralowbit.nn.linear import PackedLinear
+from ultralowbit.nn.original import read_config, refuse_adapters, refuse_codes
 
 MAX_UNQUANTIZED = 0.05
-"""Largest share of the blocks' weights that may stay outside Linears; above it (MoE experts) a model is refused."""
+"""Largest share of the blocks' weights that may stay outside Linears; above it a model is refused."""
 
 
 @dataclass
@@ -42,9 +45,10 @@ class BlockCall:
 
 
 class Decoder:
-    """A causal LM on meta whose blocks can be filled from `source` one at a time.
+    """A causal LM on meta whose blocks can be filled from `source` one at a time, with a Linear for each expert.
 
-    dtype: the compute dtype; device: where blocks run.
+    dtype: the compute dtype; device: where blocks run. specs: dtype and shape of the model's tensors by their names, as
+    the source has them; key_of: the name there of each but those that are `joined` of several.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> None:
@@ -63,35 +67,57 @@ class Decoder:
         except Exception as e:  # as above: sizes that do not fit together fail anywhere
             raise InputError(f"transformers cannot build a causal LM from {folder}/config.json ({reason(e)})") from e
         self.blocks_name, self.blocks = find_blocks(self.model, self.config)
-        self.refuse_unquantizable()  # before the names: experts are stored under others, in other shapes
-        self.key_of = self._match_keys()
+        self.experts = separate_experts(self.model)
+        self.refuse_unquantizable()  # before the names: other experts are stored under others, in other shapes
+        self.key_of: dict[str, str] = {}
+        self.joined = match_parts(self.model, self.source.specs)
+        self.specs = self._match_specs()
 
-    def _match_keys(self) -> dict[str, str]:
-        """Name of each tensor of the model -> its name in the source; tied ones that the source leaves out are
+    def _match_specs(self) -> dict[str, TensorSpec]:
+        """Name of each tensor of the model -> what the source has for it; tied ones that the source leaves out are
         absent."""
         tied = tied_names(self.model)
         key_of = match_keys(self.model, self.source.specs)
-        key_of_name, missing = {}, []
+        specs, missing = {}, []
         for name, tensor in self.model.state_dict().items():
             key = key_of.get(name)
             if name in tied and tied[name] != name and self._stored_alike(key, key_of.get(tied[name])):
                 continue  # stored once, under the name it is tied to
-            if key is None:
+            spec = self._joined_spec(name) if key is None else self.source.specs[key]
+            if spec is None:
                 missing.append(name)
-            elif self.source.specs[key].shape != tuple(tensor.shape):
+                continue
+            if spec.shape != tuple(tensor.shape):
                 raise CheckpointError(
-                    f"{key} in {self.source.folder} has shape {list(self.source.specs[key].shape)}, "
-                    f"config.json implies {list(tensor.shape)}: the two do not belong together"
+                    f"{key or name} in {self.source.folder} has shape {list(spec.shape)}, config.json implies "
+                    f"{list(tensor.shape)}: the two do not belong together"
                 )
-            else:
-                key_of_name[name] = key
+            specs[name] = spec
+            if key is not None:
+                self.key_of[name] = key
         if missing:
             raise CheckpointError(
                 f"{self.source.folder} holds no tensor for {missing[0]}"
                 + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
                 + f"; load it with transformers {_transformers_version()} and `save_pretrained` it to rewrite its names"
             )
-        return key_of_name
+        return specs
+
+    def _joined_spec(self, name: str) -> TensorSpec | None:
+        """What a tensor would be that the source holds in parts; None where it does not."""
+        if name not in self.joined:
+            return None
+        parts = {key: self.source.specs[key] for key in self.joined[name].keys}
+        try:
+            joined = self.joined[name].join(
+                {key: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for key, spec in parts.items()}
+            )
+        except Exception as e:  # parts that are missing or do not fit fail anywhere in transformers' operations
+            raise CheckpointError(
+                f"the {len(parts)} tensors of {self.source.folder} that make {name} do not fit together ({reason(e)}): "
+                "copy or download the model again"
+            ) from e
+        return TensorSpec(joined.dtype, tuple(joined.shape))
 
     def _stored_alike(self, tied: str | None, key: str | None) -> bool:
         """Whether a tied tensor needs no place of its own; where the two differ, transformers does not tie them."""
@@ -101,6 +127,7 @@ class Decoder:
         """What the source holds and the model has no place for, such as a vision tower: the first two parts of a name
         -> how many tensors, and how many weights in them."""
         used = set(self.key_of.values()) | set(tied_names(self.model))
+        used |= {key for joined in self.joined.values() for key in joined.keys}
         parts: dict[str, tuple[int, int]] = {}
         for name in sorted(set(self.source.specs) - used):
             part = ".".join(name.split(".")[:2])
@@ -113,16 +140,16 @@ class Decoder:
 
     def names_outside_blocks(self) -> list[str]:
         """State names of everything but the blocks: embeddings, final norm, head."""
-        return [name for name in self.key_of if not name.startswith(f"{self.blocks_name}.")]
+        return [name for name in self.specs if not name.startswith(f"{self.blocks_name}.")]
 
     def names_of_block(self, i: int) -> list[str]:
         prefix = f"{self.block_name(i)}."
-        return [name for name in self.key_of if name.startswith(prefix)]
+        return [name for name in self.specs if name.startswith(prefix)]
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """State name -> tensor as stored; raises `CheckpointError` naming one that is not finite."""
-        stored = self.source.read([self.key_of[name] for name in names])
-        tensors = {name: stored[self.key_of[name]] for name in names}
+        stored = self.source.read([self.key_of[name] for name in names if name in self.key_of])
+        tensors = {name: stored[self.key_of[name]] if name in self.key_of else self._join(name) for name in names}
         for name, tensor in tensors.items():
             # the extremes carry NaN and Inf on; isfinite() would take 40 times as long, and a copy
             if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
@@ -131,6 +158,10 @@ class Decoder:
                     "can be calibrated through it"
                 )
         return tensors
+
+    def _join(self, name: str) -> Tensor:
+        joined = self.joined[name]
+        return joined.join(self.source.read(joined.keys))
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors into the model, in the compute dtype."""
@@ -155,19 +186,26 @@ class Decoder:
             _set_buffers(block, computed)
 
     def linears(self, i: int, ignore: Sequence[str] = ()) -> dict[str, nn.Module]:
-        """Full name -> Linear or Conv1D of block i, but those whose full name matches a pattern in `ignore`."""
+        """Full name -> Linear, Conv1D or `ExpertLinear` of block i, but routers and those whose full name matches a
+        pattern in `ignore`; `InputError` where that leaves out some of a projection's experts, and not all."""
+        routing = routing_linears(self.blocks[i])
         named = {
             f"{self.block_name(i)}.{name}": module
             for name, module in self.blocks[i].named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
+            if isinstance(module, nn.Linear | Conv1D | ExpertLinear) and name not in routing
         }
-        return {name: module for name, module in named.items() if not any(fnmatch(name, p) for p in ignore)}
+        kept = {name: module for name, module in named.items() if not any(fnmatch(name, p) for p in ignore)}
+        packed = {weight_name(name) for name in kept}
+        for name in named.keys() - kept.keys():
+            if weight_name(name) in packed:
+                raise InputError(f"ignore leaves out {name} but not all experts of its layer: give a pattern for all")
+        return kept
 
     def refuse_unquantizable(self) -> None:
         """Raise `InputError` where more than `MAX_UNQUANTIZED` of the blocks' weights lie outside Linears."""
         total, outside = 0, {}
         for i, block in enumerate(self.blocks):
-            inside = {f"{name}.weight" for name in self.linears(i)}
+            inside = {weight_name(name) for name in self.linears(i)}
             for name, p in block.named_parameters():
                 full = f"{self.block_name(i)}.{name}"
                 total += p.numel()
@@ -178,8 +216,8 @@ class Decoder:
             name, p = max(outside.items(), key=lambda item: item[1].numel())
             raise InputError(
                 f"{share:.0%} of the block weights of {self.source.folder} are not in Linear layers (the largest is "
-                f"{name} {list(p.shape)}): mixture-of-experts layers cannot be packed yet, and leaving them in "
-                f"{self.config.dtype} would make the bits reported a lie, so nothing was written"
+                f"{name} {list(p.shape)}), where they cannot be packed, and leaving them in {self.config.dtype} would "
+                "make the bits reported a lie, so nothing was written"
             )
 
     @torch.no_grad()
@@ -200,7 +238,7 @@ class Decoder:
         computed = {
             name: buffer
             for name, buffer in self.model.named_buffers()
-            if not name.startswith(f"{self.blocks_name}.") and name not in self.key_of
+            if not name.startswith(f"{self.blocks_name}.") and name not in self.specs
         }
         _set_buffers(self.model, {name: buffer.to(self.device) for name, buffer in computed.items()})
         with self.filled_block(0) as (first, _):
@@ -236,7 +274,7 @@ class Decoder:
         """
         names = self.names_outside_blocks()
         self.fill(self.read(names))
-        tied = {name: source for name, source in tied_names(self.model).items() if name not in self.key_of}
+        tied = {name: source for name, source in tied_names(self.model).items() if name not in self.specs}
         for name, source in tied.items():
             owner, _, leaf = name.rpartition(".")
             self.model.get_submodule(owner)._parameters[leaf] = self.model.get_parameter(source)
@@ -345,24 +383,6 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The model's config; raises `InputError` where transformers cannot read it, or where it is quantized already."""
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as e:  # any value of any type can stand there, and each class trips over it in its own way
-        if not trust_remote_code and "trust_remote_code" in str(e):
-            raise InputError(
-                f"{folder} is built by Python code that comes with it: read the code, and give --trust-remote-code if "
-                "you trust it"
-            ) from e
-        raise InputError(f"{folder}/config.json is not one that transformers can read ({reason(e)}): correct it") from e
-    quantized = getattr(config, "quantization_config", None)
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise InputError(f"{folder} is already quantized ({method}): compress the original checkpoint instead")
-    return config
-
-
 def find_blocks(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
     """The decoder blocks of a model, and their name in it; `InputError` where there is no list of them.
 
@@ -383,29 +403,6 @@ def find_blocks(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.Mod
     if not lists or (depth is not None and not exact):
         raise InputError(f"{type(model).__name__} has no list of {depth} decoder blocks made of Linear layers")
     return (exact or lists)[0]
-
-
-def refuse_adapters(folder: Path) -> None:
-    """Raise `InputError` where an adapter lies beside the weights: transformers would apply it, packing would not."""
-    if (folder / "adapter_config.json").exists():
-        raise InputError(
-            f"{folder} holds an adapter beside the weights (adapter_config.json): merge the adapter first, with peft's "
-            "merge_and_unload and save_pretrained, or move it away"
-        )
-
-
-def refuse_codes(source: Source) -> None:
-    """Raise `InputError` where the weights are codes of another quantization, whatever its config says."""
-    signs = (".weight_scale", ".weight_scale_inv", ".qweight", ".weight_packed", ".qzeros", ".scales")
-    for name, spec in source.specs.items():
-        coded = len(spec.shape) >= 2 and name.endswith("weight")
-        coded = coded and (spec.dtype is None or not spec.dtype.is_floating_point or spec.dtype.itemsize < 2)
-        if coded or name.endswith(signs):
-            stored = "a dtype that torch has none for" if spec.dtype is None else str(spec.dtype).removeprefix("torch.")
-            raise InputError(
-                f"{source.folder} holds codes of another quantization ({name} is {stored}), not weights: compress the "
-                "original checkpoint instead"
-            )
 
 
 def _head_name(model: nn.Module) -> str | None:

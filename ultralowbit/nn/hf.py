@@ -15,6 +15,7 @@ from ultralowbit.checkpoint.files import weight_files
 from ultralowbit.errors import CheckpointError, naming_memory, reason
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.nn import fused
+from ultralowbit.nn.experts import expert_of, separate_experts
 from ultralowbit.nn.hf_names import compiled_steps
 from ultralowbit.nn.linear import PackedLinear
 from ultralowbit.nn.quantizer import UltraLowBitConfig, UltraLowBitQuantizer, check_config, pack_module
@@ -26,8 +27,12 @@ def pack_model(
     """Replace the named Linears and embeddings of a model in memory by packed ones, in place; `save_pretrained` then
     writes a checkpoint that `load` reads."""
     config = UltraLowBitConfig.of({name: p.format for name, p in packed.items()}, recipe)
+    mixtures = {place[0] for place in map(expert_of, packed) if place is not None}
+    experts = separate_experts(model, mixtures.__contains__)
     for name, weight in packed.items():
         pack_module(model, name, weight.format).fill(weight)
+    for mixture in experts.values():
+        mixture.drop_dense()
     quantizer = UltraLowBitQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer
     model.is_quantized = True

@@ -1,41 +1,125 @@
-"""The only file that uses what transformers does not document: the names under which weights are stored and tied, the
-keyword of the cache, and what lets `generate` compile on any device. `tests/nn/test_hf_names.py` says what each needs,
-from 5.10 on.
+"""The only file that uses what transformers does not document: the names under which weights are stored and tied, how
+it joins the weights of experts, the keyword of the cache, and what lets `generate` compile on any device.
+`tests/nn/test_hf_names.py` says what each needs, from 5.10 on.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import CompileConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter
 
 
 def match_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """Name of each tensor of the model that a checkpoint holds -> its key there: with transformers' own renamings
     (GPT-NeoX's `embed_out` is `lm_head` to it), and with or without the base model's prefix."""
+    renamed = {name: key for key, name in _renamed(model, keys).items()}
+    key_of = {}
+    for name in model.state_dict():
+        key = next((k for k in _with_and_without_prefix(model, name) if k in renamed), None)
+        if key is not None:
+            key_of[name] = renamed[key]
+    return key_of
+
+
+class Joined(NamedTuple):
+    """A tensor of the model that a checkpoint holds in parts, such as the weight of each expert."""
+
+    name: str
+    converter: WeightConverter
+    parts: dict[str, list[str]]
+    """The converter's patterns -> the keys that match, in the order in which they are joined."""
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for keys in self.parts.values() for key in keys]
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The tensor of the model, of its parts by key."""
+        converter = deepcopy(self.converter)
+        for pattern, keys in self.parts.items():
+            for key in keys:
+                converter.add_tensor(self.name, key, pattern, tensors[key])
+        (joined,) = converter.convert(self.name).values()
+        return joined[0] if isinstance(joined, list) else joined
+
+
+def match_parts(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, Joined]:
+    """Name of each tensor of the model that transformers makes of several tensors of a checkpoint -> how."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    converters = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
+    converters = [t for t in converters if len(t.target_patterns) == 1]
+    joined: dict[str, Joined] = {}
+    for key, name in sorted(_renamed(model, keys).items(), key=lambda item: _natural(item[1])):
+        for converter in converters:
+            target, pattern = converter.rename_source_key(name)
+            if pattern is not None:
+                parts = joined.setdefault(target, Joined(target, converter, {})).parts
+                parts.setdefault(pattern, []).append(key)
+                break
+    names = {name: _with_and_without_prefix(model, name) for name in model.state_dict() if joined}
+    return {name: joined[n] for name, others in names.items() for n in others if n in joined}
+
+
+def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Key in a checkpoint -> what transformers renames it to."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
     renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
     renamed = {}
     for key in keys:
-        name = key
+        renamed[key] = key
         for renaming in renamings:
-            name, _ = renaming.rename_source_key(name)
-        renamed[name] = key
+            renamed[key], _ = renaming.rename_source_key(renamed[key])
+    return renamed
+
+
+def _with_and_without_prefix(model: PreTrainedModel, name: str) -> tuple[str, str, str]:
+    """The names that a tensor of the model may have, its own first."""
     prefix = f"{model.base_model_prefix}."
-    key_of = {}
-    for name in model.state_dict():
-        key = next((k for k in (name, name.removeprefix(prefix), prefix + name) if k in renamed), None)
-        if key is not None:
-            key_of[name] = renamed[key]
-    return key_of
+    return name, name.removeprefix(prefix), prefix + name
+
+
+def _natural(name: str) -> list[str | int]:
+    """Sorts expert 2 before expert 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+class ExpertsLayout(NamedTuple):
+    """How a module of transformers keeps the weights of all its experts, each projection in one tensor."""
+
+    projections: tuple[str, str]
+    """The names of the tensors [experts, out, in] that a token is multiplied by, one after the other."""
+    transposed: bool
+    """They are [experts, in, out]."""
+    has_bias: bool
+    """Each has a `NAME_bias` [experts, out] beside it."""
+    activation: Callable[[Tensor], Tensor]
+    """What stands between the two products."""
+
+
+def experts_layout(module: nn.Module) -> ExpertsLayout | None:
+    """The layout of a module of fused experts; None for any other module, and for experts with a norm of their own."""
+    if not hasattr(module, "is_transposed") or not hasattr(module, "_apply_gate"):
+        return None
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    fused = all(getattr(module, name, None) is not None for name in (first, "down_proj"))
+    if not fused or getattr(module, "has_post_expert_norm", False):
+        return None
+    activation = module._apply_gate if module.has_gate else module.act_fn
+    return ExpertsLayout((first, "down_proj"), module.is_transposed, module.has_bias, activation)
 
 
 def tied_names(model: PreTrainedModel) -> Mapping[str, str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ultralowbit.nn.decoder import BlockCall, Decoder, run_block
+from ultralowbit.nn.experts import ExpertLinear, expert_of
 
 
 class InputGroup(NamedTuple):
@@ -44,8 +45,16 @@ def watch_inputs(linears: Mapping[str, nn.Module], run: Callable[[], object]) ->
 
 
 def input_groups(block: nn.Module, linears: dict[str, nn.Module], call: BlockCall, hidden: Tensor) -> list[InputGroup]:
-    """The groups of a block's Linears, seen by running it on hidden [batch, length, d]."""
-    return watch_inputs(linears, lambda: run_block(block, hidden, call))
+    """The groups of a block's Linears, seen by running it on hidden [batch, length, d]; the experts of a layer are one
+    group, of the name of their `Experts`."""
+    experts = {expert_of(name)[0]: m.experts for name, m in linears.items() if isinstance(m, ExpertLinear)}
+    others = {name: module for name, module in linears.items() if not isinstance(module, ExpertLinear)}
+    groups = []
+    for group in watch_inputs(others | experts, lambda: run_block(block, hidden, call)):
+        names = [name for name in group.names if name not in experts]
+        groups += [InputGroup(names, group.calls)] * bool(names)
+        groups += [InputGroup([name], group.calls) for name in group.names if name in experts]
+    return groups
 
 
 def shared_inputs(decoder: Decoder) -> dict[str, str] | None:

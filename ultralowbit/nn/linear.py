@@ -14,16 +14,16 @@ from ultralowbit.kernels.packed_matmul import packed_matmul
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of an nn.Linear or of GPT-2's transposed Conv1D."""
+    """(out_features, in_features) of a Linear, or of GPT-2's transposed Conv1D."""
     if isinstance(module, Conv1D):
         return module.nf, module.nx
     return module.out_features, module.in_features
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """The weight [out, in] fp32 of an nn.Linear or of GPT-2's transposed Conv1D, without its gradient."""
+    """The weight [out, in] fp32 of a Linear, an expert's, or GPT-2's transposed Conv1D, without its gradient."""
     weight = module.weight.detach().float()
-    return weight.T.contiguous() if isinstance(module, Conv1D) else weight
+    return (weight.T if isinstance(module, Conv1D) else weight).contiguous()
 
 
 class KeepsPacked(nn.Module):

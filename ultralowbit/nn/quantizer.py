@@ -37,7 +37,8 @@ from ultralowbit.errors import CheckpointError, FormatError
 from ultralowbit.format.weight import Format
 from ultralowbit.format.words import TensorSpec
 from ultralowbit.nn.embedding import PackedEmbedding, pack_embedding, unpack_embedding
-from ultralowbit.nn.hf_names import match_keys, tied_names
+from ultralowbit.nn.experts import ExpertLinear, Experts, expert_of, separate_experts
+from ultralowbit.nn.hf_names import match_keys, match_parts, tied_names
 from ultralowbit.nn.linear import PackedLinear, PackedModule, swap
 
 if TYPE_CHECKING:
@@ -93,17 +94,23 @@ class UltraLowBitQuantizer(HfQuantizer):
         if checkpoint_files is None:
             raise CheckpointError("a packed model is loaded from its safetensors files, not from a state_dict")
         check_config([Path(file) for file in checkpoint_files])
+        formats = self.quantization_config.module_formats()
+        # AutoModel builds the same decoder without the head's prefix, and without the head
+        prefix = f"{model.base_model_prefix}."
+        mixtures = {place[0].removeprefix(prefix) for place in map(expert_of, formats) if place is not None}
+        experts = separate_experts(model, lambda name: name.removeprefix(prefix) in mixtures)
         modules = dict(model.named_modules())
-        for name, format in self.quantization_config.module_formats().items():
-            # AutoModel builds the same decoder without the head's prefix, and without the head
-            names = (name, name.removeprefix(f"{model.base_model_prefix}."))
-            own = next((n for n in names if isinstance(modules.get(n), nn.Linear | Conv1D | nn.Embedding)), None)
+        kinds = nn.Linear | Conv1D | nn.Embedding | ExpertLinear
+        for name, format in formats.items():
+            own = next((n for n in (name, name.removeprefix(prefix)) if isinstance(modules.get(n), kinds)), None)
             if own is None:
                 raise CheckpointError(
                     f"config.json lists {name} as packed, which is no Linear of {type(model).__name__}: "
                     "the config.json was edited, or belongs to another model"
                 )
             pack_module(model, own, format)
+        for module in experts.values():
+            module.drop_dense()
         check_files(model, checkpoint_files)
         return model
 
@@ -120,6 +127,8 @@ class UltraLowBitQuantizer(HfQuantizer):
         dtype = (
             getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         )  # saving names it in the config
+        for name, module in [(name, m) for name, m in model.named_modules() if isinstance(m, Experts)]:
+            swap(model, name, module.dense(dtype))
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedEmbedding):
                 unpack_embedding(model, name, dtype)
@@ -171,7 +180,7 @@ def check_config(files: Sequence[Path]) -> None:
 def check_files(model: PreTrainedModel, files: Sequence[str | Path]) -> None:
     """Raise `CheckpointError` unless every tensor of the model is in the files, as the model expects it."""
     stored = read_headers(files)
-    key_of = match_keys(model, stored)
+    key_of, joined = match_keys(model, stored), match_parts(model, stored)
     modules, problems, packed = by_module(stored), [], set()
     for name, module in model.named_modules():
         if isinstance(module, PackedModule):
@@ -183,7 +192,7 @@ def check_files(model: PreTrainedModel, files: Sequence[str | Path]) -> None:
         if name in packed:
             continue
         if spec is None:
-            if name not in tied_names(model):
+            if name not in tied_names(model) and name not in joined:
                 problems.append(f"{name} is missing")
         elif (
             spec.shape != tuple(tensor.shape)

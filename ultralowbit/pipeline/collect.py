@@ -31,8 +31,8 @@ class Original(NamedTuple):
     writers: Mapping[str, bool]
 
 
-class _Enough(Exception):
-    """The Linear has seen its input: the rest of the forward pass is not needed."""
+class Enough(Exception):
+    """What is observed has been seen: the rest of the forward pass is not needed."""
 
 
 def observe(
@@ -48,7 +48,7 @@ def observe(
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
         inputs.append(args[0])
         if not silent and len(inputs) == calls:
-            raise _Enough
+            raise Enough
 
     residual = None
     with ExitStack() as hooks:
@@ -56,7 +56,7 @@ def observe(
         for other in silent:
             handle = block.get_submodule(other).register_forward_hook(lambda module, args, out: torch.zeros_like(out))
             hooks.callback(handle.remove)
-        with suppress(_Enough):
+        with suppress(Enough):
             residual = run_block(block, hidden, call)
     return inputs, residual
 

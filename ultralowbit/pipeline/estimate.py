@@ -23,6 +23,7 @@ from ultralowbit.hub import resolve_model
 from ultralowbit.methods.base import Method
 from ultralowbit.methods.statistics import InputStats
 from ultralowbit.nn.decoder import Decoder
+from ultralowbit.nn.experts import weight_name
 from ultralowbit.pipeline.allocate import expected_planes
 from ultralowbit.pipeline.embed import planned_embeddings
 from ultralowbit.pipeline.memory import Memory, smaller_memory, stage_memory
@@ -215,11 +216,8 @@ def bits_for_size(model: str, recipe: Recipe, nbytes: int, device: str, trust_re
 
 def _size(decoder: Decoder, formats: dict[str, tuple[Format, tuple[int, int]]]) -> Size:
     """What the packed checkpoint will hold: the packed tensors of each Linear, all else as it is stored now."""
-    tensors = {
-        name: decoder.source.specs[key]
-        for name, key in decoder.key_of.items()
-        if name.removesuffix(".weight") not in formats
-    }
+    packed = {weight_name(name) for name in formats}
+    tensors = {name: spec for name, spec in decoder.specs.items() if name not in packed}
     for name, (format, shape) in formats.items():
         tensors |= {f"{name}.{suffix}": spec for suffix, spec in format.tensors(*shape).items()}
     vocabulary = getattr(decoder.config.get_text_config(), "vocab_size", None)

@@ -115,8 +115,8 @@ def _blocks(work: Workload, recipe: Recipe) -> Memory:
 def _finetune(work: Workload, spec: Finetune, recipe: Recipe) -> Memory:
     """Of the original, which is the teacher, and of the student, which shares all with it but the packed Linears."""
     decoder = work.decoder
-    names = list(decoder.key_of)
-    dtypes = {decoder.source.specs[decoder.key_of[name]].dtype for name in names}
+    names = list(decoder.specs)
+    dtypes = {spec.dtype for spec in decoder.specs.values()}
     stored, computed = _sizes(work, names)
     teacher = stored if len(dtypes) == 1 else 4 * computed // decoder.dtype.itemsize
     head = 4 * work.vocabulary * work.hidden if dtypes != {torch.float32} else 0  # in fp32, for the backward pass too
@@ -186,7 +186,7 @@ def _packed(work: Workload) -> int:
 
 def _sizes(work: Workload, names: list[str]) -> tuple[int, int]:
     """Bytes as stored and as computed with."""
-    specs = [work.decoder.source.specs[work.decoder.key_of[name]] for name in names]
+    specs = [work.decoder.specs[name] for name in names]
     computed = work.decoder.dtype.itemsize * sum(math.prod(spec.shape) for spec in specs)
     return sum(spec.nbytes for spec in specs), computed
 

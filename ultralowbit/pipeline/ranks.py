@@ -126,26 +126,30 @@ class Ranks:
         return tensor
 
     def sum_lanes(
-        self, lanes: list[range], new: Callable[[], InputStats], collect: Callable[[range, InputStats], object]
-    ) -> InputStats:
+        self,
+        lanes: list[range],
+        new: Callable[[], list[InputStats]],
+        collect: Callable[[range, list[InputStats]], object],
+    ) -> list[InputStats]:
         """The statistics of all lanes, for all ranks: `collect` adds the batches of a lane to statistics that `new`
-        makes. A rank holds the total and the lane that it sums."""
-        total = new()
+        makes. A rank holds the totals and the lane that it sums."""
+        totals = new()
         for first in range(0, len(lanes), self.size):
             owners = min(self.size, len(lanes) - first)
-            part = None
+            parts: list[InputStats | None] = [None] * len(totals)
             if self.rank < owners:
-                part = new()
-                collect(lanes[first + self.rank], part)
-            if self.size == 1:
-                total += part
-            else:
-                self._add_parts(total, part, owners)
-        for tensor in total.sums if self.size > 1 else ():
+                parts = new()
+                collect(lanes[first + self.rank], parts)
+            for total, part in zip(totals, parts, strict=True):
+                if self.size == 1:
+                    total += part
+                else:
+                    self._add_parts(total, part, owners)
+        for tensor in [tensor for total in totals for tensor in total.sums] if self.size > 1 else ():
             for piece in tensor.view(-1).split(PIECE):
                 for rank, share in enumerate(piece.tensor_split(self.size)):
                     self.from_rank(rank, share)
-        return total
+        return totals
 
     def _add_parts(self, total: InputStats, part: InputStats | None, owners: int) -> None:
         """Add the parts that the first `owners` ranks hold, in their order. Each rank has a share of every sum right,

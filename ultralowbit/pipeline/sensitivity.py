@@ -137,13 +137,13 @@ def _lost(
         columns = linear_shape(linears[names[0]])[1]
         hadamard, local = recipe.hadamard(columns), names[0].removeprefix(prefix)
 
-        def new(columns: int = columns, hadamard: int | None = hadamard) -> InputStats:
-            return InputStats(columns, 0, device, Need.HESSIAN, hadamard)
+        def new(columns: int = columns, hadamard: int | None = hadamard) -> list[InputStats]:
+            return [InputStats(columns, 0, device, Need.HESSIAN, hadamard)]
 
-        def gather(batches: range, stats: InputStats, local: str = local, calls: int = calls) -> None:
-            collect(block, local, calls, call, entering, batches, stats)
+        def gather(batches: range, stats: list[InputStats], local: str = local, calls: int = calls) -> None:
+            collect(block, local, calls, call, entering, batches, *stats)
 
-        stats = ranks.sum_lanes(entering.hidden.lanes, new, gather)
+        (stats,) = ranks.sum_lanes(entering.hidden.lanes, new, gather)
         rotated = {name: _rotated(linear_weight(linears[name]), hadamard) for name in names}
 
         def pack(

@@ -23,9 +23,11 @@ from ultralowbit.errors import CheckpointError, FormatError, naming_memory
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.methods.statistics import InputStats, Need
 from ultralowbit.nn.decoder import BlockCall, Decoder, run_block
+from ultralowbit.nn.experts import weight_name
 from ultralowbit.nn.inputs import InputGroup, input_groups
 from ultralowbit.nn.linear import linear_shape, linear_weight
 from ultralowbit.pipeline.collect import Original, collect, residual_writers
+from ultralowbit.pipeline.experts import Mixture
 from ultralowbit.pipeline.quantize import give_weight, quantize_weight
 from ultralowbit.pipeline.ranks import Ranks, own_batches
 from ultralowbit.pipeline.source import batched
@@ -35,6 +37,9 @@ from ultralowbit.system import peak_memory, return_free_memory
 from ultralowbit.training.blockwise import Streams, train_block
 
 log = logging.getLogger(__name__)
+
+Statistics = dict[str, InputStats | None]
+"""What enters Linears, by their full names; None where it is not measured."""
 
 
 class BlockStream:
@@ -126,7 +131,8 @@ class BlockStream:
             decoder.filled_block(i) as (block, stored),
         ):
             linears = decoder.linears(i, self.recipe.ignore)
-            tensors = {name: tensor for name, tensor in stored.items() if name.removesuffix(".weight") not in linears}
+            weights = {weight_name(name) for name in linears}
+            tensors = {name: tensor for name, tensor in stored.items() if name not in weights}
             inputs = None if call is None else self._activations(i)
             original = self._activations(i, stream="original") if len(self.streams) == 2 else None
             streams = None if self.recipe.blockwise is None else self._streams(i, block, call, inputs, original)
@@ -155,12 +161,12 @@ class BlockStream:
     ) -> dict[str, PackedWeight]:
         """Pack the Linears of a block in the order of their use; they then hold what the packed bytes mean."""
         packed: dict[str, PackedWeight] = {}
-        for names, stats in self._statistics(i, block, linears, call, inputs, original):
+        for stats in self._statistics(i, block, linears, call, inputs, original):
 
-            def pack(name: str, stats: InputStats | None = stats) -> tuple[PackedWeight, dict[str, Any]]:
-                return self._pack_linear(name, linears[name], stats)
+            def pack(name: str, stats: Statistics = stats) -> tuple[PackedWeight, dict[str, Any]]:
+                return self._pack_linear(name, linears[name], stats[name])
 
-            costs = {name: math.prod(linear_shape(linears[name])) for name in names}
+            costs = {name: math.prod(linear_shape(linears[name])) for name in stats}
             for name, (weight, result) in self.ranks.solve(costs, pack, self.decoder.device).items():
                 give_weight(linears[name], weight.dequantize())
                 packed[name] = weight
@@ -243,23 +249,65 @@ class BlockStream:
         call: BlockCall | None,
         inputs: Activations | None,
         original: Activations | None,
-    ) -> Iterator[tuple[list[str], InputStats | None]]:
-        """The Linears in the order of their use, those that share an input at a time, with what enters them: the caller
-        has packed the ones before.
+    ) -> Iterator[Statistics]:
+        """The Linears in the order of their use, with what enters them: those that share an input at a time, or a
+        projection of a layer's experts. The caller has packed the ones before.
 
-        Magnitudes alone, of which no error is made up for, are those of the original model where it runs along.
+        Magnitudes alone, of which no error is made up for, are those of the original model where it runs along, but
+        for experts.
         """
-        groups = [] if inputs is None else self._groups(block, linears, call, inputs)
+        found = [] if inputs is None else self._groups(block, linears, call, inputs)
+        mixtures = {group.names[0] for group in found} - linears.keys()
+        groups = [group for group in found if group.names[0] not in mixtures]
         early = [g for g in groups if original is not None and self._needs(g) == Need.MAGNITUDES]
         known = {group.names[0]: self._gather(i, block, group, call, original, None) for group in early}
         beside = None if original is None else self._beside(i, block, groups, call, original)
-        for group in groups:
-            stats = known.get(group.names[0])
+        reached: set[str] = set()
+        for group in found:
+            name = group.names[0]
+            if name in mixtures:
+                for experts in self._expert_statistics(i, block, name, linears, call, inputs, beside):
+                    reached |= experts.keys()
+                    yield experts
+                continue
+            stats = known.get(name)
             if stats is None and self._needs(group):
                 stats = self._gather(i, block, group, call, inputs, beside)
-            yield group.names, stats
-        reached = {name for group in groups for name in group.names}
-        yield [name for name in linears if name not in reached], None
+            reached |= {*group.names}
+            yield dict.fromkeys(group.names, stats)
+        yield dict.fromkeys(name for name in linears if name not in reached)
+
+    def _expert_statistics(
+        self,
+        i: int,
+        block: nn.Module,
+        name: str,
+        linears: dict[str, nn.Module],
+        call: BlockCall,
+        inputs: Activations,
+        beside: Original | None,
+    ) -> Iterator[Statistics]:
+        """The same of the experts `name` of a block, a projection at a time."""
+        mixture = Mixture(block, self._local(i, name), call, inputs, self.lanes, self.ranks, self.decoder.device)
+        if starved := [expert for expert in range(mixture.experts.count) if mixture.is_starved(expert)]:
+            self.progress.say(f"{name}: too few tokens for {_listed(starved)}, measured on all tokens")
+        for projection in mixture.experts.projections:
+            names = {e: f"{name}.{e}.packed_{projection}" for e in range(mixture.experts.count)}
+            names = {e: n for e, n in names.items() if n in linears}
+            needs = {e: self.recipe.method_for(n).needs for e, n in names.items()}
+            yield {names[e]: None for e in names if not needs[e]}
+
+            def new(expert: int, names: dict[int, str] = names, needs: dict[int, Need] = needs) -> InputStats:
+                _, width = linear_shape(linears[names[expert]])
+                corrected = beside is not None and Need.HESSIAN in needs[expert]
+                return InputStats(
+                    width, self._outliers(mixture.seen(expert)), self.decoder.device,
+                    needs[expert] | Need.ORIGINAL if corrected else needs[expert], self.recipe.hadamard(width),
+                )  # fmt: skip
+
+            measured = [e for e in names if needs[e]]
+            for stats in mixture.statistics(measured, projection, new, beside) if measured else ():
+                yield {names[e]: one for e, one in stats.items()}
 
     def _groups(
         self, block: nn.Module, linears: dict[str, nn.Module], call: BlockCall, inputs: Activations
@@ -295,13 +343,15 @@ class BlockStream:
         out, width = linear_shape(linear)
         writes = out if Need.ORIGINAL in needs and name in beside.writers else 0
 
-        def new() -> InputStats:
-            return InputStats(width, self._outliers(), self.decoder.device, needs, self.recipe.hadamard(width), writes)
+        def new() -> list[InputStats]:
+            outliers, hadamard = self._outliers(self.data.tokens.numel()), self.recipe.hadamard(width)
+            return [InputStats(width, outliers, self.decoder.device, needs, hadamard, writes)]
 
-        def gather(batches: range, stats: InputStats) -> None:
-            collect(block, name, group.calls, call, source, batches, stats, beside)
+        def gather(batches: range, stats: list[InputStats]) -> None:
+            collect(block, name, group.calls, call, source, batches, *stats, beside)
 
-        return self.ranks.sum_lanes(self.lanes, new, gather)
+        (stats,) = self.ranks.sum_lanes(self.lanes, new, gather)
+        return stats
 
     def _local(self, i: int, name: str) -> str:
         """The name of a Linear within its block."""
@@ -310,9 +360,10 @@ class BlockStream:
     def _needs(self, group: InputGroup) -> Need:
         return reduce(or_, (self.recipe.method_for(name).needs for name in group.names))
 
-    def _outliers(self) -> int:
+    def _outliers(self, tokens: int) -> int:
+        """How many of so many tokens are clipped."""
         clip = self.recipe.calibration.clip_tokens
-        return 0 if clip is None else int(self.data.tokens.numel() * (1 - clip))
+        return 0 if clip is None else int(tokens * (1 - clip))
 
 
 class SubStage:
@@ -332,6 +383,13 @@ class SubStage:
 
     def counter(self, what: str) -> OnProgress:
         return self.outer.counter(what)
+
+
+def _listed(experts: list[int]) -> str:
+    """Experts by their numbers, not more than a line holds."""
+    shown = ", ".join(map(str, experts[:8]))
+    more = f" and {len(experts) - 8} more" if len(experts) > 8 else ""
+    return f"expert{'s' if len(experts) > 1 else ''} {shown}{more}"
 
 
 def _block_line(name: str, layers: dict[str, dict[str, Any]], tuned: dict[str, Any] | None = None) -> str:

@@ -23,7 +23,7 @@ class Workload:
         self.with_hessian = [name for name in formats if Need.HESSIAN in self.methods[name].needs]
         self.length = window_length(recipe.calibration, decoder)
         self.recipe, self.formats = recipe, [format for format, _ in formats.values()]
-        outside = [decoder.source.specs[decoder.key_of[name]] for name in decoder.names_outside_blocks()]
+        outside = [decoder.specs[name] for name in decoder.names_outside_blocks()]
         self.outside = sum(math.prod(spec.shape) for spec in outside)
         self.vocabulary = decoder.config.get_text_config().vocab_size
         measured = recipe.blockwise is not None or any(method.needs for method in self.methods.values())

@@ -1,0 +1,120 @@
+"""What enters the experts of one layer: of each the tokens that the router gives it.
+
+An expert that gets too few of them is measured on all tokens, as if the router gave it every one: with a Hessian of
+fewer tokens than it has rows the damping would decide how it is rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ultralowbit.methods.statistics import InputStats, Need
+from ultralowbit.nn.decoder import BlockCall, run_block
+from ultralowbit.nn.experts import Experts
+from ultralowbit.pipeline.collect import Batches, Enough, Original
+from ultralowbit.pipeline.ranks import Ranks, own_batches
+
+FEWEST = 0.25
+"""Tokens that an expert needs for statistics of its own, for each channel of its input."""
+AT_ONCE = 4 << 30
+"""Bytes of statistics that are gathered in one run over the calibration text."""
+
+
+class Mixture:
+    """The experts `name` of a block, where `inputs` enter the block: how many tokens each is given, and which.
+
+    lanes: of the batches, all of them; every rank runs those that it owns.
+    """
+
+    def __init__(
+        self, block: nn.Module, name: str, call: BlockCall, inputs: Batches, lanes: list[range], ranks: Ranks,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.experts: Experts = block.get_submodule(name)
+        self._block, self._name, self._call, self._inputs = block, name, call, inputs
+        self._lanes, self._ranks, self._device = lanes, ranks, device
+        self.routed, self.tokens = self._count()
+
+    def is_starved(self, expert: int) -> bool:
+        """Whether an expert is given too few tokens for statistics of its own."""
+        return self.routed[expert] < FEWEST * self.experts.linear(expert, self.experts.projections[0]).in_features
+
+    def seen(self, expert: int) -> int:
+        """How many tokens the statistics of an expert are of."""
+        return self.tokens if self.is_starved(expert) else self.routed[expert]
+
+    def notes(self, expert: int) -> list[str]:
+        """What is to be said of an expert's statistics."""
+        few = f"the router gave it {self.routed[expert]} of {self.tokens} calibration tokens: measured on all of them"
+        return [few] if self.is_starved(expert) else []
+
+    def statistics(
+        self, members: Sequence[int], projection: str, new: Callable[[int], InputStats], original: Original | None
+    ) -> Iterator[dict[int, InputStats]]:
+        """What enters a projection of some experts, as many at a time as fit `AT_ONCE`; the caller has packed the
+        projections before. `new` makes an expert's statistics, which stay empty where it is given no token."""
+        width = self.experts.linear(members[0], projection).in_features
+        most = max(1, AT_ONCE // (2 * 4 * width * width * (1 if original is None else 2)))
+        for first in range(0, len(members), most):
+            some = members[first : first + most]
+            stats = self._ranks.sum_lanes(
+                self._lanes,
+                lambda some=some: [new(expert) for expert in some],
+                lambda batches, parts, some=some: self._gather(some, projection, batches, parts, original),
+            )
+            for expert, one in zip(some, stats, strict=True):
+                one.notes += self.notes(expert)
+            yield dict(zip(some, stats, strict=True))
+
+    def _gather(
+        self, members: Sequence[int], projection: str, batches: range, stats: Sequence[InputStats],
+        original: Original | None,
+    ) -> None:  # fmt: skip
+        """Add what enters a projection to the statistics of each of the experts, of some batches."""
+        for k in batches:
+            hidden, routed = self._given(self._block, self._inputs[k])
+            if original is not None:
+                beside = original.block.get_submodule(self._name)
+                expected, _ = self._given(original.block, original.inputs[k])
+            for expert, one in zip(members, stats, strict=True):
+                everyone = self.is_starved(expert)
+                tokens = slice(None) if everyone else (routed == expert).any(-1).nonzero().squeeze(-1)
+                x = self.experts.entering(expert, projection, hidden[tokens])
+                if Need.ORIGINAL in one.needs:  # of the same tokens, wherever the original's router sends them
+                    one.add(x, beside.entering(expert, projection, expected[tokens]))
+                else:
+                    one.add(x)
+
+    def _count(self) -> tuple[list[int], int]:
+        """How many tokens the router gives each expert, and how many there are."""
+        counts = torch.zeros(self.experts.count, dtype=torch.int64, device=self._device)
+        tokens = 0
+        for k in own_batches(self._ranks.mine(len(self._lanes)), self._lanes):
+            hidden, routed = self._given(self._block, self._inputs[k])
+            counts += routed.reshape(-1).bincount(minlength=len(counts))[: len(counts)]
+            tokens += len(hidden)
+        every = self._ranks.gather([counts.tolist(), tokens])
+        return [sum(parts) for parts in zip(*(part for part, _ in every), strict=True)], sum(n for _, n in every)
+
+    def _given(self, block: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """What a block's experts are given where a batch enters it: the tokens [tokens, d] and the experts of each
+        [tokens, k]."""
+        given: list[Tensor] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            given.extend(args[:2])
+            raise Enough
+
+        handle = block.get_submodule(self._name).register_forward_pre_hook(before)
+        try:
+            with suppress(Enough):
+                run_block(block, batch.to(self._device), self._call)
+        finally:
+            handle.remove()
+        hidden, routed = given
+        return hidden, routed
