@@ -96,8 +96,10 @@ class Experts(nn.Module):
                 outputs[rows] = self._run(expert, hidden[rows // k])
         return (outputs.view(*routed.shape, -1) * weights[..., None]).sum(-2).to(hidden.dtype)
 
-    def drop_dense(self) -> None:
-        """Forget the tensors whose experts are all packed; `CheckpointError` where only some are."""
+    def drop_dense(self) -> list[str]:
+        """Forget the tensors whose experts are all packed, and return their names; `CheckpointError` where only some
+        are."""
+        dropped = []
         for projection in self.projections:
             packed = [isinstance(self.linear(e, projection), PackedLinear) for e in range(self.count)]
             if any(packed) and not all(packed):
@@ -107,6 +109,8 @@ class Experts(nn.Module):
                 )
             if all(packed):
                 del self._parameters[projection]
+                dropped.append(projection)
+        return dropped
 
     @torch.no_grad()
     def dense(self, dtype: torch.dtype) -> nn.Module:
@@ -135,6 +139,12 @@ def expert_of(linear: str) -> tuple[str, str] | None:
     """The name of the `Experts` that a Linear of this name is in, and its projection; None for any other Linear."""
     match = re.fullmatch(r"(.+)\.\d+\.packed_(\w+)", linear)
     return match and (match[1], match[2])
+
+
+def is_experts_weight(name: str) -> bool:
+    """Whether a tensor of this name holds the weights of all experts. Beside packed ones an empty tensor is stored under
+    it: transformers without this package then stops at its shape instead of making up random weights."""
+    return re.search(r"experts\.\w+$", name) is not None
 
 
 def weight_name(linear: str) -> str:

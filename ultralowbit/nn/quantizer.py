@@ -9,6 +9,7 @@ written with them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,8 +110,9 @@ class UltraLowBitQuantizer(HfQuantizer):
                     "the config.json was edited, or belongs to another model"
                 )
             pack_module(model, own, format)
-        for module in experts.values():
-            module.drop_dense()
+        for name, module in experts.items():
+            empty = module.drop_dense()
+            model._keys_to_ignore_on_load_unexpected |= {re.escape(f"{name}.{tensor}") + "$" for tensor in empty}
         check_files(model, checkpoint_files)
         return model
 

@@ -53,6 +53,12 @@ def planned_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format,
     of weights depends on data, the packed result may need more room."""
     if recipe.embeddings is not None:
         find_ends(decoder.model)  # refuses what cannot be packed
+    for stage in ("preprocess", "allocate", "blockwise", "finetune") if decoder.experts else ():
+        if getattr(recipe, stage) is not None:
+            raise InputError(
+                f"the stage {stage} of recipe {recipe.name} cannot run on a mixture of experts yet, which "
+                f"{decoder.config.model_type} is: leave it out with --set {stage}=null, or give a recipe without it"
+            )
     formats = {}
     for name, shape in packed_linears(decoder, recipe).items():
         format, block = recipe.method_for(name).format(shape[1]), recipe.hadamard(shape[1])

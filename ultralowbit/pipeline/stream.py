@@ -23,7 +23,7 @@ from ultralowbit.errors import CheckpointError, FormatError, naming_memory
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.methods.statistics import InputStats, Need
 from ultralowbit.nn.decoder import BlockCall, Decoder, run_block
-from ultralowbit.nn.experts import weight_name
+from ultralowbit.nn.experts import is_experts_weight, weight_name
 from ultralowbit.nn.inputs import InputGroup, input_groups
 from ultralowbit.nn.linear import linear_shape, linear_weight
 from ultralowbit.pipeline.collect import Original, collect, residual_writers
@@ -142,6 +142,7 @@ class BlockStream:
             if streams is not None:
                 packed |= self._train(i, block, linears, stored, packed, streams)
             tensors |= {f"{name}.{part}": t.cpu() for name, p in packed.items() for part, t in p.tensors.items()}
+            tensors |= dict.fromkeys(filter(is_experts_weight, weights), torch.empty(0, dtype=torch.uint8))
             self.job.write_block(i, tensors)
             if inputs is not None and i + 1 < len(decoder.blocks):
                 self._run_through(block, call, inputs, self._activations(i + 1, create=True))

@@ -24,11 +24,12 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from ultralowbit.checkpoint.check import is_in_block
 from ultralowbit.checkpoint.config import QUANT_METHOD, module_formats, packed_formats
-from ultralowbit.errors import CheckpointError, FormatError
+from ultralowbit.errors import CheckpointError, FormatError, InputError
 from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.format.words import TensorSpec
 from ultralowbit.hub import resolve_model
 from ultralowbit.nn.hf import check_checkpoint
+from ultralowbit.nn.experts import expert_of
 from ultralowbit.nn.linear import PackedLinear
 
 logger = init_logger(__name__)
@@ -52,6 +53,11 @@ class PackedConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PackedConfig:
         formats = module_formats(config.get("modules"), config.get("formats"))
+        if expert := next(filter(expert_of, formats), None):
+            raise InputError(
+                f"vLLM cannot multiply by packed experts yet ({expert} is one): serve it with transformers, or export "
+                "it with `ultralowbit export DIR --to dense --out PLAIN`"
+            )
         return cls({name: format for name, format in formats.items() if is_in_block(name)})
 
     def get_name(self) -> str:
