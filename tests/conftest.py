@@ -84,6 +84,37 @@ def tiny_config() -> Callable[..., Any]:
     return lambda kind="llama", **changes: AutoConfig.for_model(kind, **sizes | changes)
 
 
+MIXTURES = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
+    "olmoe": {"num_experts": 4, "intermediate_size": 32},
+    "deepseek_v3": {
+        "n_routed_experts": 4, "moe_intermediate_size": 32, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+        "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
+        "v_head_dim": 16, "head_dim": 8,
+    },
+    "gpt_oss": {
+        "num_local_experts": 4, "intermediate_size": 32, "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}  # fmt: skip
+"""Kinds of mixtures of experts -> what makes a small one of `tiny_config`."""
+
+
+@pytest.fixture(scope="session")
+def mixture_config(tiny_config) -> Callable[..., Any]:
+    """mixture_config(kind, **changes): a model of two blocks with four experts, of which a token goes through two."""
+    common = {"num_hidden_layers": 2, "num_experts_per_tok": 2}
+    return lambda kind, **changes: tiny_config(kind, **common | MIXTURES[kind] | changes)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests that ask for a `mixture_kind` run with each."""
+    if "mixture_kind" in metafunc.fixturenames:
+        metafunc.parametrize("mixture_kind", MIXTURES)
+
+
 def random_model(config: Any, seed: int = 0, **kwargs: Any) -> Any:
     """A causal LM whose every stored tensor is random, norms, biases and buffers too: none can be lost unseen."""
     with torch.random.fork_rng():

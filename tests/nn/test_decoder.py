@@ -308,20 +308,12 @@ def test_a_stored_head_that_config_ties_is_kept_where_it_differs(tmp_path, save_
 
 # --- what is refused ----------------------------------------------------------------------------------------------
 
-MOE = {
-    "mixtral": ("mixtral", GQA | {"num_local_experts": 4}),
-    "qwen2-moe": (
-        "qwen2_moe",
-        GQA | {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
-    ),
-    "qwen3-moe": ("qwen3_moe", GQA | {"num_experts": 4, "moe_intermediate_size": 24}),
-}
-
-
-@pytest.mark.parametrize("family", MOE)
-def test_mixtures_of_experts_are_refused_by_the_share_that_would_stay(tmp_path, save_model, family):
-    model_type, values = MOE[family]
-    folder = save_model(AutoConfig.for_model(model_type, **values), tmp_path)
+def test_what_lies_outside_linears_is_refused_by_the_share_that_would_stay(
+    tmp_path, save_model, mixture_config, monkeypatch
+):
+    """Such as experts of a kind that is not known."""
+    folder = save_model(mixture_config("mixtral"), tmp_path)
+    monkeypatch.setattr("ultralowbit.nn.experts.experts_layout", lambda module: None)
     with pytest.raises(InputError, match=r"^\d\d% of the block weights .* are not in Linear layers .*experts"):
         Decoder(folder, torch.float32, CPU)
 

@@ -8,13 +8,14 @@ from rich import box
 from rich.panel import Panel
 from rich.table import Table
 
+from ultralowbit.checkpoint.names import expert_of
 from ultralowbit.cli.console import cell, out, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ultralowbit.checkpoint.size import Size
+    from ultralowbit.checkpoint.size import LayerSize, Size
     from ultralowbit.eval.schema import Evaluation
     from ultralowbit.report.schema import Comparison, Row, RunReport
 
@@ -73,14 +74,28 @@ def shout(title: str, text: str) -> None:
 
 
 def layer_table(size: Size) -> Table:
-    """A row for each packed weight: its shape and format, bytes, bits per weight, and the bits a paper would claim."""
+    """A row for each packed weight, or for a projection of all experts of a layer: its shape and format, bytes, bits
+    per weight, and the bits a paper would claim."""
     table = new_table("layer", "shape", "format", "bytes", "bits", "claimed")
-    for layer in (*size.layers, *size.outside):
+    for name, layers in layer_groups([*size.layers, *size.outside]).items():
+        count, formats = len(layers), sorted({layer.format for layer in layers})
+        nbytes, weights = sum(layer.bytes for layer in layers), sum(layer.weights for layer in layers)
+        claimed = sum(layer.claimed_bits * layer.weights for layer in layers) / weights
+        shape = "x".join(map(str, layers[0].shape if count == 1 else (count, *layers[0].shape)))
+        more = f" and {len(formats) - 1} more" if len(formats) > 1 else ""
         table.add_row(
-            cell(layer.name), "x".join(map(str, layer.shape)), cell(layer.format), f"{layer.bytes:,}",
-            f"{layer.bits_per_weight:.3f}", f"{layer.claimed_bits:.2f}",
-        )  # fmt: skip
+            cell(name), shape, cell(formats[0] + more), f"{nbytes:,}", f"{8 * nbytes / weights:.3f}", f"{claimed:.2f}"
+        )
     return table
+
+
+def layer_groups(layers: Sequence[LayerSize]) -> dict[str, list[LayerSize]]:
+    """The rows of a table of packed weights, by name: the experts of one projection are `experts.*`."""
+    groups: dict[str, list[LayerSize]] = {}
+    for layer in layers:
+        place = expert_of(layer.name)
+        groups.setdefault(layer.name if place is None else ".*.packed_".join(place), []).append(layer)
+    return groups
 
 
 def size_table(size: Size) -> Table:

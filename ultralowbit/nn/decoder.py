@@ -25,9 +25,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ultralowbit.checkpoint.files import Source
+from ultralowbit.checkpoint.names import weight_name
 from ultralowbit.errors import CheckpointError, InputError, reason
 from ultralowbit.format.words import TensorSpec
-from ultralowbit.nn.experts import ExpertLinear, routing_linears, separate_experts, weight_name
+from ultralowbit.nn.experts import ExpertLinear, routing_linears, separate_experts
 from ultralowbit.nn.hf_names import match_keys, match_parts, tied_names
 from ultralowbit.nn.linear import PackedLinear
 from ultralowbit.nn.original import read_config, refuse_adapters, refuse_codes

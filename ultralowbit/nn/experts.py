@@ -7,13 +7,13 @@ then needs to know of no experts, and a token is multiplied by the bytes of thos
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ultralowbit.checkpoint.names import expert_linear
 from ultralowbit.errors import CheckpointError
 from ultralowbit.nn.hf_names import experts_layout
 from ultralowbit.nn.linear import PackedLinear, swap
@@ -55,8 +55,7 @@ class Experts(nn.Module):
     """Stands for a module of fused experts: hidden [tokens, d], the experts of each token [tokens, k] and their weights
     [tokens, k] -> [tokens, d].
 
-    Takes over the parameters of `original` under their names; expert 3's Linear of `down_proj` is `3.packed_down_proj`,
-    a name that no renaming of transformers matches.
+    Takes over the parameters of `original` under their names; the experts' Linears have those of `expert_linear`.
     """
 
     def __init__(self, original: nn.Module) -> None:
@@ -68,17 +67,12 @@ class Experts(nn.Module):
             self.register_parameter(name, original._parameters.pop(name))
         self.count = len(self.down_proj)
         for expert in range(self.count):
-            linears = {f"packed_{p}": ExpertLinear(self, expert, p) for p in self.projections}
-            self.add_module(str(expert), nn.ModuleDict(linears))
+            self.add_module(str(expert), nn.ModuleDict())
+            for projection in self.projections:
+                swap(self, expert_linear(expert, projection), ExpertLinear(self, expert, projection))
 
     def linear(self, expert: int, projection: str) -> ExpertLinear | PackedLinear:
-        return self._modules[str(expert)][f"packed_{projection}"]
-
-    def linears(self) -> Iterator[tuple[str, ExpertLinear | PackedLinear]]:
-        """The experts' Linears by their names within this module."""
-        for expert in range(self.count):
-            for projection in self.projections:
-                yield f"{expert}.packed_{projection}", self.linear(expert, projection)
+        return self.get_submodule(expert_linear(expert, projection))
 
     def entering(self, expert: int, projection: str, x: Tensor) -> Tensor:
         """What a projection of an expert is given, for x [tokens, d] that the expert is given."""
@@ -135,24 +129,6 @@ class Experts(nn.Module):
         return y + getattr(self, f"{projection}_bias")[expert] if self._has_bias else y
 
 
-def expert_of(linear: str) -> tuple[str, str] | None:
-    """The name of the `Experts` that a Linear of this name is in, and its projection; None for any other Linear."""
-    match = re.fullmatch(r"(.+)\.\d+\.packed_(\w+)", linear)
-    return match and (match[1], match[2])
-
-
-def is_experts_weight(name: str) -> bool:
-    """Whether a tensor of this name holds the weights of all experts. Beside packed ones an empty tensor is stored under
-    it: transformers without this package then stops at its shape instead of making up random weights."""
-    return re.search(r"experts\.\w+$", name) is not None
-
-
-def weight_name(linear: str) -> str:
-    """The name of the tensor that holds the weight of a Linear: that of all experts for one expert's."""
-    place = expert_of(linear)
-    return f"{linear}.weight" if place is None else ".".join(place)
-
-
 def separate_experts(model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Experts]:
     """Put `Experts` in the place of the fused experts of a model whose name is `wanted`; returns them by name."""
     fused = {name: m for name, m in model.named_modules() if experts_layout(m) is not None and wanted(name)}
@@ -166,7 +142,7 @@ def separate_experts(model: nn.Module, wanted: Callable[[str], bool] = lambda na
 def routing_linears(block: nn.Module) -> set[str]:
     """The names of a block's Linears that choose experts or weigh what experts give: those named so, outside the
     experts themselves, in a module that has `experts`."""
-    mixtures = [name.removesuffix("experts") for name, m in block.named_modules() if name.endswith("experts")]
+    mixtures = [name.removesuffix("experts") for name, _ in block.named_modules() if name.split(".")[-1] == "experts"]
     return {
         name
         for name, module in block.named_modules()

@@ -12,10 +12,11 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from ultralowbit.checkpoint.config import QUANT_METHOD, read_config_json
 from ultralowbit.checkpoint.files import weight_files
+from ultralowbit.checkpoint.names import expert_of
 from ultralowbit.errors import CheckpointError, naming_memory, reason
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.nn import fused
-from ultralowbit.nn.experts import expert_of, separate_experts
+from ultralowbit.nn.experts import separate_experts
 from ultralowbit.nn.hf_names import compiled_steps
 from ultralowbit.nn.linear import PackedLinear
 from ultralowbit.nn.quantizer import UltraLowBitConfig, UltraLowBitQuantizer, check_config, pack_module

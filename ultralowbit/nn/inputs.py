@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ultralowbit.checkpoint.names import expert_of
 from ultralowbit.nn.decoder import BlockCall, Decoder, run_block
-from ultralowbit.nn.experts import ExpertLinear, expert_of
+from ultralowbit.nn.experts import ExpertLinear
 
 
 class InputGroup(NamedTuple):

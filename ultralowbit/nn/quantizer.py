@@ -33,12 +33,13 @@ from ultralowbit.checkpoint.config import (
     tensors_digest,
 )
 from ultralowbit.checkpoint.files import read_headers, read_metadata, read_raw_header
+from ultralowbit.checkpoint.names import expert_of
 from ultralowbit.checkpoint.storage import read_json
 from ultralowbit.errors import CheckpointError, FormatError
 from ultralowbit.format.weight import Format
 from ultralowbit.format.words import TensorSpec
 from ultralowbit.nn.embedding import PackedEmbedding, pack_embedding, unpack_embedding
-from ultralowbit.nn.experts import ExpertLinear, Experts, expert_of, separate_experts
+from ultralowbit.nn.experts import ExpertLinear, Experts, separate_experts
 from ultralowbit.nn.hf_names import match_keys, match_parts, tied_names
 from ultralowbit.nn.linear import PackedLinear, PackedModule, swap
 

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 
+from ultralowbit.checkpoint.names import weight_name
 from ultralowbit.checkpoint.size import Size
 from ultralowbit.errors import InputError
 from ultralowbit.format.weight import Format
@@ -23,7 +24,6 @@ from ultralowbit.hub import resolve_model
 from ultralowbit.methods.base import Method
 from ultralowbit.methods.statistics import InputStats
 from ultralowbit.nn.decoder import Decoder
-from ultralowbit.nn.experts import weight_name
 from ultralowbit.pipeline.allocate import expected_planes
 from ultralowbit.pipeline.embed import planned_embeddings
 from ultralowbit.pipeline.memory import Memory, smaller_memory, stage_memory

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from ultralowbit.checkpoint.activations import Activations, lanes_of
 from ultralowbit.checkpoint.job import Job
+from ultralowbit.checkpoint.names import expert_linear, expert_of, weight_name
 from ultralowbit.data.calibration import Calibration
 from ultralowbit.errors import CheckpointError, FormatError, naming_memory
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.methods.statistics import InputStats, Need
 from ultralowbit.nn.decoder import BlockCall, Decoder, run_block
-from ultralowbit.nn.experts import is_experts_weight, weight_name
 from ultralowbit.nn.inputs import InputGroup, input_groups
 from ultralowbit.nn.linear import linear_shape, linear_weight
 from ultralowbit.pipeline.collect import Original, collect, residual_writers
@@ -142,7 +142,9 @@ class BlockStream:
             if streams is not None:
                 packed |= self._train(i, block, linears, stored, packed, streams)
             tensors |= {f"{name}.{part}": t.cpu() for name, p in packed.items() for part, t in p.tensors.items()}
-            tensors |= dict.fromkeys(filter(is_experts_weight, weights), torch.empty(0, dtype=torch.uint8))
+            # under the names of what is packed: transformers without this package then stops at their shapes, instead
+            # of making up the experts' weights
+            tensors |= {weight_name(name): torch.empty(0, dtype=torch.uint8) for name in packed if expert_of(name)}
             self.job.write_block(i, tensors)
             if inputs is not None and i + 1 < len(decoder.blocks):
                 self._run_through(block, call, inputs, self._activations(i + 1, create=True))
@@ -293,7 +295,7 @@ class BlockStream:
         if starved := [expert for expert in range(mixture.experts.count) if mixture.is_starved(expert)]:
             self.progress.say(f"{name}: too few tokens for {_listed(starved)}, measured on all tokens")
         for projection in mixture.experts.projections:
-            names = {e: f"{name}.{e}.packed_{projection}" for e in range(mixture.experts.count)}
+            names = {e: f"{name}.{expert_linear(e, projection)}" for e in range(mixture.experts.count)}
             names = {e: n for e, n in names.items() if n in linears}
             needs = {e: self.recipe.method_for(n).needs for e, n in names.items()}
             yield {names[e]: None for e in names if not needs[e]}

@@ -24,12 +24,12 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from ultralowbit.checkpoint.check import is_in_block
 from ultralowbit.checkpoint.config import QUANT_METHOD, module_formats, packed_formats
+from ultralowbit.checkpoint.names import expert_of
 from ultralowbit.errors import CheckpointError, FormatError, InputError
 from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.format.words import TensorSpec
 from ultralowbit.hub import resolve_model
 from ultralowbit.nn.hf import check_checkpoint
-from ultralowbit.nn.experts import expert_of
 from ultralowbit.nn.linear import PackedLinear
 
 logger = init_logger(__name__)
