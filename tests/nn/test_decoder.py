@@ -308,6 +308,7 @@ def test_a_stored_head_that_config_ties_is_kept_where_it_differs(tmp_path, save_
 
 # --- what is refused ----------------------------------------------------------------------------------------------
 
+
 def test_what_lies_outside_linears_is_refused_by_the_share_that_would_stay(
     tmp_path, save_model, mixture_config, monkeypatch
 ):

@@ -60,7 +60,9 @@ def test_an_expert_s_weight_is_written_through_to_the_tensor_of_all(model):
     transposed = module.is_transposed
     experts = Experts(module)
     linear = experts.linear(2, "down_proj")
-    assert linear.weight.shape == (linear.out_features, linear.in_features) == (64, experts.down_proj.numel() // 4 // 64)
+    assert (
+        linear.weight.shape == (linear.out_features, linear.in_features) == (64, experts.down_proj.numel() // 4 // 64)
+    )
     before = experts.down_proj.clone()
     linear.weight.copy_(torch.full_like(linear.weight, 3.0).tril())
     expected = torch.full_like(linear.weight, 3.0).tril()

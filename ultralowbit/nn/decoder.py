@@ -197,8 +197,8 @@ class Decoder:
         }
         kept = {name: module for name, module in named.items() if not any(fnmatch(name, p) for p in ignore)}
         packed = {weight_name(name) for name in kept}
-        for name in named.keys() - kept.keys():
-            if weight_name(name) in packed:
+        for name in named:
+            if name not in kept and weight_name(name) in packed:
                 raise InputError(f"ignore leaves out {name} but not all experts of its layer: give a pattern for all")
         return kept
 

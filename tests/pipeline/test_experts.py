@@ -1,0 +1,282 @@
+"""Mixtures of experts through the whole pipeline: packed expert by expert, loaded, gone on with, refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import ultralowbit
+from ultralowbit.checkpoint.config import TENSORS_DIGEST
+from ultralowbit.checkpoint.files import Source, read_metadata
+from ultralowbit.checkpoint.names import expert_linear, expert_of
+from ultralowbit.checkpoint.size import measure_size
+from ultralowbit.checkpoint.storage import sha256_file
+from ultralowbit.cli.app import app
+from ultralowbit.data.calibration import calibrate
+from ultralowbit.errors import CheckpointError, InputError
+from ultralowbit.export.base import export
+from ultralowbit.hub import open_tokenizer
+from ultralowbit.nn.experts import Experts
+from ultralowbit.nn.hf_names import experts_layout
+from ultralowbit.pipeline import stream
+from ultralowbit.pipeline.verify import verify
+from ultralowbit.progress import Silent
+from ultralowbit.recipe import Recipe
+
+TOKENS = torch.arange(2, 26)[None]
+METHOD = {"method": "gptq", "bits": 4, "group": 32}
+
+
+@pytest.fixture
+def recipe(text):
+    """recipe(**keys): GPTQ on a little text."""
+    calibration = {"source": text, "samples": 6, "length": 32}
+    return lambda **keys: Recipe.model_validate(
+        {"name": "experts", "quantize": METHOD, "calibration": calibration} | keys
+    )
+
+
+@pytest.fixture
+def source(save_model, mixture_config, mixture_kind, tmp_path) -> Path:
+    return save_model(mixture_config(mixture_kind), tmp_path / "source")
+
+
+@pytest.fixture
+def mixtral(save_model, mixture_config, tmp_path) -> Path:
+    return save_model(mixture_config("mixtral"), tmp_path / "source")
+
+
+def mixtures(model) -> dict[str, torch.nn.Module]:
+    return {name: m for name, m in model.named_modules() if experts_layout(m) is not None or isinstance(m, Experts)}
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(TOKENS).logits
+
+
+def test_every_kind_is_packed_loaded_and_unpacked(source, recipe, tmp_path):
+    out = ultralowbit.compress(str(source), recipe(), tmp_path / "out").folder
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    model = ultralowbit.load(out)
+    packed = {n for n, m in model.named_modules() if hasattr(m, "format")}
+    for name, mixture in mixtures(original).items():
+        projections = experts_layout(mixture).projections
+        assert {f"{name}.{expert_linear(e, p)}" for e in range(4) for p in projections} <= packed
+    # what routes, and every norm and bias, is as it was
+    state = original.state_dict()
+    kept = {n: t for n, t in model.state_dict().items() if n.rpartition(".")[0] not in packed}
+    assert any("gate" in n or "router" in n for n in kept) and all(torch.equal(t, state[n]) for n, t in kept.items())
+    assert not {n for n in packed if n.endswith(("shared_expert_gate", ".gate", ".router"))}
+    # all weights are counted, those of all experts too
+    size = measure_size(out)
+    assert size.total_weights == sum(t.numel() for t in state.values())
+    assert size.linear_weights / size.total_weights > 0.7 and 4 < size.linear_bits_per_weight < 5.5
+    assert verify(out) == []
+    dense = ultralowbit.load(out).dequantize()
+    assert type(dense) is type(original) and mixtures(dense).keys() == mixtures(original).keys()
+    expected = logits(dense)
+    assert torch.allclose(logits(model), expected, rtol=0, atol=1e-5 * expected.abs().max())
+    assert torch.equal(model.generate(TOKENS, max_new_tokens=4), dense.generate(TOKENS, max_new_tokens=4))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out)), logits(model))
+
+
+def test_what_save_pretrained_and_the_exporter_write_means_the_same(source, recipe, tmp_path):
+    out = ultralowbit.compress(str(source), recipe(), tmp_path / "out").folder
+    model = ultralowbit.load(out)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(ultralowbit.load(tmp_path / "again")), logits(model))
+    export(out, "dense", tmp_path / "dense")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(plain), logits(ultralowbit.load(out).dequantize()))
+    with pytest.raises(InputError, match="gguf does not know the architecture"):
+        export(out, "gguf", tmp_path / "out.gguf")
+
+
+def test_fusing_leaves_experts_as_they_are(source, recipe, tmp_path):
+    out = ultralowbit.compress(str(source), recipe(), tmp_path / "out").folder
+    model, together = ultralowbit.load(out), ultralowbit.load(out, fuse=True)
+    expected = logits(model)
+    assert torch.allclose(logits(together), expected, rtol=0, atol=1e-5 * expected.abs().max())
+    assert mixtures(together).keys() == mixtures(model).keys()
+
+
+def test_every_method_packs_experts_and_stages_that_train_say_that_they_do_not(
+    recipe_kind, short, save_model, mixture_config, tmp_path
+):
+    folder, spec = save_model(mixture_config("gpt_oss"), tmp_path / "source"), short(recipe_kind)
+    trained = [s for s in ("preprocess", "allocate", "blockwise", "finetune") if getattr(spec, s) is not None]
+    if trained:
+        with pytest.raises(InputError, match=f"the stage {trained[0]} of recipe {spec.name} cannot run on a mixture"):
+            ultralowbit.compress(str(folder), spec, tmp_path / "out")
+        assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
+        return
+    done = ultralowbit.compress(str(folder), spec, tmp_path / "out")
+    assert not done.fallbacks
+    expected = logits(ultralowbit.load(done.folder).dequantize())
+    assert torch.allclose(logits(ultralowbit.load(done.folder)), expected, rtol=0, atol=1e-5 * expected.abs().max())
+
+
+def measured(monkeypatch) -> dict[str, tuple[int, torch.Tensor]]:
+    """Linear -> how many tokens its Hessian is of, and the Hessian; filled by `compress`."""
+    seen = {}
+    pack = stream.BlockStream._pack_linear
+
+    def note(self, name, linear, stats):
+        seen[name] = stats.count, stats.hessian.clone()
+        return pack(self, name, linear, stats)
+
+    monkeypatch.setattr(stream.BlockStream, "_pack_linear", note)
+    return seen
+
+
+@torch.no_grad()
+def test_an_expert_is_measured_on_the_tokens_that_the_router_gives_it(source, recipe, tmp_path, monkeypatch):
+    seen = measured(monkeypatch)
+    done = ultralowbit.compress(str(source), recipe(ignore=["*self_attn*", "model.layers.0.*"]), tmp_path / "out")
+    monkeypatch.undo()
+    tokens = calibration_tokens(recipe(), source)
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, experts_implementation="eager").eval()
+    name, module = [*mixtures(original).items()][-1]
+    given = []
+    module.register_forward_pre_hook(lambda _, args: given.append(args[:2]))
+    original(tokens)
+    ((hidden, routed),) = given
+    for e in range(4):
+        count, hessian = seen[f"{name}.{expert_linear(e, experts_layout(module).projections[0])}"]
+        x = hidden[(routed == e).any(-1)]
+        assert 16 < count == len(x) < tokens.numel()
+        assert torch.allclose(hessian, x.T @ x, rtol=0, atol=1e-5 * hessian.abs().max())
+        assert seen[f"{name}.{expert_linear(e, 'down_proj')}"][0] == count
+    assert not any(layer["notes"] for layer in done.manifest["layers"].values())
+
+
+def calibration_tokens(spec: Recipe, folder: Path) -> torch.Tensor:
+    wanted = spec.calibration
+    tokenizer = open_tokenizer(folder)
+    return calibrate(wanted.source, tokenizer, samples=wanted.samples, length=wanted.length, seed=wanted.seed).tokens
+
+
+class Said(Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def test_an_expert_without_tokens_is_measured_on_all_and_named(
+    save_model, mixture_config, recipe, tmp_path, monkeypatch
+):
+    folder = save_model(mixture_config("gpt_oss"), tmp_path / "source")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.router.bias"][2] = -100.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    seen, progress = measured(monkeypatch), Said()
+    done = ultralowbit.compress(str(folder), recipe(), tmp_path / "out", progress=progress)
+    assert not done.fallbacks
+    for projection in ("gate_up_proj", "down_proj"):
+        name = f"model.layers.1.mlp.experts.{expert_linear(2, projection)}"
+        layer = done.manifest["layers"][name]
+        assert "the router gave it 0 of 192 calibration tokens: measured on all of them" in layer["notes"]
+        assert seen[name][0] == 192 and layer["error"] < 0.2
+    assert [n for n, layer in done.manifest["layers"].items() if layer["notes"]] == [
+        f"model.layers.1.mlp.experts.{expert_linear(2, p)}" for p in ("gate_up_proj", "down_proj")
+    ]
+    assert "model.layers.1.mlp.experts: too few tokens for expert 2, measured on all tokens" in progress.lines
+
+
+def test_a_killed_job_goes_on_to_the_same_bytes(source, recipe, tmp_path, monkeypatch):
+    whole = ultralowbit.compress(str(source), recipe(), tmp_path / "whole").folder
+    write = stream.BlockStream._commit
+
+    def killed(self, i, seconds):
+        write(self, i, seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream.BlockStream, "_commit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ultralowbit.compress(str(source), recipe(), tmp_path / "killed")
+    monkeypatch.undo()
+    progress = Said()
+    again = ultralowbit.compress(str(source), recipe(), tmp_path / "killed", progress=progress).folder
+    assert "going on after block 0, where the last run stopped" in progress.lines
+    assert sha256_file(again / "model.safetensors") == sha256_file(whole / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_bytes_of_one(save_model, mixture_config, text, tmp_path):
+    folder = save_model(mixture_config("qwen3_moe", num_experts=6), tmp_path / "source")
+    digests = set()
+    for n in (1, 2):
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] * (n > 1)
+        texts = ["--calib", text, "--samples", "12", "--length", "24", "--eval", "none", "--quiet", "--device", "cpu"]
+        out = tmp_path / str(n)
+        command = ["-m", "ultralowbit", "compress", str(folder), "--recipe", "sign-2", "--out", str(out), *texts]
+        done = subprocess.run([sys.executable, *start, *command], capture_output=True, text=True, timeout=300)
+        assert done.returncode in (0, 3), done.stderr[-2000:]
+        digests.add(sha256_file(out / "model.safetensors"))
+    assert len(digests) == 1
+
+
+def test_transformers_alone_does_not_make_up_experts(source, recipe, tmp_path):
+    """Where nothing but experts is packed, no Linear of another shape stops it."""
+    spec = recipe(ignore=["*self_attn*", "*shared_expert*", "*mlp.gate_proj", "*mlp.up_proj", "*mlp.down_proj"])
+    out = ultralowbit.compress(str(source), spec, tmp_path / "out").folder
+    assert all(
+        expert_of(name) for name in json.loads((out / "config.json").read_text())["quantization_config"]["modules"]
+    )
+    expected = logits(ultralowbit.load(out))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out)), expected)
+    config = AutoConfig.from_pretrained(out)
+    del config.quantization_config
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForCausalLM.from_pretrained(out, config=config)
+
+
+def test_inspect_has_a_line_for_the_experts_of_a_projection(mixtral, recipe, tmp_path):
+    out = ultralowbit.compress(str(mixtral), recipe(), tmp_path / "out").folder
+    shown = CliRunner().invoke(app, ["inspect", str(out)], env={"COLUMNS": "160"}).output
+    assert shown.count("model.layers.0.mlp.experts.*.packed_down_proj") == 1 and "4x64x96" in shown
+    assert "experts.1." not in shown
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_experts_that_are_left_out_in_part_are_refused(mixtral, recipe, tmp_path):
+    with pytest.raises(InputError, match=r"ignore leaves out .*experts.2.packed_gate_up_proj but not all experts"):
+        ultralowbit.compress(str(mixtral), recipe(ignore=["*experts.2.*"]), tmp_path / "out")
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape"])
+def test_a_source_whose_experts_do_not_fit_together_is_named(mixtral, recipe, tmp_path, fault):
+    key = next(key for key in Source(mixtral).specs if "experts.2.w1" in key)
+    tensors = load_file(mixtral / "model.safetensors")
+    tensors[key] = tensors[key][:-1].contiguous()
+    if fault == "missing":
+        del tensors[key]
+    save_file(tensors, mixtral / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"tensors of .* that make .*experts.gate_up_proj do not fit together"):
+        ultralowbit.compress(str(mixtral), recipe(), tmp_path / "out")
+
+
+def test_a_checkpoint_without_one_expert_does_not_load(mixtral, recipe, tmp_path):
+    out = ultralowbit.compress(str(mixtral), recipe(), tmp_path / "out").folder
+    config = json.loads((out / "config.json").read_text())
+    name = next(n for n in config["quantization_config"]["modules"] if "experts.3" in n)
+    tensors = load_file(out / "model.safetensors")
+    del tensors[f"{name}.weight"]
+    metadata = read_metadata(out / "model.safetensors")
+    del metadata[TENSORS_DIGEST]
+    save_file(tensors, out / "model.safetensors", metadata=metadata)
+    with pytest.raises(CheckpointError, match=f"{name}.weight is missing"):
+        ultralowbit.load(out)
