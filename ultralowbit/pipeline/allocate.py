@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ultralowbit.checkpoint.job import Job
+from ultralowbit.checkpoint.names import weight_name
 from ultralowbit.data.calibration import Calibration
 from ultralowbit.errors import InputError
 from ultralowbit.methods.allocation import allocate
@@ -64,27 +65,40 @@ def _within_budget(decoder: Decoder, recipe: Recipe, losses: Mapping[str, float]
     if recipe.allocate is None:
         return recipe
     shapes = packed_linears(decoder, recipe)
-    free = {name: shape for name, shape in shapes.items() if recipe.is_allocated(name)}
+    free: dict[str, list[str]] = {}  # by the tensor of the model: experts of a projection get planes alike
+    for name in shapes:
+        if recipe.is_allocated(name):
+            free.setdefault(weight_name(name), []).append(name)
     if not free:
         raise InputError("allocate has no Linear to choose planes for: every one has an override or is ignored")
     weights = sum(n * m for n, m in shapes.values())
-    fixed = sum(recipe.method_for(name).format(m).nbytes(n, m) for name, (n, m) in shapes.items() if name not in free)
-    nbytes = torch.tensor(
-        [[replace(recipe.quantize, planes=K).format(m).nbytes(n, m) for K in PLANES] for n, m in free.values()]
+    fixed = sum(
+        recipe.method_for(name).format(m).nbytes(n, m)
+        for name, (n, m) in shapes.items()
+        if not recipe.is_allocated(name)
     )
+
+    def takes(name: str, planes: int) -> int:
+        n, m = shapes[name]
+        return replace(recipe.quantize, planes=planes).format(m).nbytes(n, m)
+
+    nbytes = torch.tensor([[sum(takes(name, K) for name in names) for K in PLANES] for names in free.values()])
     least = 8 * (fixed + int(nbytes[:, 0].sum())) / weights
     if least > recipe.allocate.bits:
         raise InputError(
             f"allocate.bits is {recipe.allocate.bits:g}, and one plane for every Linear takes "
             f"{math.ceil(1e4 * least) / 1e4:g} true bits a weight, scales included: ask for that at least"
         )
-    sizes = torch.tensor([n * m for n, m in free.values()], dtype=torch.float64)
-    kl = torch.tensor([losses.get(name, 0.0) for name in free], dtype=torch.float64) if losses else sizes
+    sizes = torch.tensor([sum(math.prod(shapes[n]) for n in names) for names in free.values()], dtype=torch.float64)
+    kl = torch.tensor([sum(losses.get(n, 0.0) for n in names) for names in free.values()], dtype=torch.float64)
+    kl = kl if losses else sizes
     of_each = sizes * (kl / sizes).sqrt()
     lost = _lost_by_planes(recipe.quantize)
     budget = int(recipe.allocate.bits * weights / 8) - fixed
     chosen = allocate(torch.outer(of_each, lost / lost[MEASURED - 1]), nbytes, budget)
-    return recipe.with_planes({name: PLANES[choice] for name, choice in zip(free, chosen, strict=True)})
+    return recipe.with_planes(
+        {name: PLANES[choice] for names, choice in zip(free.values(), chosen, strict=True) for name in names}
+    )
 
 
 def _lost_by_planes(method: Method) -> Tensor:

@@ -6,13 +6,14 @@ fewer tokens than it has rows the damping would decide how it is rounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ultralowbit.checkpoint.names import expert_linear
 from ultralowbit.methods.statistics import InputStats, Need
 from ultralowbit.nn.decoder import BlockCall, run_block
 from ultralowbit.nn.experts import Experts
@@ -53,11 +54,19 @@ class Mixture:
         few = f"the router gave it {self.routed[expert]} of {self.tokens} calibration tokens: measured on all of them"
         return [few] if self.is_starved(expert) else []
 
+    def members(self, projection: str, name: str, linears: Container[str]) -> dict[int, str]:
+        """The experts whose Linear of a projection is among `linears`, and its full name; `name` is that of all
+        experts."""
+        names = {e: f"{name}.{expert_linear(e, projection)}" for e in range(self.experts.count)}
+        return {e: full for e, full in names.items() if full in linears}
+
     def statistics(
         self, members: Sequence[int], projection: str, new: Callable[[int], InputStats], original: Original | None
     ) -> Iterator[dict[int, InputStats]]:
         """What enters a projection of some experts, as many at a time as fit `AT_ONCE`; the caller has packed the
         projections before. `new` makes an expert's statistics, which stay empty where it is given no token."""
+        if not members:
+            return
         width = self.experts.linear(members[0], projection).in_features
         most = max(1, AT_ONCE // (2 * 4 * width * width * (1 if original is None else 2)))
         for first in range(0, len(members), most):

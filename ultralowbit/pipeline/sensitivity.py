@@ -14,7 +14,7 @@ run backwards in turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +31,7 @@ from ultralowbit.nn.decoder import BlockCall, Decoder, run_block
 from ultralowbit.nn.inputs import input_groups
 from ultralowbit.nn.linear import linear_shape, linear_weight
 from ultralowbit.pipeline.collect import collect
+from ultralowbit.pipeline.experts import Mixture
 from ultralowbit.pipeline.ranks import Ranks, own_batches
 from ultralowbit.progress import OnProgress
 from ultralowbit.recipe import Recipe
@@ -132,32 +133,49 @@ def _lost(
     """D [out, in] of each Linear of a block, whose full names begin with `prefix`: what its method loses of the weight,
     in the basis of the inputs as they are."""
     lost = {}
-    groups = ranks.agree(lambda: input_groups(block, dict(linears), call, entering[0].to(device)))
-    for names, calls in groups:
-        columns = linear_shape(linears[names[0]])[1]
-        hadamard, local = recipe.hadamard(columns), names[0].removeprefix(prefix)
-
-        def new(columns: int = columns, hadamard: int | None = hadamard) -> list[InputStats]:
-            return [InputStats(columns, 0, device, Need.HESSIAN, hadamard)]
-
-        def gather(batches: range, stats: list[InputStats], local: str = local, calls: int = calls) -> None:
-            collect(block, local, calls, call, entering, batches, *stats)
-
-        (stats,) = ranks.sum_lanes(entering.hidden.lanes, new, gather)
-        rotated = {name: _rotated(linear_weight(linears[name]), hadamard) for name in names}
+    for stats in _statistics(block, prefix, linears, call, entering, recipe, device, ranks):
+        rotated = {name: _rotated(linear_weight(linears[name]), one.hadamard) for name, one in stats.items()}
 
         def pack(
-            name: str, stats: InputStats = stats, rotated: Mapping[str, Tensor] = rotated
+            name: str, stats: Mapping[str, InputStats] = stats, rotated: Mapping[str, Tensor] = rotated
         ) -> tuple[PackedWeight, None]:
             try:
-                return methods[name].quantize(rotated[name], stats), None
+                return methods[name].quantize(rotated[name], stats[name]), None
             except SingularHessian:
                 return methods[name].quantize(rotated[name], None), None
 
         costs = {name: weight.numel() for name, weight in rotated.items()}
         for name, (packed, _) in ranks.solve(costs, pack, device).items():
-            lost[name] = _rotated(rotated[name] - packed.dequantize(), hadamard)
+            lost[name] = _rotated(rotated[name] - packed.dequantize(), stats[name].hadamard)
     return lost
+
+
+def _statistics(
+    block: nn.Module, prefix: str, linears: Mapping[str, nn.Module], call: BlockCall, entering: _Depth, recipe: Recipe,
+    device: torch.device, ranks: Ranks,
+) -> Iterator[dict[str, InputStats]]:  # fmt: skip
+    """The inputs of a block's Linears, for those that share one at a time, or for experts."""
+    lanes = entering.hidden.lanes
+
+    def of(name: str) -> InputStats:
+        _, columns = linear_shape(linears[name])
+        return InputStats(columns, 0, device, Need.HESSIAN, recipe.hadamard(columns))
+
+    for names, calls in ranks.agree(lambda: input_groups(block, dict(linears), call, entering[0].to(device))):
+        local = names[0].removeprefix(prefix)
+        if names[0] in linears:
+
+            def gather(batches: range, stats: list[InputStats], local: str = local, calls: int = calls) -> None:
+                collect(block, local, calls, call, entering, batches, *stats)
+
+            (stats,) = ranks.sum_lanes(lanes, lambda name=names[0]: [of(name)], gather)
+            yield dict.fromkeys(names, stats)
+            continue
+        mixture = Mixture(block, local, call, entering, lanes, ranks, device)
+        for projection in mixture.experts.projections:
+            members = mixture.members(projection, names[0], linears)
+            for each in mixture.statistics(list(members), projection, lambda e, n=members: of(n[e]), None):
+                yield {members[expert]: one for expert, one in each.items()}
 
 
 def _rotated(weight: Tensor, hadamard: int | None) -> Tensor:

@@ -53,7 +53,7 @@ def planned_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format,
     of weights depends on data, the packed result may need more room."""
     if recipe.embeddings is not None:
         find_ends(decoder.model)  # refuses what cannot be packed
-    for stage in ("preprocess", "allocate", "blockwise", "finetune") if decoder.experts else ():
+    for stage in ("preprocess", "blockwise", "finetune") if decoder.experts else ():
         if getattr(recipe, stage) is not None:
             raise InputError(
                 f"the stage {stage} of recipe {recipe.name} cannot run on a mixture of experts yet, which "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ultralowbit.checkpoint.activations import Activations, lanes_of
 from ultralowbit.checkpoint.job import Job
-from ultralowbit.checkpoint.names import expert_linear, expert_of, weight_name
+from ultralowbit.checkpoint.names import expert_of, weight_name
 from ultralowbit.data.calibration import Calibration
 from ultralowbit.errors import CheckpointError, FormatError, naming_memory
 from ultralowbit.format.weight import PackedWeight
@@ -295,8 +295,7 @@ class BlockStream:
         if starved := [expert for expert in range(mixture.experts.count) if mixture.is_starved(expert)]:
             self.progress.say(f"{name}: too few tokens for {_listed(starved)}, measured on all tokens")
         for projection in mixture.experts.projections:
-            names = {e: f"{name}.{expert_linear(e, projection)}" for e in range(mixture.experts.count)}
-            names = {e: n for e, n in names.items() if n in linears}
+            names = mixture.members(projection, name, linears)
             needs = {e: self.recipe.method_for(n).needs for e, n in names.items()}
             yield {names[e]: None for e in names if not needs[e]}
 
@@ -309,7 +308,7 @@ class BlockStream:
                 )  # fmt: skip
 
             measured = [e for e in names if needs[e]]
-            for stats in mixture.statistics(measured, projection, new, beside) if measured else ():
+            for stats in mixture.statistics(measured, projection, new, beside):
                 yield {names[e]: one for e, one in stats.items()}
 
     def _groups(
