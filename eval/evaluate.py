@@ -79,7 +79,7 @@ def evaluate_models(
     texts = {
         model: read_texts(
             folder, wanted.sources, context=wanted.context, max_tokens=wanted.max_tokens, bos=wanted.bos,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, progress=watch,
         )
         for model, folder in folders.items()
         if wanted.sources

@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ultralowbit.checkpoint.config import QUANT_METHOD, read_config_json, text_config
 from ultralowbit.checkpoint.size import measure_size
-from ultralowbit.data.corpora import public_name, read_text, token_sha256
+from ultralowbit.data.corpora import public_name, token_sha256
+from ultralowbit.data.tokens import text_tokens
 from ultralowbit.errors import CheckpointError, InputError, naming_memory, reason
 from ultralowbit.eval.base import Bos, Measured, Result, without_original
 from ultralowbit.eval.fidelity import Depth, by_depth, recorded
 from ultralowbit.eval.metric import METRICS, by_metric
-from ultralowbit.eval.windows import cut, measure, token_stream
+from ultralowbit.eval.windows import cut, framed, measure
 from ultralowbit.hub import open_tokenizer
 from ultralowbit.nn.decoder import find_blocks
 from ultralowbit.nn.hf import load
@@ -59,6 +60,7 @@ def read_texts(
     max_tokens: int | None = None,
     bos: Bos = "text",
     trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> list[EvalText]:
     """Read the test split of each source, or its first `max_tokens`, in the tokens of the checkpoint `folder`.
 
@@ -74,7 +76,9 @@ def read_texts(
     tokenizer = open_tokenizer(folder, trust_remote_code)
     texts: list[EvalText] = []
     for source in dict.fromkeys(sources):
-        tokens = token_stream(tokenizer, read_text(source, "test").text, bos=bos)[:max_tokens]
+        counter = progress.counter(f"tokens of {source}") if progress else None
+        read = text_tokens(source, "test", tokenizer, most=max_tokens, progress=counter)
+        tokens = framed(tokenizer, read, bos)[:max_tokens]
         if len(tokens) < context:
             raise InputError(
                 f"{source!r} gives {len(tokens)} tokens to measure perplexity on, expected at least one window of "

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ultralowbit.data.corpora import token_sha256
+from ultralowbit.data.tokenize import encode, tokenize
 from ultralowbit.errors import InputError, naming_memory
 from ultralowbit.eval.base import Bos, Metric, Result, without_original
 
@@ -20,22 +22,27 @@ _CHUNK_ELSEWHERE = 1 << 26  # on a device where each chunk costs some launches
 
 
 def token_stream(tokenizer: Any, text: str, *, bos: Bos = "text") -> Tensor:
-    """Tokenize a text once: int64 [n].
+    """Tokenize a text once: int64 [n], with the special tokens that `framed` adds."""
+    return framed(tokenizer, np.concatenate([*tokenize(tokenizer, [text])]), bos)
 
-    "text" keeps the tokenizer's own start token, once, as the published script does, but not an end token; "none" has
+
+def framed(tokenizer: Any, ids: np.ndarray, bos: Bos) -> Tensor:
+    """The tokens of a text [n], which have no special tokens, as the stream that is measured: int64 [n + k].
+
+    "text" adds the tokenizer's own start token, once, as the published script does, but not an end token; "none" adds
     no special tokens. Raises `InputError` for another `bos`.
     """
     if bos not in ("none", "text"):
         raise InputError(f"bos is {bos!r}, expected 'none' or 'text'")
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=bos == "text", verbose=False)["input_ids"]
-
-    ids = encode(text)
-    # asked of another text: this one may itself end in what reads as the end token
-    if bos == "text" and encode("a")[-1:] == [tokenizer.eos_token_id]:
-        ids = ids[:-1]
-    return torch.tensor(ids, dtype=torch.int64)
+    stream = torch.from_numpy(ids.astype(np.int64))
+    if bos == "none":
+        return stream
+    plain, whole = encode(tokenizer, "a"), tokenizer("a", verbose=False)["input_ids"]
+    begin = next(k for k in range(len(whole) + 1) if whole[k : k + len(plain)] == plain)
+    end = whole[begin + len(plain) :]
+    if end[-1:] == [tokenizer.eos_token_id]:
+        end = end[:-1]
+    return torch.cat([torch.tensor(whole[:begin], dtype=torch.int64), stream, torch.tensor(end, dtype=torch.int64)])
 
 
 def cut(tokens: Tensor, context: int, max_tokens: int | None = None) -> Tensor:

@@ -24,7 +24,7 @@ ALLOWED = {
     "checkpoint": "format errors progress",
     "hub": "checkpoint errors",
     "nn": "kernels checkpoint format errors",
-    "data": "nn errors progress",
+    "data": "nn checkpoint errors progress",
     "methods": "kernels format errors",
     "training": "methods nn data checkpoint format errors progress system",
     "recipe": "training methods errors",

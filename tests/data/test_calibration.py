@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ultralowbit.data import calibration
+from ultralowbit.data import calibration, tokenize
 from ultralowbit.data.calibration import calibrate
 from ultralowbit.data.corpora import token_sha256
+from ultralowbit.data.tokenize import encode
 from ultralowbit.errors import InputError
 
 VOCAB = 64
@@ -82,15 +84,10 @@ def test_text_windows_are_the_published_draws(text, tokenizer, seed):
 def test_text_is_tokenised_once_and_quietly(text, tokenizer, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # caplog listens at the root
     tokenizer.deprecation_warnings.clear()  # each tokenizer warns once
-    calls = []
-
-    def counting(*args, **kwargs):
-        calls.append(kwargs)
-        return tokenizer(*args, **kwargs)
-
-    calibrate(text, counting, samples=4, length=8, seed=0)
-    assert len(calls) == 1
-    assert calls[0]["add_special_tokens"] is False
+    texts = []
+    monkeypatch.setattr(tokenize, "encode", lambda tokenizer, text: texts.append(text) or encode(tokenizer, text))
+    calibrate(text, tokenizer, samples=4, length=8, seed=0)
+    assert texts == [Path(text).read_text()]
     assert not caplog.records
 
 
@@ -140,7 +137,7 @@ def test_collections_without_a_long_document(documents, tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["text", "c4"])
-def test_progress_counts_tokens(source, text, documents, tokenizer):
+def test_progress_counts_bytes_of_texts_and_tokens_of_documents(source, text, documents, tokenizer):
     seen = []
     calibrate(
         text if source == "text" else source,
@@ -150,7 +147,8 @@ def test_progress_counts_tokens(source, text, documents, tokenizer):
         seed=0,
         progress=lambda done, total: seen.append((done, total)),
     )
-    assert seen == [(8, 24), (16, 24), (24, 24)]
+    size = Path(text).stat().st_size
+    assert seen == ([(size, size)] if source == "text" else [(8, 24), (16, 24), (24, 24)])
 
 
 @pytest.mark.parametrize("wrong", [{"samples": 0}, {"length": 0}, {"length": -1}])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ultralowbit.data.corpora import is_collection, read_documents, read_text, token_sha256
+from ultralowbit.data.corpora import is_collection, read_documents, token_sha256
+from ultralowbit.data.tokenize import encode
+from ultralowbit.data.tokens import text_tokens
 from ultralowbit.errors import InputError, reason
 from ultralowbit.nn.hf_names import cache_name
 from ultralowbit.progress import OnProgress
@@ -47,7 +50,7 @@ def calibrate(
 ) -> Calibration:
     """Draw `samples` windows of `length` tokens from the train split of `source`, the same ones for the same seed.
 
-    A text (see `read_text`) is tokenised once, without special tokens, and windows start at
+    A text is tokenized as a whole, without special tokens (see `text_tokens`), and windows start at
     `random.Random(seed).randint(0, total - length - 1)`, one draw a sample: the published rule. A hub dataset of
     documents, such as c4, follows GPTQ: random documents until one has more than `length` tokens, then a random window
     of it. "self" is LLM-QAT's data-free corpus: the model in the folder `model_path`, run on `device` in its stored
@@ -59,52 +62,46 @@ def calibrate(
         if value < 1:
             raise InputError(f"{name} is {value}, expected at least 1")
     progress = progress or (lambda done, total: None)
+    rng = random.Random(seed)
     if source == "self":
         tokens = _own_samples(tokenizer, samples, length, seed, model_path, device, progress)
+    elif is_collection(source):
+        tokens = _document_windows(source, tokenizer, samples, length, rng, progress)
     else:
-        rng = random.Random(seed)
-        if is_collection(source):
-            windows = _document_windows(source, tokenizer, samples, length, rng)
-        else:
-            windows = _text_windows(source, tokenizer, samples, length, rng)
-        tokens = torch.empty(samples, length, dtype=torch.int64)
-        for done, window in enumerate(windows):
-            tokens[done] = torch.tensor(window)
-            progress((done + 1) * length, samples * length)
+        tokens = _text_windows(source, tokenizer, samples, length, rng, progress)
     return Calibration(tokens, source, seed)
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    # verbose=False drops the warning that the text is longer than the model's context: it is cut into windows here
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _text_windows(source: str, tokenizer: Any, samples: int, length: int, rng: random.Random) -> Iterator[list[int]]:
-    ids = _encode(tokenizer, read_text(source, "train").text)
+def _text_windows(
+    source: str, tokenizer: Any, samples: int, length: int, rng: random.Random, progress: OnProgress
+) -> Tensor:
+    ids = text_tokens(source, "train", tokenizer, progress=progress)
     if len(ids) <= length:
         raise InputError(
             f"{source!r} has {len(ids)} tokens, expected at least {length + 1} for windows of {length}: "
             "choose a shorter length or a longer text"
         )
-    for _ in range(samples):
-        start = rng.randint(0, len(ids) - length - 1)
-        yield ids[start : start + length]
+    starts = [rng.randint(0, len(ids) - length - 1) for _ in range(samples)]
+    return torch.stack([torch.from_numpy(ids[start : start + length].astype(np.int64)) for start in starts])
 
 
 def _document_windows(
-    source: str, tokenizer: Any, samples: int, length: int, rng: random.Random
-) -> Iterator[list[int]]:
+    source: str, tokenizer: Any, samples: int, length: int, rng: random.Random, progress: OnProgress
+) -> Tensor:
     documents = read_documents(source, "train")
-    for _ in range(samples):
+    tokens = torch.empty(samples, length, dtype=torch.int64)
+    for done, window in enumerate(tokens, 1):
         ids = _long_document(source, documents, tokenizer, length, rng)
         start = rng.randint(0, len(ids) - length - 1)
-        yield ids[start : start + length]
+        window.copy_(torch.tensor(ids[start : start + length]))
+        progress(done * length, samples * length)
+    return tokens
 
 
 def _long_document(source: str, documents: Sequence[str], tokenizer: Any, length: int, rng: random.Random) -> list[int]:
     longest = 0
     for _ in range(_TRIES):
-        ids = _encode(tokenizer, documents[rng.randint(0, len(documents) - 1)])
+        ids = encode(tokenizer, documents[rng.randint(0, len(documents) - 1)])
         if len(ids) > length:
             return ids
         longest = max(longest, len(ids))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +24,13 @@ Split = Literal["train", "test"]
 
 
 SEPARATOR = "\n\n"  # between documents where no published protocol says otherwise
+
+
+PIECE = 1 << 20
+"""Bytes of a text file that are read at a time."""
+
+
+_ROWS = 256  # of a table, that are read at a time
 
 
 _ALTERNATIVES = "a local .txt, .jsonl or .parquet file, 'self' (calibration only) or 'python-docs'"
@@ -92,13 +101,24 @@ def read_text(source: str, split: Split) -> Text:
     (in every Python), "wikitext2", "c4", "ptb", or a hub dataset `org/name` or `org/name:config`, which is downloaded
     whole. The field "text" is read, or the only field of strings. Raises `InputError` for whatever cannot be read.
     """
-    documents, separator, recorded = _read(source, split)
-    return Text(source, recorded, separator.join(documents))
+    stored = _open(source, split)
+    return Text(source, stored.split, "".join(_joined(source, stored)))
+
+
+def read_pieces(source: str, split: Split) -> Iterator[str]:
+    """What `read_text` reads, in pieces that follow one another: of a text file `PIECE` bytes, else a document at a time.
+
+    Raises `InputError` as `read_text` does; for what stands in the text, only once that is reached.
+    """
+    return _joined(source, _open(source, split))
 
 
 def read_documents(source: str, split: Split) -> list[str]:
     """The documents that `read_text` joins: a text file, wikitext2, ptb or python-docs is one. Raises `InputError`."""
-    return _read(source, split)[0]
+    stored = _open(source, split)
+    if stored.is_one:
+        return ["".join(_joined(source, stored))]
+    return [*_checked(source, stored.parts)]
 
 
 def is_collection(source: str) -> bool:
@@ -120,22 +140,53 @@ def token_sha256(tokens: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _read(source: str, split: str) -> tuple[list[str], str, str]:
-    """Documents, what joins them and the split to record."""
+@dataclass(frozen=True)
+class _Stored:
+    """What a source holds, to be read once."""
+
+    parts: Iterator[str]
+    """Documents, or what the one document consists of."""
+    separator: str
+    split: str
+    """To be recorded."""
+    is_one: bool
+    """Whether the parts are no documents of their own."""
+
+
+def _open(source: str, split: str) -> _Stored:
     if split not in ("train", "test"):
         raise InputError(f"split is {split!r}, expected 'train' or 'test'")
     place = _find(source)
-    if isinstance(place, Path):
-        documents, separator, split = _file_documents(source, place), SEPARATOR, "file"
-    elif isinstance(place, _Hub):
-        documents, separator = _hub_documents(source, place, split), place.separator
-    else:
+    if isinstance(place, _Hub):
+        return _Stored(_hub_parts(source, place, split), place.separator, split, place.lines)
+    if place is None:
         from ultralowbit.data.python_docs import corpus
 
-        documents, separator = [corpus("train" if split == "train" else "heldout")], SEPARATOR
-    if not any(document.strip() for document in documents):
+        return _Stored(iter([corpus("train" if split == "train" else "heldout")]), SEPARATOR, split, True)
+    suffix = place.suffix.lower()
+    if suffix == ".parquet":
+        return _Stored(_parquet_documents(source, place), SEPARATOR, "file", False)
+    pieces = _file_pieces(source, place)
+    if suffix in (".json", ".jsonl"):
+        return _Stored(_json_documents(source, _lines(pieces)), SEPARATOR, "file", False)
+    return _Stored(pieces, "", "file", True)
+
+
+def _joined(source: str, stored: _Stored) -> Iterator[str]:
+    for number, part in enumerate(_checked(source, stored.parts)):
+        if number and stored.separator:
+            yield stored.separator
+        yield part
+
+
+def _checked(source: str, parts: Iterable[str]) -> Iterator[str]:
+    """The parts; `InputError` at their end if all of them were blank."""
+    blank = True
+    for part in parts:
+        blank = blank and not part.strip()
+        yield part
+    if blank:
         raise InputError(f"{source!r} holds no text, expected at least one document that is not blank: choose another")
-    return documents, separator, split
 
 
 def _find(source: str) -> Path | _Hub | None:
@@ -165,54 +216,97 @@ def _find(source: str) -> Path | _Hub | None:
 _NAMED = f"a local file, a hub dataset org/name, or one of {', '.join(name for name in SOURCES if name != 'self')}"
 
 
-def _file_documents(source: str, path: Path) -> list[str]:
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return _parquet_documents(source, path)
+def _file_pieces(source: str, path: Path) -> Iterator[str]:
+    """The text of a UTF-8 file, without a byte order mark."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            begin = len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+            file.seek(begin)
+            while data := file.read(PIECE):
+                begin = file.tell() - len(data) - len(decoder.getstate()[0])
+                yield decoder.decode(data)
+            begin = file.tell() - len(decoder.getstate()[0])
+            decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{source!r} is not UTF-8 (byte {error.start}), expected plain text, .jsonl, .json or .parquet: "
+            f"{source!r} is not UTF-8 (byte {begin + error.start}), expected plain text, .jsonl, .json or .parquet: "
             "convert or decompress it first"
         ) from error
     except OSError as error:
         raise InputError(f"{source!r} cannot be read ({reason(error)}): check the file's permissions") from error
-    return _json_documents(source, text) if suffix in (".json", ".jsonl") else [text]
 
 
-def _json_documents(source: str, text: str) -> list[str]:
-    number = 0
-    try:
+def _lines(pieces: Iterable[str]) -> Iterator[str]:
+    parts: list[str] = []
+    for piece in pieces:
+        end, *others = piece.split("\n")
+        parts.append(end)
+        for line in others:
+            yield "".join(parts)
+            parts = [line]
+    yield "".join(parts)
+
+
+def _json_documents(source: str, lines: Iterable[str]) -> Iterator[str]:
+    rows = _json_rows(source, iter(lines))
+    first = next(rows, None)
+    if first is None:
+        return
+    if not isinstance(first, dict):
+        raise InputError(f"record 1 of {source!r} is a {type(first).__name__}, expected an object with a text field")
+    name = _text_field(source, list(first), [key for key, value in first.items() if isinstance(value, str)])
+    # a null is no document, but a field that is missing is a mistake
+    values = (row[name] if isinstance(row, dict) and name in row else ... for row in chain([first], rows))
+    for document in _strings(source, name, values):
+        try:
+            document.encode()
+        except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
+            raise InputError(f"{source!r} holds an unpaired surrogate, which is no character: remove it") from error
+        yield document
+
+
+def _json_rows(source: str, lines: Iterator[str]) -> Iterator[Any]:
+    """The values on the lines, read one by one where the first is an object; else those of the file as a whole, which
+    may be one list or one object on several lines."""
+    head: list[str] = []
+    for line in lines:
+        head.append(line)
+        if line.strip():
+            break
+    if not _is_object(head[-1]):
+        text = "\n".join([*head, *lines])
         try:
             rows = json.loads(text)
-            rows = rows if isinstance(rows, list) else [rows]
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError) as error:
             if text.lstrip().startswith("["):
-                raise
-            rows = []
-            for number, line in enumerate(text.split("\n"), 1):  # noqa: B007 - the error names the line
-                if line.strip():
-                    rows.append(json.loads(line))
-    except (ValueError, RecursionError) as error:
-        where = f"line {number} of {source!r}" if number else repr(source)
-        what = error.msg if number and isinstance(error, json.JSONDecodeError) else reason(error)
-        raise InputError(f"{where} is not JSON ({what}), expected an object a line or one list: correct it") from error
-    if rows and not isinstance(rows[0], dict):
-        raise InputError(f"record 1 of {source!r} is a {type(rows[0]).__name__}, expected an object with a text field")
-    if not rows:
-        return []
-    name = _text_field(source, list(rows[0]), [key for key, value in rows[0].items() if isinstance(value, str)])
-    # a null is no document, but a field that is missing is a mistake
-    documents = _strings(source, name, [row[name] if isinstance(row, dict) and name in row else ... for row in rows])
+                raise _no_json(repr(source), reason(error)) from error
+            head = text.split("\n")
+        else:
+            yield from rows if isinstance(rows, list) else [rows]
+            return
+    for number, line in enumerate(chain(head, lines), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                what = error.msg if isinstance(error, json.JSONDecodeError) else reason(error)
+                raise _no_json(f"line {number} of {source!r}", what) from error
+            yield row
+
+
+def _is_object(line: str) -> bool:
     try:
-        "".join(documents).encode()
-    except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
-        raise InputError(f"{source!r} holds an unpaired surrogate, which is no character: remove it") from error
-    return documents
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
-def _parquet_documents(source: str, path: Path) -> list[str]:
+def _no_json(where: str, what: str) -> InputError:
+    return InputError(f"{where} is not JSON ({what}), expected an object a line or one list: correct it")
+
+
+def _parquet_documents(source: str, path: Path) -> Iterator[str]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -223,13 +317,13 @@ def _parquet_documents(source: str, path: Path) -> list[str]:
             schema = file.schema_arrow
             strings = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
             name = _text_field(source, schema.names, strings)
-            values = file.read(columns=[name]).column(name).to_pylist()
+            batches = file.iter_batches(_ROWS, columns=[name])
+            yield from _strings(source, name, (value for batch in batches for value in batch.column(0).to_pylist()))
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{source!r} is not a readable parquet file ({reason(error)}): write it again") from error
-    return _strings(source, name, values)
 
 
-def _hub_documents(source: str, hub: _Hub, split: str) -> list[str]:
+def _hub_parts(source: str, hub: _Hub, split: str) -> Iterator[str]:
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -253,8 +347,8 @@ def _hub_documents(source: str, hub: _Hub, split: str) -> list[str]:
         ) from error
     strings = [key for key, value in fields.items() if getattr(value, "dtype", None) in ("string", "large_string")]
     column = _text_field(source, list(fields), strings)
-    documents = _strings(source, column, rows[column][:])
-    return [hub.separator.join(documents)] if hub.lines else documents
+    batches = rows.select_columns([column]).iter(_ROWS)
+    return _strings(source, column, (value for batch in batches for value in batch[column]))
 
 
 def _text_field(source: str, fields: Sequence[str], strings: Sequence[str]) -> str:
@@ -268,9 +362,10 @@ def _text_field(source: str, fields: Sequence[str], strings: Sequence[str]) -> s
     )
 
 
-def _strings(source: str, name: str, values: Sequence[Any]) -> list[str]:
+def _strings(source: str, name: str, values: Iterable[Any]) -> Iterator[str]:
     """`values` without nulls, which are no documents."""
     for number, value in enumerate(values, 1):
         if not isinstance(value, str | None):
             raise InputError(f"record {number} of {source!r} has no string in the field {name!r}: fix or remove it")
-    return [value for value in values if value is not None]
+        if value is not None:
+            yield value

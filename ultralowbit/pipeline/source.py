@@ -140,7 +140,7 @@ class TextReader:
             data = calibrate(
                 spec.source, self.tokenizer, samples=spec.samples, length=length, seed=spec.seed,
                 model_path=self.folder, device=self.decoder.device,
-                progress=self.progress.counter(f"text from {spec.source}"),
+                progress=self.progress.counter(f"tokens of {spec.source}"),
             )  # fmt: skip
         rows = self.decoder.model.get_input_embeddings().num_embeddings
         if data.tokens.max() >= rows:

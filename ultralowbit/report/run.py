@@ -52,12 +52,14 @@ class Texts:
             return self
         return replace(self, sources=(default_source(recipe),), max_tokens=self.max_tokens or AUTO_TOKENS)
 
-    def read(self, folder: Path, recipe: Recipe, trust_remote_code: bool = False) -> list[EvalText]:
+    def read(
+        self, folder: Path, recipe: Recipe, trust_remote_code: bool = False, progress: Progress | None = None
+    ) -> list[EvalText]:
         """Read the texts in the tokens of the checkpoint `folder`."""
         chosen = self.for_recipe(recipe)
         return read_texts(
             folder, chosen.sources, context=self.context, max_tokens=chosen.max_tokens,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
 
 
@@ -99,15 +101,14 @@ def compress_and_measure(
     if limits and texts.sources == ():
         raise InputError("--max-ppl-ratio and --max-kl are checked on a text: name one with --eval")
     out, where, folder = out.expanduser(), pick_device(device), resolve_model(model)
-    watch.start("reading texts", 1)
-    wanted = texts.read(folder, recipe, trust_remote_code)
-    watch.step()
+    is_first = ranks is None or ranks.is_first
+    wanted = texts.read(folder, recipe, trust_remote_code, watch) if is_first else []
     forget_peak_memory()  # what this process did before is no cost of this run
     compressed = compress(
         model, recipe, out, device=device, restart=restart, trust_remote_code=trust_remote_code, progress=watch,
         ranks=ranks,
     )  # fmt: skip
-    if ranks is not None and not ranks.is_first:
+    if not is_first:
         return None
     try:
         report = _begin(model, folder, recipe, out, compressed, command)
