@@ -39,10 +39,13 @@ def merge_tensors(
     """
     limit = limit or SHARD_BYTES
     shards: list[list[_Entry]] = [[]]
+    size = 0  # of the last shard
     for entry in (entry for source in sources for entry in _entries(source)):
-        if shards[-1] and sum(e.size for e in shards[-1]) + entry.size > limit:
+        if shards[-1] and size + entry.size > limit:
             shards.append([])
+            size = 0
         shards[-1].append(entry)
+        size += entry.size
     if len(shards) == 1:
         names = [WEIGHTS]
     else:

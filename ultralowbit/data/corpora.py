@@ -106,7 +106,7 @@ def read_text(source: str, split: Split) -> Text:
 
 
 def read_pieces(source: str, split: Split) -> Iterator[str]:
-    """What `read_text` reads, in pieces that follow one another: of a text file `PIECE` bytes, else a document at a time.
+    """What `read_text` reads, in pieces that follow one another: `PIECE` bytes of a text file, else a document each.
 
     Raises `InputError` as `read_text` does; for what stands in the text, only once that is reached.
     """

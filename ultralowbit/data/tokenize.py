@@ -7,8 +7,8 @@ text: normalizers and pre-tokenizers read from left to right and look at what is
 they do the same, and a word is encoded for itself.
 
 Where a word is longer than that (to the tokenizers of Llama 2 and Gemma, all of a text is one word), a seam may lie
-inside it if it is encoded by byte pairs: of all ways to cut it, its encoding is the one in which each two neighbours are
-the encoding of their own text (else some merge would have crossed between them), and so is each two neighbours here.
+inside it if it is encoded by byte pairs: of all ways to cut it, its encoding is the one in which any two neighbours are
+the encoding of their own text (else a merge would have crossed between them), and so are any two neighbours here.
 
 Where there is no such place, the chunks become one.
 """
@@ -142,17 +142,21 @@ def _seam(left: _Encoded, right: np.ndarray, byte_pairs: bool, unknown: int | No
     """The place among the tokens of the overlap at which the tokens of the chunk `left` go over into those of the next,
     `right`; None where there is none."""
     end, words = left.end, left.words
-    known = end != (-1 if unknown is None else unknown)  # unknown text of any length can be one token
-    first = len(end) - _agreed(left.ids[::-1], end[::-1], known[::-1]) + MARGIN
-    past = _agreed(right, end, known) - MARGIN + 1
-    borders = [k for k in range(first, past) if words[k - 1] != words[k]]
-    if not borders and byte_pairs:
-        borders = [k for k in range(first, past) if words[k - MARGIN] == words[k + MARGIN - 1]]
-    return min(borders, key=lambda k: abs(2 * k - first - past), default=None)
+
+    def places(alike: np.ndarray) -> range:
+        first = len(end) - _agreed(left.ids[::-1], end[::-1], alike[::-1]) + MARGIN
+        return range(first, _agreed(right, end, alike) - MARGIN + 1)
+
+    seams = [k for k in places(np.ones(len(end), dtype=bool)) if words[k - 1] != words[k]]
+    if not seams and byte_pairs:
+        # inside a word, unknown text of any length can be one token
+        alike = end != (-1 if unknown is None else unknown)
+        seams = [k for k in places(alike) if words[k - MARGIN] == words[k + MARGIN - 1]]
+    return seams[len(seams) // 2] if seams else None
 
 
-def _agreed(ids: np.ndarray, end: np.ndarray, known: np.ndarray) -> int:
-    """How many tokens both begin with, all of them known."""
+def _agreed(ids: np.ndarray, end: np.ndarray, alike: np.ndarray) -> int:
+    """How many tokens both begin with, all of them such that equal ones stand for the same text (`alike`)."""
     n = min(len(ids), len(end))
-    differing = np.flatnonzero((ids[:n] != end[:n]) | ~known[:n])
+    differing = np.flatnonzero((ids[:n] != end[:n]) | ~alike[:n])
     return int(differing[0]) if len(differing) else n

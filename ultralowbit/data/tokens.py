@@ -24,7 +24,7 @@ import numpy as np
 from ultralowbit.checkpoint.storage import json_digest
 from ultralowbit.data.corpora import Split, read_pieces
 from ultralowbit.data.tokenize import rust_tokenizer, tokenize
-from ultralowbit.errors import reason
+from ultralowbit.errors import InputError, reason
 from ultralowbit.progress import OnProgress
 
 KEPT_FROM = 1 << 20
@@ -126,7 +126,9 @@ def _kept(source: str, key: str, dtype: np.dtype, made: Callable[[], Iterator[np
             _write(path, made())
             _make_room(path)
             tokens = _mapped(path, dtype)
-    except OSError as error:
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # a ValueError is what the hub's client raises where a file is in the way
         log.warning("the tokens of %s stay in memory, and are not kept (%s)", source, reason(error))
         tokens = None
     return np.concatenate([*made()]) if tokens is None else tokens
