@@ -6,7 +6,7 @@ import gc
 import os
 import random
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,16 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tokens_are_kept_apart(tmp_path_factory) -> Iterator[None]:
+    """Tests leave the user's cache alone, and take no tokens from it."""
+    folder = str(tmp_path_factory.mktemp("assets"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", folder)
+        patch.setenv("HF_ASSETS_CACHE", folder)  # for other processes
+        yield
 
 
 DEVICES = [
