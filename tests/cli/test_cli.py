@@ -66,6 +66,7 @@ def test_compress_reports_what_is_stored(run, model, text, tmp_path):
     report = json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
     size = measure_size(folder).to_dict()
     layers = {layer["name"]: layer for layer in size.pop("layers")}
+    assert size.pop("outside") == []
     assert report["packed"]["size"] == size
     assert {layer["name"] for layer in report["layers"]} == layers.keys()
     assert all(layer["bytes"] == layers[layer["name"]]["bytes"] for layer in report["layers"])
