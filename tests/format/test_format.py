@@ -440,7 +440,7 @@ def changed(**changes) -> dict:
         ({"permutation": [0, 1]}, "permutation"),
         ({"transform": "hadamard"}, "unknown transform"),
         ({"segment__planes": 0}, "planes.planes is 0"),
-        ({"segment__planes": 5}, "planes.planes is 5"),
+        ({"segment__planes": 9}, "planes.planes is 9"),
         ({"segment__alphabet": "02"}, "planes.alphabet is '02'"),
         ({"segment__columns": 0}, "columns=0"),
         ({"segment__group": 0}, "group=0"),

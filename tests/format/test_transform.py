@@ -254,8 +254,8 @@ def test_bits_counted_by_hand():
 
 def test_the_size_of_a_checkpoint_names_its_parts():
     packed, _ = packed_with(InputTransform(64, True, True), 8, 16)
-    specs = {f"layer.{name}": spec for name, spec in packed.format.tensors(8, 64).items()}
-    (layer,) = Size.of(specs, {"layer": packed.format}).layers
+    specs = {f"blocks.0.layer.{name}": spec for name, spec in packed.format.tensors(8, 64).items()}
+    (layer,) = Size.of(specs, {"blocks.0.layer": packed.format}).layers
     assert layer.parts["input_channel_order"] == 8 and layer.parts["input_scale"] == 128
     assert layer.bytes == packed.nbytes
 

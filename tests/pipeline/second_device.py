@@ -306,6 +306,7 @@ def main(
     where: str, model: str, folder: Path, text: str, recipes: list[dict[str, Any]]
 ) -> dict[str, tuple[str | None, Any]]:
     """Compress with each recipe, `where` is "card" or "cpu", and use what the first has written; what came of each."""
+    torch.backends.cuda.enable_flash_sdp(False)  # the host's attention, which the card does not have, sums otherwise
     if where == "cpu":
         runs = compressions(model, folder, recipes, torch.device("cpu"))
         return attempted(runs | uses(model, folder / recipes[0]["name"], text, torch.device("cpu")))
