@@ -52,12 +52,13 @@ def stored(codes: Tensor, factor: Factor) -> Tensor:
 
 
 def compensated(
-    weight: Tensor, rounding: Rounding, factor: Factor, sweeps: int = 0, rest: Tensor | None = None
+    weight: Tensor, rounding: Rounding, factor: Factor, sweeps: int = 0, rest: Tensor | None = None, fit: bool = True
 ) -> Tensor:
     """Codes [in, out] uint8 of a weight [out, in], columns in the order of rounding; rest [in, out] takes e.
 
     Groups are fitted when their first column is reached, to the weights as compensated by then; in another order of
     columns (act-order) they are fitted to the original weights beforehand, so that they stay contiguous in storage.
+    Without `fit` they stay as they are.
     """
     R, order = factor.R, factor.order
     total = len(R)
@@ -70,13 +71,13 @@ def compensated(
     importance = R.diagonal().square()  # [in]
     if order is not None:
         importance = torch.empty_like(importance).index_copy_(0, order, importance)
-        for g, start in enumerate(range(0, total, group)):
+        for g, start in enumerate(range(0, total, group) if fit else ()):
             rounding.fit(g, weight[:, start : start + group].T, importance[start : start + group])
     width = group if order is None and group < total else BLOCK  # a group is fitted once all blocks before it are done
     for low in range(0, total, width):
         block = slice(low, min(low + width, total))
         own, left = R[block, block], R[:low, block].T @ D[:low]
-        if order is None and low % group == 0:
+        if fit and order is None and low % group == 0:
             # the values of these columns that leave e_B = 0
             target = D if low == 0 else D[block] + invert_upper(own.double()).float().T @ left
             rounding.fit(low // group, target[:group], importance[low : low + group])
