@@ -61,8 +61,9 @@ def refine(weight: Tensor, rounding: Refinable, factor: Factor, rounds: int) -> 
     if rounds <= 1:
         return stored(compensated(weight, rounding, factor, SWEEPS if rounds else 0), factor)
     rest = torch.empty_like(weight.T, memory_format=torch.contiguous_format)
-    _Fit(rounding, compensated(weight, rounding, factor, rest=rest), rest, factor).fit_scales()
-    fit = _Fit(rounding, compensated(weight, rounding, factor, SWEEPS, rest, fit=False), rest, factor)
+    fit = _Fit(rounding, compensated(weight, rounding, factor, rest=rest), rest, factor)
+    fit.fit_scales()
+    fit.codes = compensated(weight, rounding, factor, SWEEPS, rest, fit=False)
     for _ in range(rounds - 1):
         fit.fit_scales()
         fit.fit_codes()
