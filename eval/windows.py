@@ -86,7 +86,8 @@ def forward(model: nn.Module, windows: Tensor, batch_size: int | None = None) ->
     try:
         for batch in windows.split(batch_size or batch_windows([model], windows)):
             with naming_memory(
-                f"running windows of {context} tokens through {getattr(model, 'name_or_path', 'a model')}"
+                f"running windows of {context} tokens through {getattr(model, 'name_or_path', 'a model')}",
+                "free some, or give a shorter --context or --device cpu, then run the same command to go on",
             ):
                 batch = batch.to(device)
                 logits = model(batch, use_cache=False).logits

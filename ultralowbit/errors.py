@@ -42,9 +42,12 @@ _ALLOCATOR = re.compile(r"^\[enforce fail at [^]]*\] [^.]*\. ")
 """The place in torch's source with which its allocator's message begins."""
 
 
-def out_of_memory(error: Exception, doing: str) -> OutOfMemory | None:
+FREE_SOME = "free some, then run the same command to go on"
+
+
+def out_of_memory(error: Exception, doing: str, remedy: str = FREE_SOME) -> OutOfMemory | None:
     """The same as an `OutOfMemory`, or None where the error says something else; `doing` is what with which file, as in
-    "reading model.safetensors"."""
+    "reading model.safetensors", `remedy` what to do."""
     if isinstance(error, OutOfMemory):
         return error  # it names something nearer
     text = " ".join(str(error).split())
@@ -53,20 +56,17 @@ def out_of_memory(error: Exception, doing: str) -> OutOfMemory | None:
     if not known and not any(words in text for words in said):
         return None
     what = _ALLOCATOR.sub("", text).split(". ")[0].rstrip(".")
-    return OutOfMemory(
-        f"out of memory while {doing}{f' ({what})' if what else ''}: free some, or use fewer samples or a shorter "
-        "length, then run the same command to go on"
-    )
+    return OutOfMemory(f"out of memory while {doing}{f' ({what})' if what else ''}: {remedy}")
 
 
 @contextmanager
-def naming_memory(doing: str) -> Iterator[None]:
+def naming_memory(doing: str, remedy: str = FREE_SOME) -> Iterator[None]:
     """Raise `OutOfMemory` in place of whatever says that memory ran out: Python, numpy, torch and the system each have
     their own."""
     try:
         yield
     except Exception as error:
-        named = out_of_memory(error, doing)
+        named = out_of_memory(error, doing, remedy)
         if named is None or named is error:
             raise
         raise named from error

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import ultralowbit
 from ultralowbit.data.calibration import calibrate
-from ultralowbit.errors import InputError
+from ultralowbit.errors import InputError, OutOfMemory
 from ultralowbit.hub import open_tokenizer
 from ultralowbit.nn.linear import PackedLinear
 from ultralowbit.pipeline.compress import compress
@@ -215,6 +215,34 @@ def test_an_interrupted_stage_ends_with_the_same_bytes(source, recipe, tmp_path,
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.parametrize(
+    "stage, where, keys",
+    [
+        ({"blockwise": TUNE}, "blockwise.train_block", "--set blockwise.training.batch=1"),
+        ({"finetune": DISTILL}, "finetune.fit", "--set finetune.checkpointing=true --set finetune.training.batch=1"),
+        ({"preprocess": PREPARE}, "preprocess.fit", "--set preprocess.checkpointing=true"),
+        ({}, "blocks", "--restart and a smaller --length"),
+    ],
+    ids=["blockwise", "finetune", "preprocess", "packing"],
+)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError()])
+def test_memory_that_runs_out_names_the_keys_of_the_stage(
+    source, recipe, tmp_path, monkeypatch, stage, where, keys, error
+):
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    places = {"blocks": "pipeline.stream.quantize_weight", "blockwise.train_block": "pipeline.stream.train_block"}
+    monkeypatch.setattr(f"ultralowbit.{places.get(where, f'training.{where}')}", full)
+    with pytest.raises(OutOfMemory) as raised:
+        compress(str(source), recipe(**stage), tmp_path / "out", device="cpu")
+    said = str(raised.value)
+    assert said.startswith("out of memory while ") and str(source) in said and keys in said and "\n" not in said
+    assert "--device cpu" not in said and not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    compress(str(source), recipe(**stage), tmp_path / "out", device="cpu")  # nothing is lost
 
 
 def test_another_text_to_train_on_is_another_run(source, recipe, tmp_path, text):

@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -49,3 +50,22 @@ def test_checkpointed_blocks_have_the_same_gradients(monkeypatch):
         (output.logits.logsumexp(-1).sum() + output.hidden_states[1].square().sum()).backward()
     for p, q in zip(plain.parameters(), again.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
+
+
+def test_checkpointed_blocks_draw_the_same_numbers_again():
+    """Gradients where each block drops some of what enters it, with masks from a generator of its own."""
+
+    def gradients(checkpointed: bool) -> tuple[list[Tensor], Tensor]:
+        dropped, generator = model(dtype=torch.float32).requires_grad_(True), torch.Generator().manual_seed(3)
+        if checkpointed:
+            checkpoint_blocks(dropped, generator)
+        for layer in dropped.model.layers:
+            layer.mlp.register_forward_pre_hook(
+                lambda _, x: (x[0] * (torch.rand(x[0].shape, generator=generator) > 0.3),)
+            )
+        dropped(TOKENS, use_cache=False).logits.logsumexp(-1).sum().backward()
+        return [p.grad for p in dropped.parameters()], generator.get_state()
+
+    (plain, state), (again, same_state) = gradients(False), gradients(True)
+    assert all(torch.equal(p, q) for p, q in zip(plain, again, strict=True))
+    assert torch.equal(state, same_state)

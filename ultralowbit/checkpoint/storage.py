@@ -71,10 +71,10 @@ def json_digest(value: Any) -> str:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file, atomically, from tensors on any device; beside them one of them is in memory at a time."""
     with naming_memory(f"writing {path}"):
-        write_atomic(path, _pieces(tensors, {"format": "pt", **(metadata or {})}))
+        write_atomic(path, tensor_file(tensors, {"format": "pt", **(metadata or {})}))
 
 
-def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+def tensor_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
     """A safetensors file: its header, then the bytes of one tensor after another."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header = lay_out((name, names[t.dtype], list(t.shape), t.nbytes) for name, t in sorted(tensors.items()))
@@ -102,7 +102,12 @@ def encode_header(header: Mapping[str, Any]) -> bytes:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in the order of its numbers, not copied where it lies on the CPU in that order."""
+    """The bytes of a tensor in the order of its numbers, not copied where it lies on the CPU in that order.
+
+    Of a tensor that is sharded over processes, all of which then call this.
+    """
+    if hasattr(tensor, "full_tensor"):  # a DTensor; to import its class takes seconds
+        tensor = tensor.full_tensor()
     return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 

@@ -105,7 +105,8 @@ def compress(
         measured, limits = Texts(eval_sources(texts), context, max_tokens), Limits(max_ppl_ratio, max_kl)
         folder = out_folder or Path(default_name(model, chosen))
         if dry_run:
-            say(str(estimate(model, chosen, device, trust_remote_code, folder)))
+            if ranks.is_first:
+                say(str(estimate(model, chosen, ranks.device(device), trust_remote_code, folder, ranks.size)))
             return
         _check_push(push_to_hub, private)
         download(model, quiet)

@@ -32,6 +32,7 @@ from ultralowbit.methods.statistics import Need
 from ultralowbit.nn.decoder import Decoder
 from ultralowbit.pipeline.allocate import allocated, expected_planes
 from ultralowbit.pipeline.embed import dense_embedding, packed_embeddings
+from ultralowbit.pipeline.memory import what_helps
 from ultralowbit.pipeline.ranks import Ranks, check_agreement, machine_facts
 from ultralowbit.pipeline.source import TextReader, hash_model, open_decoder, planned_formats
 from ultralowbit.pipeline.stream import BlockStream
@@ -41,6 +42,7 @@ from ultralowbit.recipe import Recipe
 from ultralowbit.system import pick_device
 from ultralowbit.training.finetune import finetune
 from ultralowbit.training.preprocess import preprocess
+from ultralowbit.training.shards import Shards
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,10 @@ def compress(
     again = partial(compress, model, device=str(where), trust_remote_code=trust_remote_code, progress=progress)
 
     def preprocessed() -> str:
-        with naming_memory(f"training adapters of {folder}"):
+        with naming_memory(f"training adapters of {folder}", what_helps(recipe, "preprocess", where)):
             return str(_preprocess(job, recipe, texts, decoder, again, trust_remote_code, progress))
 
     def finish() -> dict[str, Any]:
-        if recipe.finetune is not None:
-            with naming_memory(f"fine-tuning {folder}"):
-                _finetune(job, folder, decoder, recipe, outside, texts["finetune"].tokens, trust_remote_code, progress)
         manifest = write_checkpoint(job, model, folder, decoder, recipe, text)
         source.check_unchanged()
         job.publish()
@@ -117,10 +116,14 @@ def compress(
     try:
         if recipe.preprocess is not None:
             decoder = open_decoder(Path(ranks.agree(preprocessed)), where, trust_remote_code)
-        with naming_memory(f"running {folder} block by block"):
+        with naming_memory(f"running {folder} block by block", what_helps(recipe, "blocks", where)):
             chosen = allocated(job, decoder, recipe, text, progress, ranks)
         outside = packed_embeddings(job, decoder, recipe, text, progress, ranks)
         BlockStream(job, decoder, chosen, text, progress, ranks, partial(dense_embedding, decoder, outside)).run()
+        if recipe.finetune is not None:
+            tokens = texts["finetune"].tokens
+            with naming_memory(f"fine-tuning {folder}", what_helps(recipe, "finetune", where)), ranks.exchanging():
+                _finetune(job, folder, decoder, recipe, outside, tokens, trust_remote_code, progress, ranks)
         manifest = ranks.agree(finish)
     finally:
         job.close()
@@ -212,6 +215,7 @@ def _finetune(
     tokens: Tensor,
     trust_remote_code: bool,
     progress: Progress,
+    ranks: Ranks,
 ) -> None:
     """Train the packed model as a whole, with the model in `folder` as teacher; its blocks are then written again.
     outside: the packed embedding and head, which are not trained."""
@@ -227,11 +231,13 @@ def _finetune(
     trained, fitted = finetune(
         folder, lambda name: decoder.read([f"{name}.weight"])[f"{name}.weight"], packed, outside, tokens,
         recipe.finetune, job.work / "finetune.safetensors", decoder.device, trust_remote_code, progress,
+        Shards(ranks.mesh(decoder.device)),
     )  # fmt: skip
     for name, p in trained.items():
         blocks[block_of[name]] |= {f"{name}.{part}": t.cpu() for part, t in p.tensors.items()}
         state["layers"][name] |= {"error": None}
-    (job.work / "finetuned").mkdir(exist_ok=True)
+    if ranks.is_first:
+        (job.work / "finetuned").mkdir(exist_ok=True)
     for i, tensors in blocks.items():
         job.write_block(i, tensors, "finetuned")
     state |= {"block_folder": "finetuned", "finetune": asdict(fitted)}

@@ -149,10 +149,16 @@ class Estimate:
 
 
 def estimate(
-    model: str, recipe: Recipe, device: str = "auto", trust_remote_code: bool = False, out: Path | str = "."
+    model: str,
+    recipe: Recipe,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    out: Path | str = ".",
+    ranks: int = 1,
 ) -> Estimate:
     """What `compress` with the same arguments would do; takes seconds, reads no weight and writes nothing.
 
+    ranks: the processes that would share the work; memory is that of one of them, seconds are those of one alone.
     Raises what `compress` raises for a model or recipe that it refuses.
     """
     where = pick_device(device)
@@ -161,9 +167,10 @@ def estimate(
     recipe = expected_planes(decoder, recipe)
     formats = planned_formats(decoder, recipe)
     size = _size(decoder, {**formats, **planned_embeddings(decoder, recipe)})
-    work = Workload(decoder, recipe, formats)
+    work = Workload(decoder, recipe, formats, ranks)
     notes = [] if recipe.allocate is None else ["which Linears get how many planes is decided on the text"]
     notes += [] if work.exact_groups else ["which Linears share an input is not known: one Hessian a Linear is assumed"]
+    notes += [] if ranks == 1 else [f"memory is that of one of {ranks} processes, time that of one process alone"]
     if any(_depends_on_data(method) for method in set(work.methods.values())):
         notes.append("with this recipe the size depends on data: bits and bytes are expected ones, not exact")
     if work.tokens:

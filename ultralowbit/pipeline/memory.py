@@ -7,7 +7,7 @@ The formulas follow the code: `_blocks` is stream.py, statistics.py and methods/
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from ultralowbit.pipeline.embed import ROWS
 from ultralowbit.pipeline.source import window_length
 from ultralowbit.pipeline.workload import Workload
 from ultralowbit.recipe import Recipe
-from ultralowbit.training.specs import Blockwise, Finetune, Preprocess, Trained
+from ultralowbit.training.specs import Blockwise, EndToEnd, FakeQuantized, Finetune, Preprocess, Trained
 
 TRAINING = "training."
 
@@ -55,20 +55,36 @@ def smaller_memory(work: Workload, recipe: Recipe) -> dict[str, list[tuple[str, 
         update = {name: v for name, v in changes.items() if not name.startswith(TRAINING)}
         update["training"] = replace(spec.training, **training)
         less = recipe.model_copy(update={key: spec.model_copy(update=update)})
-        settings = " ".join(f"--set {key}.{name}={str(value).lower()}" for name, value in changes.items())
-        options.setdefault(stage, []).append((settings, stage_memory(work, less)[stage]))
+        options.setdefault(stage, []).append((_settings(key, changes), stage_memory(work, less)[stage]))
     return options
 
 
+def what_helps(recipe: Recipe, stage: str, device: torch.device) -> str:
+    """What to do where memory ran out in a stage, as the end of a sentence."""
+    settings = [_settings(key, changes) for where, key, changes in _changes(recipe) if where == stage]
+    options = [*settings[-1:], "a smaller --length"]
+    if settings and recipe.allocate is not None:
+        options.append("--effort fast")
+    if device.type != "cpu":
+        options.append("--device cpu")
+    return "free some and run the same command to go on, or begin again with --restart and " + " or ".join(options)
+
+
+def _settings(key: str, changes: Mapping[str, object]) -> str:
+    """Changes of a part of the recipe, as options."""
+    return " ".join(f"--set {key}.{name}={str(value).lower()}" for name, value in changes.items())
+
+
 def _changes(recipe: Recipe) -> Iterator[tuple[str, str, dict[str, object]]]:
-    """Stage, key of the recipe, and what to change there."""
+    """Stage, key of the recipe, and what to change there, from what costs least on; what is so already is not among
+    them."""
     for stage, key in (("preprocess", "preprocess"), ("blocks", "blockwise"), ("finetune", "finetune")):
         spec = getattr(recipe, key)
         changes: dict[str, object] = {}
-        if isinstance(spec, Finetune):
+        if isinstance(spec, EndToEnd) and not spec.checkpointing:
             changes["checkpointing"] = True
             yield stage, key, dict(changes)
-        if isinstance(spec, Blockwise | Finetune) and "latent" in spec.training.lr:
+        if isinstance(spec, FakeQuantized) and "latent" in spec.training.lr and spec.latents != "bf16":
             changes["latents"] = "bf16"
             yield stage, key, dict(changes)
         if spec is not None and spec.training.batch > 1:
@@ -125,17 +141,21 @@ def _finetune(work: Workload, spec: Finetune, recipe: Recipe) -> Memory:
 
 
 def _preprocess(work: Workload, spec: Preprocess, recipe: Recipe) -> Memory:
-    """Of the quantized model with its adapters; the model is quantized before like any other."""
-    dense = 4 * (sum(work.forward) + work.outside)
+    """Of the packed model with its adapters; it is quantized before like any other."""
     adapted = [shape for name, shape in work.shapes.items() if spec.adapts(name)]
     tokens = spec.training.batch * window_length(spec.data or recipe.calibration, work.decoder)
-    inputs = 3 * sum(m for _, m in adapted)  # of each adapter: what was dropped out, and which
-    parts = {
-        "the model in fp32": dense,
+    again, depth = spec.is_checkpointed(sum(math.prod(shape) for shape in adapted)), len(work.decoder.blocks)
+    inputs = 3 * sum(m for _, m in adapted) // (depth if again else 1)  # of each adapter: what was dropped, and which
+    backward = _backward(work, spec, tokens, depth, again) + 4 * tokens * inputs
+    packed = {"packed blocks": _packed(work), "the rest in fp32": 4 * work.outside}
+    parts = packed | {
         "adapters, gradients and moments": 16 * spec.rank * sum(n + m for n, m in adapted),
-        "a batch for the backward pass": _backward(work, spec, tokens, len(work.decoder.blocks)) + 4 * tokens * inputs,
+        "a weight and its gradient in fp32": 8 * max(math.prod(shape) for shape in work.shapes.values()),
+        "a batch for the backward pass": backward,
     }
-    return _largest(work, [Memory({"packed blocks": _packed(work)}, parts)])
+    stored = (work.decoder.config.dtype or torch.float32).itemsize
+    merged = packed | {"the merged model": stored * sum(work.forward)}
+    return _largest(work, [Memory({}, parts), Memory({}, merged)])
 
 
 def _training(work: Workload, spec: Blockwise | Finetune, recipe: Recipe, parts: int) -> dict[str, int]:
@@ -143,14 +163,17 @@ def _training(work: Workload, spec: Blockwise | Finetune, recipe: Recipe, parts:
     weights = sum(math.prod(shape) for shape in work.shapes.values()) // parts
     end_to_end, latent = isinstance(spec, Finetune), "latent" in spec.training.lr
     again = end_to_end and spec.is_checkpointed(weights)
-    per_weight = 16 if spec.latent_dtype(weights) == torch.float32 else 6
+    per_weight, gathered = (16, 8) if spec.latent_dtype(weights) == torch.float32 else (6, 4)
     depth = len(work.decoder.blocks) if end_to_end else 1
     dense = (2 if spec.training.autocasts(work.decoder.device) else 4) * (weights // depth if again else weights)
     kept = [_kept(f, shape, latent) for f, shape in zip(work.formats, work.shapes.values(), strict=True)]
     codes, scales = (sum(numbers) // parts for numbers in zip(*kept, strict=True))
-    tokens = spec.training.batch * window_length(getattr(spec, "data", None) or recipe.calibration, work.decoder)
+    ranks = work.ranks if end_to_end else 1
+    batch = min(spec.training.batch, math.ceil(spec.training.batch * spec.training.accumulation / ranks))
+    tokens = batch * window_length(getattr(spec, "data", None) or recipe.calibration, work.decoder)
+    latents = per_weight * weights // ranks + (gathered * weights // depth if ranks > 1 else 0)  # one block's are whole
     return {
-        "latent weights, gradients and moments": per_weight * weights * latent,
+        "latent weights, gradients and moments": latents * latent,
         "codes, and scales with moments": codes + 16 * scales,
         "weights of the forward pass": dense,
         "a batch for the backward pass": _backward(work, spec, tokens, depth, again),

@@ -2,11 +2,11 @@
 
 Calibration batches belong to lanes (`checkpoint.activations`), lane l to rank l modulo the number of ranks. Ranks sum a
 lane each, then the next ones; the sums of lanes are added in the order of the lanes, whoever made them, so that any
-number of ranks adds the same numbers in the same order. Linears are solved by one rank each and handed to all. What is
-trained is trained by rank 0.
+number of ranks adds the same numbers in the same order. Linears are solved by one rank each and handed to all. Blocks
+and adapters are trained by rank 0, whole models by all ranks together (`training.shards`).
 
 Results are the same bytes where every process computes alike: the same software and kind of processor, the same number
-of threads.
+of threads. Models that are trained as a whole differ in their last digits.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ultralowbit.errors import AnotherRankFailed, InputError
 from ultralowbit.format.weight import Format, PackedWeight
@@ -90,6 +91,10 @@ class Ranks:
             )
         return f"cuda:{local}"
 
+    def mesh(self, device: torch.device) -> DeviceMesh | None:
+        """The ranks as torch's distributed modules know them; None where this process is alone."""
+        return None if self.size == 1 else init_device_mesh(device.type, (self.size,))
+
     def mine(self, lanes: int) -> range:
         """The lanes whose batches this rank runs."""
         return range(self.rank, lanes, self.size)
@@ -102,7 +107,7 @@ class Ranks:
             return [value]
         encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with self._exchange():
+        with self.exchanging():
             dist.all_gather(lengths, torch.tensor([len(encoded)], dtype=torch.int64))
             values = [torch.zeros(int(n), dtype=torch.uint8) for n in lengths]
             values[self.rank] = encoded
@@ -121,7 +126,7 @@ class Ranks:
     def from_rank(self, rank: int, tensor: Tensor) -> Tensor:
         """A tensor that one rank holds, for all; the others give one of its shape and dtype, which is filled."""
         if self.size > 1 and tensor.numel():
-            with self._exchange():
+            with self.exchanging():
                 dist.broadcast(tensor, rank)
         return tensor
 
@@ -172,7 +177,7 @@ class Ranks:
         shares = [len(share) for share in piece.tensor_split(self.size)]
         width = shares[self.rank]
         received = piece.new_empty(owners * width)
-        with self._exchange():
+        with self.exchanging():
             dist.all_to_all_single(
                 received, sent, [width] * owners + [0] * (self.size - owners), shares if len(sent) else [0] * self.size
             )
@@ -234,11 +239,13 @@ class Ranks:
     # --- how it ends ---
 
     @contextmanager
-    def _exchange(self) -> Iterator[None]:
+    def exchanging(self) -> Iterator[None]:
         """Says in words that another rank is gone."""
         try:
             yield
         except RuntimeError as e:
+            if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
+                raise
             raise ConnectionLost(
                 f"rank {self.rank} has lost the connection to another rank, which was killed or whose machine is gone: "
                 "run the same command to go on"

@@ -28,6 +28,7 @@ from ultralowbit.nn.inputs import InputGroup, input_groups
 from ultralowbit.nn.linear import linear_shape, linear_weight
 from ultralowbit.pipeline.collect import Original, collect, residual_writers
 from ultralowbit.pipeline.experts import Mixture
+from ultralowbit.pipeline.memory import what_helps
 from ultralowbit.pipeline.quantize import give_weight, quantize_weight
 from ultralowbit.pipeline.ranks import Ranks, own_batches
 from ultralowbit.pipeline.source import batched
@@ -127,7 +128,10 @@ class BlockStream:
     def _block(self, i: int, call: BlockCall | None) -> None:
         decoder, state = self.decoder, self.job.state
         with (
-            naming_memory(f"packing {decoder.block_name(i)} of {decoder.source.folder}"),
+            naming_memory(
+                f"packing {decoder.block_name(i)} of {decoder.source.folder}",
+                what_helps(self.recipe, "blocks", decoder.device),
+            ),
             decoder.filled_block(i) as (block, stored),
         ):
             linears = decoder.linears(i, self.recipe.ignore)

@@ -126,6 +126,8 @@ def _compared(first: dict[str, Any], second: dict[str, Any], text: str) -> Rerun
     ]
     if first["fingerprint"]["calibration"] != second["fingerprint"]["calibration"]:
         reasons.append(f"the calibration text {text} gives other tokens")
+    noted, again = ((manifest.get("finetune") or {}).get("notes", []) for manifest in (first, second))
+    reasons += [f"the model was {note}" for note in noted if note not in again and note.startswith("trained by")]
     return Rerun(different, reasons)
 
 

@@ -14,10 +14,16 @@ from ultralowbit.recipe import Recipe
 
 
 class Workload:
-    """How much the pipeline has to do for a model and a recipe."""
+    """How much the pipeline has to do for a model and a recipe, in so many processes."""
 
-    def __init__(self, decoder: Decoder, recipe: Recipe, formats: dict[str, tuple[Format, tuple[int, int]]]) -> None:
-        self.decoder = decoder
+    def __init__(
+        self,
+        decoder: Decoder,
+        recipe: Recipe,
+        formats: dict[str, tuple[Format, tuple[int, int]]],
+        ranks: int = 1,
+    ) -> None:
+        self.decoder, self.ranks = decoder, ranks
         self.shapes = {name: shape for name, (_, shape) in formats.items()}
         self.methods = {name: recipe.method_for(name) for name in formats}
         self.with_hessian = [name for name in formats if Need.HESSIAN in self.methods[name].needs]

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -146,7 +147,7 @@ def _begin(
         manifest=ManifestRecord(path=MANIFEST, sha256=digest), vocabulary=vocabulary, calibration=calibration,
         original=original, packed=packed, layers=_layers(packed_size.layers, layers),
         environment=manifest["environment"], fallbacks=compressed.fallbacks,
-        notes={name: layer["notes"] for name, layer in layers.items() if layer["notes"]},
+        notes={name: lines for name, lines in _notes(manifest).items() if lines},
         left_out=manifest.get("left_out", {}),
     )  # fmt: skip
     earlier = _earlier(out, digest)
@@ -156,6 +157,13 @@ def _begin(
         report.packed.peak_memory_bytes = compressed.peak_memory_bytes or earlier.packed.peak_memory_bytes
         report.continuation = earlier.continuation
     return report
+
+
+def _notes(manifest: dict[str, Any]) -> dict[str, list[str]]:
+    """What stages note of Linears, and of the trainings of blocks and of the whole model."""
+    whole = {"adapters": manifest.get("preprocess"), "fine-tuning": manifest.get("finetune")}
+    trainings = {**(manifest.get("blockwise") or {}), **{what: fitted for what, fitted in whole.items() if fitted}}
+    return {name: noted["notes"] for name, noted in {**manifest["layers"], **trainings}.items()}
 
 
 def _seen(compressed: Compressed, wanted: list[EvalText]) -> dict[str, float]:

@@ -86,11 +86,12 @@ def fake_quantized(
     packed: Mapping[str, PackedWeight],
     weight: Callable[[str], Tensor],
     spec: Blockwise | Finetune,
+    ready: Callable[[str], object] = lambda name: None,
 ) -> Iterator[dict[str, FakeQuantLinear]]:
     """Put fake-quantized Linears in the place of the named ones while the context lasts, and freeze all else.
 
-    weight: the original weight of a Linear as its module stores it; asked for when its turn comes. A Linear whose
-    format has nothing of what is trained is packed instead.
+    weight: the original weight of a Linear as its module stores it; asked for when its turn comes. ready: told the name
+    of each once it is in its place. A Linear whose format has nothing of what is trained is packed instead.
     """
     required = {p: p.requires_grad for p in model.parameters()}
     replaced = {name: model.get_submodule(name) for name in packed}
@@ -112,6 +113,7 @@ def fake_quantized(
                 linear = PackedLinear.replacing(module, stored.format)
                 linear.fill(here)
             swap(model, name, linear)
+            ready(name)
         yield linears
     finally:
         for name, module in replaced.items():

@@ -1,13 +1,13 @@
 """Fine-tuning: a packed model is trained end to end, with the original as a frozen teacher or on the next token alone.
 
 Teacher and student share everything but the packed Linears: the model is in memory once, in the dtype in which it is
-stored, beside what is trained with its gradients and moments.
+stored, beside what is trained with its gradients and moments. Several processes share these (shards.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -17,12 +17,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ultralowbit.checkpoint.files import Source
 from ultralowbit.format.weight import PackedWeight
+from ultralowbit.nn.decoder import find_blocks
 from ultralowbit.progress import Progress
 from ultralowbit.training.blockwise import fake_quantized
 from ultralowbit.training.fake_quant.linear import parameter_groups, set_progress
 from ultralowbit.training.loop import Fitted, fit
 from ultralowbit.training.memory import checkpoint_blocks, compute_in_fp32
 from ultralowbit.training.objectives import Outputs
+from ultralowbit.training.shards import Shards, whole
 from ultralowbit.training.specs import Finetune
 
 SEEN = 8
@@ -40,12 +42,14 @@ def finetune(
     device: torch.device,
     trust_remote_code: bool,
     progress: Progress,
+    shards: Shards,
 ) -> tuple[dict[str, PackedWeight], Fitted]:
     """Train the packed Linears of the model in `folder` on tokens [windows, length] and return those that are better
     for it, with how the training went.
 
     weight: reads what the latent weight of a Linear starts from; outside: the packed embedding and head, with which the
-    student computes and which stay as they are; state: the file that a killed run goes on from.
+    student computes and which stay as they are; state: the file that a killed run goes on from; shards: the ranks that
+    train together and call this alike, all of which get the result.
     """
     teacher = _teacher(folder, device, trust_remote_code)
     shared = {id(t): t for t in (*teacher.parameters(), *teacher.buffers())}
@@ -73,14 +77,37 @@ def finetune(
 
     @torch.no_grad()
     def evaluate() -> float:
-        return sum(loss([k]).item() for k in held_out) / len(held_out)
+        return sum(shards.map(lambda k: loss([k]).item(), held_out)) / len(held_out)
 
-    with fake_quantized(student, packed, weight, spec) as linears:
+    units = _units(student, packed)
+
+    def ready(name: str) -> None:
+        for unit, names in units.items():
+            if unit and name == names[-1]:
+                shards.shard(student.get_submodule(unit))
+
+    with fake_quantized(student, packed, weight, spec, ready) as linears:
+        shards.shard(student)
         fitted = fit(
             parameter_groups(student), loss, spec.training, len(training), evaluate, state=state, progress=progress,
-            what="fine-tuning", on_progress=lambda share: set_progress(student, share),
+            what="fine-tuning", on_progress=lambda share: set_progress(student, share), shards=shards,
         )  # fmt: skip
-        return {name: linear.pack() for name, linear in linears.items()} if fitted.accepted else {}, fitted
+        trained: dict[str, PackedWeight] = {}
+        for unit, names in units.items() if fitted.accepted else ():
+            with whole(student.get_submodule(unit)):
+                trained |= {name: linears[name].pack() for name in names if name in linears}
+        return trained, fitted
+
+
+def _units(model: PreTrainedModel, names: Iterable[str]) -> dict[str, list[str]]:
+    """The name of each block -> the named Linears in it; those outside blocks under the model's own name, ""."""
+    blocks_name, blocks = find_blocks(model, model.config)
+    prefixes = [f"{blocks_name}.{i}" for i in range(len(blocks))]
+    units: dict[str, list[str]] = {}
+    for name in names:
+        unit = next((prefix for prefix in prefixes if name.startswith(f"{prefix}.")), "")
+        units.setdefault(unit, []).append(name)
+    return units
 
 
 def _replace_weight(model: PreTrainedModel, weight: nn.Parameter, dense: Callable[[torch.dtype], Tensor]) -> None:

@@ -23,14 +23,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
-from torch.nn.utils import clip_grads_with_norm_
 
 from ultralowbit.checkpoint.storage import tensor_bytes
 from ultralowbit.errors import InputError
 from ultralowbit.progress import Progress, Silent
 from ultralowbit.training import saved
 from ultralowbit.training.optimizer import AdamW8bit, mixed_seed
+from ultralowbit.training.shards import Shards, batches_of, local, sharded_like
 from ultralowbit.training.specs import TrainSpec
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ def fit(
     what: str = "training",
     on_progress: Callable[[float], object] | None = None,
     save_seconds: float = SAVE_SECONDS,
+    shards: Shards | None = None,
 ) -> Fitted:
     """Train parameters, by kind, and leave them at their best.
 
@@ -78,14 +80,16 @@ def fit(
     counts, on samples that are held out, lower is better; both are called under the spec's autocast. state: a file that
     a killed run goes on from; it is left behind when training has ended, so that the caller can remove it once the
     result is safe. The best parameters so far lie beside it. on_progress: told the share of the steps done, 0 to below
-    1, before each step.
+    1, before each step. shards: the ranks that train together, which call this alike with the same `evaluate`; each
+    gives the loss of its own samples, rank 0 writes, and another number of ranks can go on.
 
     A loss or gradient that is not finite brings back the best parameters and halves the learning rates once; the second
     time training ends there. `InputError` where a kind has no learning rate, or `state` is of another training.
     """
-    return _Fit(parameters, loss, spec, samples, evaluate, state, progress or Silent(), save_seconds).run(
-        what, on_progress or (lambda share: None)
+    training = _Fit(
+        parameters, loss, spec, samples, evaluate, state, progress or Silent(), save_seconds, shards or Shards()
     )
+    return training.run(what, on_progress or (lambda share: None))
 
 
 class _NotFinite(ArithmeticError):
@@ -121,6 +125,7 @@ class _Fit:
         file: Path,
         progress: Progress,
         save_seconds: float,
+        shards: Shards,
     ) -> None:
         groups = {kind: list(ps) for kind, ps in parameters.items() if ps}
         if missing := sorted(set(groups) - set(spec.lr)):
@@ -128,7 +133,7 @@ class _Fit:
         if not groups or samples < 1:
             raise ValueError(f"there is nothing to train: {len(groups)} kinds of parameters, {samples} samples")
         self.loss, self.spec, self.samples, self.evaluate = loss, spec, samples, evaluate
-        self.file, self.progress, self.save_seconds = file, progress, save_seconds
+        self.file, self.progress, self.save_seconds, self.shards = file, progress, save_seconds, shards
         self.named = {f"{kind}.{i}": p for kind, ps in groups.items() for i, p in enumerate(ps)}
         self.device = next(iter(self.named.values())).device
         self.optimizers = [
@@ -152,6 +157,8 @@ class _Fit:
             self._keep_best()
             state.before = self._objective()
             state.best = state.before if math.isfinite(state.before) else math.inf
+        if self.shards.size > 1 and not state.finished and (note := _together(self.shards.size)) not in state.notes:
+            state.notes.append(note)
         while state.step < self.total and not state.ended:
             step, state.step = state.step, state.step + 1
             on_progress(step / self.total)
@@ -162,7 +169,7 @@ class _Fit:
             except _NotFinite as e:
                 self._recover(what, e)
             self.progress.step()
-            if time.monotonic() - self.saved_at >= self.wait:
+            if self.shards.agree(time.monotonic() - self.saved_at >= self.wait):
                 self._save()
         return self._finish()
 
@@ -171,24 +178,23 @@ class _Fit:
         rows = self._rows(step)
         self._forget_gradients()
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
-        for start in range(0, len(rows), self.spec.batch):
-            batch = rows[start : start + self.spec.batch]
+        for batch, counts in self.shards.deal(batches_of(rows, self.spec.batch, self.shards.size)):
             with self._autocast():
                 part = self.loss(batch)
-            part = part.float() * (len(batch) / len(rows))
+            part = part.float() * (len(batch) / len(rows) * counts)
             part.backward()
             loss += part.detach()
-        norms = [
-            torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.named.values() if p.grad is not None
-        ]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        mean_loss, size = torch.stack([loss, norm]).tolist()
+        self.shards.add_gradients(self.named.values())
+        mean_loss, size = self._measured(loss)
         if not math.isfinite(mean_loss):
             raise _NotFinite(f"the loss was {mean_loss}")
         if not math.isfinite(size):
             raise _NotFinite(f"the gradient's norm was {size}")
         if self.spec.clip_norm is not None and size > self.spec.clip_norm:
-            clip_grads_with_norm_(self.named.values(), self.spec.clip_norm, norm)
+            shrink = self.spec.clip_norm / (torch.tensor(size, dtype=torch.float32) + 1e-6)  # as torch's own does
+            for p in self.named.values():
+                if p.grad is not None:
+                    local(p.grad).mul_(shrink.item())
         factor = self.spec.factor(step, self.total) * 0.5**self.state.failures
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -196,6 +202,16 @@ class _Fit:
             optimizer.step()
         self.state.loss += mean_loss
         self.state.counted += 1
+
+    def _measured(self, loss: Tensor) -> tuple[float, float]:
+        """The mean loss, from what this rank's samples add to it, and the norm of all gradients."""
+        sharded, whole = [], []
+        for grad in (p.grad for p in self.named.values() if p.grad is not None):
+            norm = torch.linalg.vector_norm(local(grad), dtype=torch.float32)
+            (sharded if isinstance(grad, DTensor) else whole).append(norm)
+        measured = self.shards.gather(torch.stack([loss, *sharded]).cpu())  # [ranks, 1 + sharded]
+        norms = torch.cat([measured[:, 1:].reshape(-1), torch.stack(whole).cpu() if whole else measured.new_empty(0)])
+        return sum(measured[:, 0].tolist()), torch.linalg.vector_norm(norms).item()
 
     def _forget_gradients(self) -> None:
         for optimizer in self.optimizers:
@@ -250,13 +266,20 @@ class _Fit:
         return self.file.with_name(f"{self.file.stem}.best-{self.state.best_step}{self.file.suffix}")
 
     def _keep_best(self) -> None:
-        saved.save(self._best_file(), {name: p.detach() for name, p in self.named.items()}, "")
+        self._write(self._best_file(), {name: p.detach() for name, p in self.named.items()}, "")
+
+    def _write(self, file: Path, tensors: Mapping[str, Tensor], text: str) -> None:
+        if self.shards.is_first:
+            saved.save(file, tensors, text)
+        else:
+            saved.accompany(tensors)
+        self.shards.agree(True)  # nobody reads it before it is there
 
     @torch.no_grad()
     def _restore(self) -> None:
         with saved.opened(self._best_file()) as best:
             for name, p in self.named.items():
-                p.copy_(best.tensor(name))
+                p.copy_(sharded_like(p, best.tensor(name)))
 
     def _finish(self) -> Fitted:
         state = self.state
@@ -264,8 +287,9 @@ class _Fit:
             self._forget_gradients()
             self._restore()
             self._end()
-        for file in self._best_files():
-            file.unlink()  # they are the parameters of the state
+        if self.shards.is_first:
+            for file in self._best_files():
+                file.unlink()  # they are the parameters of the state
         after = state.best if state.best_step else state.before
         return Fitted(state.before, after, state.best_step, state.step, tuple(state.notes), tuple(state.history))
 
@@ -295,9 +319,9 @@ class _Fit:
         for name, p in self.named.items():
             tensors[f"parameter/{name}"] = p.detach()
             tensors |= {f"{what}/{name}": t for what, t in self.optimizer_of[p].state.get(p, {}).items()}
-        saved.save(self.file, tensors, json.dumps(asdict(self.state)))
+        self._write(self.file, tensors, json.dumps(asdict(self.state)))
         for file in self._best_files():
-            if file != self._best_file():
+            if self.shards.is_first and file != self._best_file():
                 file.unlink()
         self.saved_at = time.monotonic()
         if self.save_seconds:
@@ -315,13 +339,22 @@ class _Fit:
                 )
             for key in stored.names:
                 what, _, name = key.partition("/")
-                p, value = self.named[name], stored.tensor(key)
+                p = self.named[name]
+                value = sharded_like(p, stored.tensor(key))
                 if what == "parameter":
-                    p.data.copy_(value)
+                    local(p.data).copy_(local(value))
                 else:
-                    self.optimizer_of[p].state[p][what] = value.to(p.device)
+                    self.optimizer_of[p].state[p][what] = value
         self.state = state
         return True
+
+
+def _together(ranks: int) -> str:
+    """A sentence for the report."""
+    return (
+        f"trained by {ranks} processes together: the last digits differ from what another number of them makes, "
+        "because sums are rounded in another order"
+    )
 
 
 def _optimizer(dtype: torch.dtype, groups: Mapping[str, Sequence[Parameter]], spec: TrainSpec) -> torch.optim.Optimizer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -31,8 +33,26 @@ def compute_in_fp32(model: nn.Module) -> None:
                 setattr(module, name, buffer.float())
 
 
-def checkpoint_blocks(model: PreTrainedModel) -> None:
-    """Let each decoder block keep its input alone for the backward pass, which runs the block again."""
+def checkpoint_blocks(model: PreTrainedModel, generator: torch.Generator | None = None) -> None:
+    """Let each decoder block keep its input alone for the backward pass, which runs the block again, with the same
+    numbers of the generator that it draws from."""
     _, blocks = find_blocks(model, model.config)
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), _from(generator, generator and generator.get_state())),
+        )  # fmt: skip
+
+
+@contextmanager
+def _from(generator: torch.Generator | None, state: Tensor | None) -> Iterator[None]:
+    """Numbers of the generator from a state on, while the context lasts."""
+    if generator is None:
+        yield
+        return
+    later = generator.get_state()
+    generator.set_state(state)
+    try:
+        yield
+    finally:
+        generator.set_state(later)

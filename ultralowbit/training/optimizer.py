@@ -1,6 +1,6 @@
 """AdamW whose memory is one byte a moment, for weights in bf16.
 
-The moments are kept in 8 bits, in blocks of 256 with a scale each, as in Dettmers et al.: 8-bit Optimizers via
+The moments are kept in 8 bits, in blocks of 256 of a row with a scale each, as in Dettmers et al.: 8-bit Optimizers via
 Block-wise Quantization, ICLR 2022, arXiv 2110.02861. A step of 2e-5 is less than half of the distance between
 neighbours in bf16 from 0.01 on: rounded to nearest, weights would stand still. They are rounded up or down at random,
 the nearer neighbour being the likelier one, so that steps count in the mean.
@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ultralowbit.training.shards import local
 
 BLOCK = 256
 """Numbers that share a scale."""
@@ -27,10 +30,11 @@ EPSILON = 1e-8
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW for parameters in bf16.
+    """AdamW for parameters in bf16, which may be sharded by rows.
 
-    The state of a parameter with n numbers: `exp_avg` and `exp_avg_sq` [n] uint8, codes in the tables of `dynamic_map`;
-    `exp_avg_scale` and `exp_avg_sq_scale` [blocks] fp32, the largest number of each block; `step`, a scalar in fp32.
+    The state of a parameter [..., n]: `exp_avg` and `exp_avg_sq` [..., n] uint8, codes in the tables of `dynamic_map`;
+    `exp_avg_scale` and `exp_avg_sq_scale` [..., blocks] fp32, the largest number of each block; `step`, a scalar in
+    fp32. No block has numbers of two rows, so that the moments of shards are the shards of the moments.
     """
 
     def __init__(
@@ -48,19 +52,21 @@ class AdamW8bit(torch.optim.Optimizer):
             if not state:
                 state |= self._start(p)
             state["step"] += 1
-            generator = torch.Generator(p.device).manual_seed(mixed_seed(self.seed, int(state["step"]), i))
-            numbers = p.view(-1), p.grad.reshape(-1)
-            for part, blocks in _chunks(p.numel()):
-                p_part, grad = (t[part] for t in numbers)
-                self._update(p_part, grad.float(), state, (part, blocks), group, generator)
+            sharded = [p.device_mesh.get_local_rank()] if isinstance(p, DTensor) else []
+            generator = torch.Generator(p.device).manual_seed(mixed_seed(self.seed, int(state["step"]), i, *sharded))
+            values, grad = _rows(p), _rows(p.grad)
+            own = {name: _rows(t) for name, t in state.items() if t.ndim}
+            for part in _chunks(values):
+                moments = {name: t[part] for name, t in own.items()}
+                self._update(values[part], grad[part].float(), moments, int(state["step"]), group, generator)
 
     @staticmethod
     def _start(p: Tensor) -> dict[str, Tensor]:
         state = {"step": torch.zeros((), dtype=torch.float32)}
         for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
             zero = int(dynamic_map(signed, p.device).abs().argmin())
-            state[name] = torch.full((p.numel(),), zero, dtype=torch.uint8, device=p.device)
-            state[f"{name}_scale"] = torch.zeros(-(-p.numel() // BLOCK), dtype=torch.float32, device=p.device)
+            state[name] = torch.full_like(p, zero, dtype=torch.uint8)
+            state[f"{name}_scale"] = torch.zeros_like(p[..., ::BLOCK], dtype=torch.float32)
         return state
 
     @staticmethod
@@ -68,15 +74,14 @@ class AdamW8bit(torch.optim.Optimizer):
         p: Tensor,
         grad: Tensor,
         state: dict[str, Tensor],
-        where: tuple[slice, slice],
+        step: int,
         group: dict[str, Any],
         generator: torch.Generator,
     ) -> None:
-        """The step for some numbers p [n] of a parameter, with their gradient [n] in fp32."""
-        part, blocks = where
-        moments, step = [], int(state["step"])
+        """The step for some rows p [rows, n] of a parameter, with their gradient [rows, n] in fp32."""
+        moments = []
         for name, beta, new in zip(("exp_avg", "exp_avg_sq"), group["betas"], (grad, grad.square()), strict=True):
-            codes, scale = state[name][part], state[f"{name}_scale"][blocks]
+            codes, scale = state[name], state[f"{name}_scale"]
             moment = decode(codes, scale, name == "exp_avg").lerp_(new, 1 - beta)
             encode_(moment, codes, scale, name == "exp_avg")
             moments.append(moment.div_(1 - beta**step))
@@ -86,11 +91,15 @@ class AdamW8bit(torch.optim.Optimizer):
         p.copy_(rounded_at_random(value, generator))
 
 
-def _chunks(size: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of so many numbers, each with the slice of its blocks."""
-    for start in range(0, size, CHUNK):
-        stop = min(start + CHUNK, size)
-        yield slice(start, stop), slice(start // BLOCK, -(-stop // BLOCK))
+def _rows(t: Tensor) -> Tensor:
+    """The rows [rows, n] of a tensor that this rank has, as a view."""
+    return local(t).view(-1, t.shape[-1])
+
+
+def _chunks(rows: Tensor) -> Iterator[slice]:
+    """Slices of so many rows [rows, n]."""
+    step = max(1, CHUNK // rows.shape[1])
+    return (slice(start, start + step) for start in range(0, len(rows), step))
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -112,7 +121,7 @@ def dynamic_map(signed: bool, device: torch.device) -> Tensor:
 
 
 def decode(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
-    """Numbers [n] fp32 from their codes [n] uint8 and the scales [blocks] of their blocks."""
+    """Numbers [..., n] fp32 from their codes [..., n] uint8 and the scales [..., blocks] of their blocks."""
     numbers = dynamic_map(signed, codes.device)[codes.int()]
     for x, s in _by_blocks(numbers, scale):
         x.mul_(s)
@@ -120,7 +129,7 @@ def decode(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
 
 
 def encode_(numbers: Tensor, codes: Tensor, scale: Tensor, signed: bool) -> None:
-    """Write the nearest codes of numbers [n] fp32, and the scales of their blocks, into what `decode` takes."""
+    """Write the nearest codes of numbers [..., n] fp32, and the scales of their blocks, into what `decode` takes."""
     shares = torch.empty_like(numbers)
     for (x, s), (share, _) in zip(_by_blocks(numbers, scale), _by_blocks(shares, scale), strict=True):
         torch.amax(x.abs(), -1, keepdim=True, out=s)
@@ -138,12 +147,13 @@ def _nearest(signed: bool, device: torch.device) -> Tensor:
 
 
 def _by_blocks(numbers: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of numbers [n] as [blocks, BLOCK] with their scales [blocks, 1]; then of those that fill no whole block."""
-    whole = numbers.numel() // BLOCK
+    """Views of numbers [..., n] as [..., blocks, BLOCK] with their scales [..., blocks, 1]; then of those that fill no
+    whole block."""
+    whole = numbers.shape[-1] // BLOCK
     if whole:
-        yield numbers[: whole * BLOCK].view(whole, BLOCK), scale[:whole, None]
-    if whole * BLOCK < numbers.numel():
-        yield numbers[whole * BLOCK :][None], scale[whole:, None]
+        yield numbers[..., : whole * BLOCK].unflatten(-1, (whole, BLOCK)), scale[..., :whole, None]
+    if whole * BLOCK < numbers.shape[-1]:
+        yield numbers[..., None, whole * BLOCK :], scale[..., whole:, None]
 
 
 def rounded_at_random(x: Tensor, generator: torch.Generator) -> Tensor:

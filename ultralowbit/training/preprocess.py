@@ -9,6 +9,7 @@ and W', which lies near what the format can hold, is the model that is then quan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,14 +28,15 @@ from ultralowbit.nn.hf import load
 from ultralowbit.nn.linear import PackedLinear, linear_shape, swap
 from ultralowbit.progress import Progress
 from ultralowbit.training.loop import Fitted, fit
+from ultralowbit.training.memory import checkpoint_blocks
 from ultralowbit.training.objectives import CrossEntropy, Outputs
 from ultralowbit.training.specs import Preprocess
 
 
 class Adapted(nn.Module):
-    """A frozen Linear or Conv1D with an adapter: y = W x + (alpha / r) B A dropout(x), A [r, in], B [out, r]."""
+    """A packed Linear with an adapter: y = W x + (alpha / r) B A dropout(x), A [r, in], B [out, r]."""
 
-    def __init__(self, linear: nn.Module, spec: Preprocess, generator: torch.Generator) -> None:
+    def __init__(self, linear: PackedLinear, spec: Preprocess, generator: torch.Generator) -> None:
         super().__init__()
         out_features, in_features = linear_shape(linear)
         self.linear, self.spec = linear, spec
@@ -53,11 +55,12 @@ class Adapted(nn.Module):
         return y + F.linear(F.linear(x, self.A), self.B) * (self.spec.alpha / self.spec.rank)
 
     @torch.no_grad()
-    def merge(self) -> nn.Module:
-        """The Linear with the adapter added to its weight."""
+    def merge(self, dtype: torch.dtype) -> nn.Module:
+        """The Linear or Conv1D with the adapter added to its weight, in a dtype."""
+        dense = self.linear.dense(torch.float32)
         delta = self.B @ self.A * (self.spec.alpha / self.spec.rank)
-        self.linear.weight += delta.T if isinstance(self.linear, Conv1D) else delta
-        return self.linear
+        dense.weight += delta.T if isinstance(dense, Conv1D) else delta
+        return dense.to(dtype)
 
 
 def preprocess(
@@ -82,12 +85,12 @@ def preprocess(
         adapt = [n for n, m in model.named_modules() if isinstance(m, PackedLinear) and spec.adapts(n)]
         if not adapt:
             raise InputError(f"preprocess.targets {list(spec.targets)} match no packed Linear: give patterns of names")
-        model = model.dequantize().requires_grad_(False)
+        model.requires_grad_(False)
         fitted = _train(model, adapt, tokens.to(device), spec, work / "adapters.safetensors", progress)
         for name in adapt:
-            swap(model, name, model.get_submodule(name).merge())
+            swap(model, name, model.get_submodule(name).merge(dtype))
         half_done = work / "merging"
-        model.to(dtype).save_pretrained(half_done)
+        model.dequantize().to(dtype).save_pretrained(half_done)
         files = {path.name: sha256_file(path) for path in half_done.iterdir()}
         made = {"fitted": asdict(fitted), "files": files}
         write_json(half_done / "preprocess.json", {**made, "sha256": json_digest(made)})
@@ -103,6 +106,8 @@ def _train(
 ) -> Fitted:
     """Give the named Linears adapters and train these on the next tokens of tokens [windows, length]."""
     generator = torch.Generator().manual_seed(spec.training.seed)
+    if spec.is_checkpointed(sum(math.prod(linear_shape(model.get_submodule(name))) for name in adapt)):
+        checkpoint_blocks(model, generator)
     for name in adapt:
         swap(model, name, Adapted(model.get_submodule(name), spec, generator))
     training, held_out = spec.split(range(len(tokens)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ultralowbit.checkpoint.storage import tensor_bytes, write_tensors
+from ultralowbit.checkpoint.storage import tensor_bytes, tensor_file, write_tensors
 from ultralowbit.errors import InputError, reason
 
 
@@ -26,6 +27,12 @@ class Saved(NamedTuple):
 def save(file: Path, tensors: Mapping[str, Tensor], text: str) -> None:
     """Write tensors from any device, one at a time, and a text, atomically."""
     write_tensors(file, tensors, {"text": text, "sha256": _digest(text, tensors, tensors.__getitem__)})
+
+
+def accompany(tensors: Mapping[str, Tensor]) -> None:
+    """Give this rank's shards of the tensors that another rank saves, each when its turn comes."""
+    _digest("", tensors, tensors.__getitem__)
+    deque(tensor_file(tensors, {}), maxlen=0)
 
 
 @contextmanager

@@ -117,10 +117,9 @@ class Blockwise(FakeQuantized):
     objective: one_of(BLOCK_OBJECTIVES, "kind")
 
 
-class Finetune(FakeQuantized):
-    """Fine-tuning: the packed model is trained end to end, against the original or on the text alone."""
+class EndToEnd(Trained):
+    """A stage in which the model is trained as a whole."""
 
-    objective: one_of(OBJECTIVES, "kind")
     data: CalibrationSpec | None = Field(None, description="text to train on, null for that of the calibration")
     checkpointing: bool | None = Field(
         None,
@@ -133,8 +132,18 @@ class Finetune(FakeQuantized):
         return weights > SMALL if self.checkpointing is None else self.checkpointing
 
 
-class Preprocess(Trained):
-    """Quantization preprocessing: the model is quantized, restored by low-rank adapters, merged; then quantized."""
+class Finetune(FakeQuantized, EndToEnd):
+    """Fine-tuning: the packed model is trained end to end, against the original or on the text alone."""
+
+    objective: one_of(OBJECTIVES, "kind")
+
+
+class Preprocess(EndToEnd):
+    """Quantization preprocessing: the model is quantized, restored by low-rank adapters, merged; then quantized.
+
+    What is quantized stays packed while its adapters are trained. These are a hundredth of the model, so that there is
+    no key `latents` here.
+    """
 
     kinds = ("adapter",)
 
@@ -143,7 +152,6 @@ class Preprocess(Trained):
     dropout: float = Field(0.1, ge=0, lt=1)
     targets: tuple[str, ...] = Field(("*",), description="shell patterns of the Linears that get an adapter")
     exclude: tuple[str, ...] = Field((), description="shell patterns of those that get none all the same")
-    data: CalibrationSpec | None = Field(None, description="text to train on, null for that of the calibration")
 
     def adapts(self, name: str) -> bool:
         """Whether the Linear with this full name gets an adapter."""
