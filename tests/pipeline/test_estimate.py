@@ -208,6 +208,19 @@ def test_what_makes_a_stage_fit_is_named(model):
     assert less.stages["finetune"].total[0] == totals[-1] and "fine-tuning" in str(less)
 
 
+def test_ranks_share_what_is_trained_end_to_end(model):
+    training = {"lr": {"latent": 1e-3}, "batch": 4, "steps": 2}
+    stage = {"finetune": {"objective": {"kind": "kl"}, "training": training}}
+    tuned = Recipe.model_validate(recipe(model).model_dump() | stage)
+    parts = {n: estimate(str(model), tuned, "cpu", ranks=n).stages["finetune"].host for n in (1, 2, 4)}
+    latents = {n: stage["latent weights, gradients and moments"] for n, stage in parts.items()}
+    weights = sum(math.prod(shape) for shape in SHAPE.linears.values()) * 2
+    # beside the shards, a block's weights and gradients while it runs
+    assert latents == {1: 16 * weights, 2: 8 * weights + 4 * weights, 4: 4 * weights + 4 * weights}
+    batch = {n: stage["a batch for the backward pass"] for n, stage in parts.items()}
+    assert batch[1] == 2 * batch[2] == 4 * batch[4]
+
+
 def test_prints_and_json(model):
     planned = estimate(str(model), recipe(model), device="cpu")
     stored = json.loads(json.dumps(planned.to_dict()))

@@ -201,6 +201,16 @@ def test_a_lost_connection_is_told_from_other_errors():
 
 
 @pytest.mark.slow
+def test_a_dry_run_prints_once_and_for_a_rank(shallow, text, tmp_path):
+    process = ranks(2, command(shallow, tmp_path / "out", text, *distilled(tmp_path, "fp32"), "--dry-run"))
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and printed.count("bits per weight, ") == 2, errors  # of the Linears and the model
+    assert printed.count("memory is that of one of 2 processes") == 1 and list(tmp_path.iterdir()) == [
+        tmp_path / "fp32.yaml"
+    ]
+
+
+@pytest.mark.slow
 def test_a_mistake_is_said_once(deep, tmp_path):
     code, errors = run(2, command(deep, tmp_path / "out", "nowhere.txt", "--recipe", "sign-2"))
     assert code and errors.count("error: there is no file 'nowhere.txt'") == 1

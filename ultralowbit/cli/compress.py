@@ -116,7 +116,6 @@ def compress(
                 watch=watch, command=command_line(ctx.obj), load_from=push_to_hub, ranks=ranks, limits=limits,
             )  # fmt: skip
     if report is not None:
-        show(report, folder)
         _finish(report, folder, push_to_hub, private)
 
 
@@ -136,7 +135,8 @@ def _check_push(repo: str | None, private: bool) -> None:
 
 
 def _finish(report: RunReport, folder: Path, repo: str | None, private: bool) -> None:
-    """Upload what passed its gates, and leave with the exit code that says what did not."""
+    """Show the report, upload what passed its gates, and leave with the exit code that says what did not."""
+    show(report, folder)
     if report.exceeded:
         if repo:
             say(f"not uploaded to {repo}: the quality gate failed", "yellow")
