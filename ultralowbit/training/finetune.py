@@ -20,7 +20,7 @@ from ultralowbit.format.weight import PackedWeight
 from ultralowbit.nn.decoder import find_blocks
 from ultralowbit.progress import Progress
 from ultralowbit.training.blockwise import fake_quantized
-from ultralowbit.training.fake_quant.linear import parameter_groups, set_progress
+from ultralowbit.training.fake_quant.linear import FakeQuantLinear, parameter_groups, set_progress
 from ultralowbit.training.loop import Fitted, fit
 from ultralowbit.training.memory import checkpoint_blocks, compute_in_fp32
 from ultralowbit.training.objectives import Outputs
@@ -52,10 +52,7 @@ def finetune(
     train together and call this alike, all of which get the result.
     """
     teacher = _teacher(folder, device, trust_remote_code)
-    shared = {id(t): t for t in (*teacher.parameters(), *teacher.buffers())}
-    student = deepcopy(teacher, memo=shared)
-    for name, p in outside.items():
-        _replace_weight(student, student.get_submodule(name).weight, p.dequantize)
+    student = _sharing(teacher, outside)
     if spec.is_checkpointed(sum(math.prod(p.shape) for p in packed.values())):
         checkpoint_blocks(student)
     training, held_out = spec.split(range(len(tokens)))
@@ -92,11 +89,18 @@ def finetune(
             parameter_groups(student), loss, spec.training, len(training), evaluate, state=state, progress=progress,
             what="fine-tuning", on_progress=lambda share: set_progress(student, share), shards=shards,
         )  # fmt: skip
-        trained: dict[str, PackedWeight] = {}
-        for unit, names in units.items() if fitted.accepted else ():
-            with whole(student.get_submodule(unit)):
-                trained |= {name: linears[name].pack() for name in names if name in linears}
-        return trained, fitted
+        return _packed(student, units, linears) if fitted.accepted else {}, fitted
+
+
+def _packed(
+    student: PreTrainedModel, units: Mapping[str, list[str]], linears: Mapping[str, FakeQuantLinear]
+) -> dict[str, PackedWeight]:
+    """What was trained, on every rank; one unit's latent weights are whole at a time."""
+    packed = {}
+    for unit, names in units.items():
+        with whole(student.get_submodule(unit)):
+            packed |= {name: linears[name].pack() for name in names if name in linears}
+    return packed
 
 
 def _units(model: PreTrainedModel, names: Iterable[str]) -> dict[str, list[str]]:
@@ -108,6 +112,14 @@ def _units(model: PreTrainedModel, names: Iterable[str]) -> dict[str, list[str]]
         unit = next((prefix for prefix in prefixes if name.startswith(f"{prefix}.")), "")
         units.setdefault(unit, []).append(name)
     return units
+
+
+def _sharing(teacher: PreTrainedModel, outside: Mapping[str, PackedWeight]) -> PreTrainedModel:
+    """A model that shares its tensors with the teacher, but for the packed embedding and head."""
+    student = deepcopy(teacher, memo={id(t): t for t in (*teacher.parameters(), *teacher.buffers())})
+    for name, p in outside.items():
+        _replace_weight(student, student.get_submodule(name).weight, p.dequantize)
+    return student
 
 
 def _replace_weight(model: PreTrainedModel, weight: nn.Parameter, dense: Callable[[torch.dtype], Tensor]) -> None:
