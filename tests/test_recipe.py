@@ -165,10 +165,10 @@ def test_a_bad_value_is_told_with_its_place(write, text, words):
 
 KEYS = {  # of the table in which the mistake is, so that the sentence teaches the right names
     "calibration": "source, samples, length, seed, clip_tokens",
-    "preprocess": "training, held_out, rank, alpha, dropout, targets, exclude, data",
+    "preprocess": "training, held_out, data, checkpointing, rank, alpha, dropout, targets, exclude",
     "quantize": "method, group, iterations, compensation, damp",
     "blockwise": "training, held_out, estimator, scales, latents, objective",
-    "finetune": "training, held_out, estimator, scales, latents, objective, data, checkpointing",
+    "finetune": "training, held_out, data, checkpointing, estimator, scales, latents, objective",
     "preprocess.data": "source, samples, length, seed, clip_tokens",
     "finetune.data": "source, samples, length, seed, clip_tokens",
     "rotate": "inputs",
