@@ -204,10 +204,9 @@ def test_a_lost_connection_is_told_from_other_errors():
 def test_a_dry_run_prints_once_and_for_a_rank(shallow, text, tmp_path):
     process = ranks(2, command(shallow, tmp_path / "out", text, *distilled(tmp_path, "fp32"), "--dry-run"))
     printed, errors = process.communicate(timeout=300)
-    assert process.returncode == 0 and printed.count("bits per weight, ") == 2, errors  # of the Linears and the model
-    assert printed.count("memory is that of one of 2 processes") == 1 and list(tmp_path.iterdir()) == [
-        tmp_path / "fp32.yaml"
-    ]
+    assert process.returncode == 0 and printed.count("  memory    ") == 1, errors
+    assert printed.count("memory is that of one of 2 processes") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["fp32.yaml"]
 
 
 @pytest.mark.slow
