@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.resources import files
 
 import pytest
@@ -211,6 +212,26 @@ def test_all_mistakes_are_told_at_once(write):
 
 def test_null_is_the_whole_row(write):
     assert Recipe.load(write("quantize: {method: gptq, bits: 2, group: null}")).quantize == GPTQ(bits=2, group=None)
+
+
+def _choices(schema) -> Iterator[str]:
+    """Every word that a recipe's key may have, where it may not have any."""
+    if isinstance(schema, list):
+        for part in schema:
+            yield from _choices(part)
+    elif isinstance(schema, dict):
+        yield from (word for word in schema.get("enum", []) if isinstance(word, str))
+        for part in schema.values():
+            yield from _choices(part)
+
+
+def test_words_need_no_quotes(write):
+    """YAML reads `on`, `off`, `yes` and `no` as truth values."""
+    words = {word for word in _choices(Recipe.model_json_schema()) if yaml.safe_load(word) != word}
+    assert words == {"on", "off"}
+    training = "blockwise: {objective: {kind: mse}, training: {lr: {scale: 1.0e-3}, autocast: %s}}"
+    for word in words:
+        assert Recipe.load(write(BASE + training % word)).blockwise.training.autocast == word
 
 
 # --- --set -----------------------------------------------------------------------------------------------------------

@@ -28,13 +28,19 @@ def _nearest(wanted, tables, group, rows, there, out, levels: tl.constexpr):
 
 
 @triton.jit
+def _tile(columns, out, B: tl.constexpr, T: tl.constexpr):
+    """This program's columns [B] and rows [T], which rows there are, and where its tile [B, T] lies, and what of it."""
+    k, rows = tl.arange(0, B), tl.program_id(0) * T + tl.arange(0, T)
+    there = rows < out
+    return k, rows, there, k[:, None] * out + rows[None, :], (k < columns)[:, None] & there[None, :]
+
+
+@triton.jit
 def compensate(
     weight, R, tables, which, rest, values, columns, out, levels: tl.constexpr, B: tl.constexpr, T: tl.constexpr
 ):
     """One column after the other: writes values, and rest anew. Grid (tiles of T rows,); B columns, a power of two."""
-    k, rows = tl.arange(0, B), tl.program_id(0) * T + tl.arange(0, T)
-    there = rows < out
-    at, inside = k[:, None] * out + rows[None, :], (k < columns)[:, None] & there[None, :]
+    k, rows, there, at, inside = _tile(columns, out, B, T)
     sums = tl.load(rest + at, mask=inside, other=0.0)
     for j in range(columns):
         row = tl.load(R + j * columns + k, mask=k < columns, other=0.0)
@@ -52,9 +58,7 @@ def sweep(
     gram, tables, which, values, gradient, columns, out, sweeps, levels: tl.constexpr, B: tl.constexpr, T: tl.constexpr
 ):
     """At most `sweeps` passes over the columns, until nothing changes: writes values anew. Grid as before."""
-    k, rows = tl.arange(0, B), tl.program_id(0) * T + tl.arange(0, T)
-    there = rows < out
-    at, inside = k[:, None] * out + rows[None, :], (k < columns)[:, None] & there[None, :]
+    k, rows, there, at, inside = _tile(columns, out, B, T)
     v = tl.load(values + at, mask=inside, other=0.0)
     g = tl.load(gradient + at, mask=inside, other=0.0)
     done, limit = 0, sweeps

@@ -21,6 +21,11 @@ def expert_of(linear: str) -> tuple[str, str] | None:
     return match and (match[1], match[2])
 
 
+def natural(name: str) -> list[str | int]:
+    """A key that sorts block 2 before block 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
 def weight_name(linear: str) -> str:
     """The name of the tensor in which transformers keeps the weight of a Linear: for an expert that of all."""
     place = expert_of(linear)

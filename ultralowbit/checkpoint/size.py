@@ -12,6 +12,7 @@ from typing import Any
 from ultralowbit.checkpoint.check import by_module, is_in_block, weight_mismatches
 from ultralowbit.checkpoint.config import packed_formats, read_config_json, text_config
 from ultralowbit.checkpoint.files import read_headers, weight_files
+from ultralowbit.checkpoint.names import natural
 from ultralowbit.errors import CheckpointError
 from ultralowbit.format.segment import PART_KINDS, BudgetKind
 from ultralowbit.format.weight import Format
@@ -118,7 +119,7 @@ class Size:
     def model_bits_before(self) -> float:
         """Bits per weight of the whole model if its embedding and head had 16 bits, as they have where they are not
         packed."""
-        packed, weights = (sum(getattr(layer, what) for layer in self.outside) for what in ("bytes", "weights"))
+        packed, weights = sum(layer.bytes for layer in self.outside), sum(layer.weights for layer in self.outside)
         return 8 * (self.total_bytes - packed + 2 * weights) / self.total_weights
 
     @property
@@ -158,7 +159,7 @@ class Size:
         Raises `CheckpointError` where a packed weight lacks a tensor, or has one of another shape or dtype.
         """
         modules = by_module(tensors)
-        packed_weights = [_layer(name, formats[name], modules.get(name, {})) for name in sorted(formats, key=_natural)]
+        packed_weights = [_layer(name, formats[name], modules.get(name, {})) for name in sorted(formats, key=natural)]
         layers = tuple(layer for layer in packed_weights if is_in_block(layer.name))
         outside = tuple(layer for layer in packed_weights if not is_in_block(layer.name))
         packed = {f"{name}.{tensor}" for name, format in formats.items() for tensor in format.row_axes}
@@ -197,11 +198,6 @@ def measure_size(folder: Path | str) -> Size:
         header_bytes += header
     vocabulary = text_config(config).get("vocab_size")
     return Size.of(tensors, packed_formats(config), vocabulary if isinstance(vocabulary, int) else None, header_bytes)
-
-
-def _natural(name: str) -> list[str | int]:
-    """Sorts block 2 before block 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _layer(name: str, format: Format, own: Mapping[str, TensorSpec]) -> LayerSize:

@@ -6,13 +6,14 @@ it joins the weights of experts, the keyword of the cache, and what lets `genera
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 from transformers import CompileConfig
+
+from ultralowbit.checkpoint.names import natural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +62,7 @@ def match_parts(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, Joined
     converters = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
     converters = [t for t in converters if len(t.target_patterns) == 1]
     joined: dict[str, Joined] = {}
-    for key, name in sorted(_renamed(model, keys).items(), key=lambda item: _natural(item[1])):
+    for key, name in sorted(_renamed(model, keys).items(), key=lambda item: natural(item[1])):
         for converter in converters:
             target, pattern = converter.rename_source_key(name)
             if pattern is not None:
@@ -90,11 +91,6 @@ def _with_and_without_prefix(model: PreTrainedModel, name: str) -> tuple[str, st
     """The names that a tensor of the model may have, its own first."""
     prefix = f"{model.base_model_prefix}."
     return name, name.removeprefix(prefix), prefix + name
-
-
-def _natural(name: str) -> list[str | int]:
-    """Sorts expert 2 before expert 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 class ExpertsLayout(NamedTuple):

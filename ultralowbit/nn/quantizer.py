@@ -127,9 +127,9 @@ class UltraLowBitQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        dtype = (
-            getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
-        )  # saving names it in the config
+        dtype = dtype or model.dtype
+        if isinstance(dtype, str):  # as a config.json has it
+            dtype = getattr(torch, dtype)
         for name, module in [(name, m) for name, m in model.named_modules() if isinstance(m, Experts)]:
             swap(model, name, module.dense(dtype))
         for name, module in list(model.named_modules()):

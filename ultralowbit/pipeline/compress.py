@@ -21,11 +21,12 @@ from torch import Tensor
 
 from ultralowbit.checkpoint.job import LOCAL, Follower, Job, difference
 from ultralowbit.checkpoint.manifest import read_manifest
+from ultralowbit.checkpoint.packed import named_tensors, packed_weight
 from ultralowbit.checkpoint.storage import read_json
 from ultralowbit.data.calibration import Calibration
 from ultralowbit.data.corpora import public_name
 from ultralowbit.errors import CheckpointError, naming_memory
-from ultralowbit.format.weight import Format, PackedWeight
+from ultralowbit.format.weight import PackedWeight
 from ultralowbit.format.words import VERSION
 from ultralowbit.hub import resolve_model
 from ultralowbit.methods.statistics import Need
@@ -224,17 +225,14 @@ def _finetune(
         return
     blocks = {i: job.read_block(i) for i in range(len(decoder.blocks))}
     block_of = {name: i for i in blocks for name in decoder.linears(i)}
-    packed = {}
-    for name, layer in state["layers"].items():
-        format, shape, tensors = Format.from_dict(layer["layout"]), tuple(layer["shape"]), blocks[block_of[name]]
-        packed[name] = PackedWeight(format, shape, {t: tensors[f"{name}.{t}"] for t in format.tensors(*shape)})
+    packed = {name: packed_weight(name, entry, blocks[block_of[name]]) for name, entry in state["layers"].items()}
     trained, fitted = finetune(
         folder, lambda name: decoder.read([f"{name}.weight"])[f"{name}.weight"], packed, outside, tokens,
         recipe.finetune, job.work / "finetune.safetensors", decoder.device, trust_remote_code, progress,
         Shards(ranks.mesh(decoder.device)),
     )  # fmt: skip
     for name, p in trained.items():
-        blocks[block_of[name]] |= {f"{name}.{part}": t.cpu() for part, t in p.tensors.items()}
+        blocks[block_of[name]] |= named_tensors({name: p})
         state["layers"][name] |= {"error": None}
     if ranks.is_first:
         (job.work / "finetuned").mkdir(exist_ok=True)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ultralowbit.checkpoint.job import EMBEDDINGS, Job
+from ultralowbit.checkpoint.packed import named_tensors, packed_weight
 from ultralowbit.checkpoint.storage import write_tensors
 from ultralowbit.data.calibration import Calibration
 from ultralowbit.errors import CheckpointError, FormatError, naming_memory
@@ -24,6 +25,7 @@ from ultralowbit.methods.rotation import rotated_format
 from ultralowbit.methods.statistics import InputStats, Need, output_energy
 from ultralowbit.nn.decoder import Decoder, run_block
 from ultralowbit.nn.embedding import find_ends
+from ultralowbit.pipeline.collect import Enough
 from ultralowbit.pipeline.quantize import quantize_weight
 from ultralowbit.pipeline.ranks import Ranks
 from ultralowbit.pipeline.source import batched
@@ -64,8 +66,7 @@ def packed_embeddings(
             tokens = None if text is None else batched(text.tokens)  # [batches, batch, length]
             with naming_memory(f"packing the embeddings of {decoder.source.folder}"):
                 packed, entries = _pack(decoder, recipe, tokens, progress)
-            tensors = {f"{name}.{part}": t.cpu() for name, p in packed.items() for part, t in p.tensors.items()}
-            write_tensors(file, tensors)
+            write_tensors(file, named_tensors(packed))
             job.record([file])
             job.state["embeddings"] = entries
             job.state["seconds"]["embeddings"] = round(time.perf_counter() - started, 3)
@@ -75,11 +76,7 @@ def packed_embeddings(
         job.state["embeddings"] = ranks.agree(pack)
     with naming_memory(f"reading {file}"):
         tensors = load_file(file)
-    packed = {}
-    for name, entry in job.state["embeddings"].items():
-        format, shape = Format.from_dict(entry["layout"]), tuple(entry["shape"])
-        packed[name] = PackedWeight(format, shape, {part: tensors[f"{name}.{part}"] for part in format.row_axes})
-    return packed
+    return {name: packed_weight(name, entry, tensors) for name, entry in job.state["embeddings"].items()}
 
 
 def dense_embedding(decoder: Decoder, packed: Mapping[str, PackedWeight]) -> dict[str, Tensor]:
@@ -141,10 +138,6 @@ def _lookup_error(weight: Tensor, packed: PackedWeight, tokens: Tensor) -> float
     return (n @ lost.double().square().sum(1) / (n @ rows.double().square().sum(1))).item()
 
 
-class _Read(Exception):
-    """The head has seen its input: the logits are not needed."""
-
-
 @torch.no_grad()
 def _read_by_head(
     decoder: Decoder, tokens: Tensor, needs: Need, hadamard: int | None, progress: Progress
@@ -163,13 +156,13 @@ def _read_by_head(
 
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         stats.add(args[0])
-        raise _Read
+        raise Enough  # the logits are not needed
 
     handle = decoder.model.get_output_embeddings().register_forward_pre_hook(before)
     try:
         with decoder.after_blocks() as logits:
             for k, leaving in hidden.items():
-                with suppress(_Read):
+                with suppress(Enough):
                     logits(tokens[k].to(decoder.device), leaving.to(decoder.device))
     finally:
         handle.remove()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ultralowbit.checkpoint.activations import Activations, lanes_of
 from ultralowbit.checkpoint.job import Job
 from ultralowbit.checkpoint.names import expert_of, weight_name
+from ultralowbit.checkpoint.packed import named_tensors
 from ultralowbit.data.calibration import Calibration
 from ultralowbit.errors import CheckpointError, FormatError, naming_memory
 from ultralowbit.format.weight import PackedWeight
@@ -145,7 +146,7 @@ class BlockStream:
             packed = self._pack(i, block, linears, call, inputs, original)
             if streams is not None:
                 packed |= self._train(i, block, linears, stored, packed, streams)
-            tensors |= {f"{name}.{part}": t.cpu() for name, p in packed.items() for part, t in p.tensors.items()}
+            tensors |= named_tensors(packed)
             # under the names of what is packed: transformers without this package then stops at their shapes, instead
             # of making up the experts' weights
             tensors |= {weight_name(name): torch.empty(0, dtype=torch.uint8) for name in packed if expert_of(name)}
@@ -263,14 +264,14 @@ class BlockStream:
         Magnitudes alone, of which no error is made up for, are those of the original model where it runs along, but
         for experts.
         """
-        found = [] if inputs is None else self._groups(block, linears, call, inputs)
-        mixtures = {group.names[0] for group in found} - linears.keys()
-        groups = [group for group in found if group.names[0] not in mixtures]
+        in_order = [] if inputs is None else self._groups(block, linears, call, inputs)
+        mixtures = {group.names[0] for group in in_order} - linears.keys()
+        groups = [group for group in in_order if group.names[0] not in mixtures]
         early = [g for g in groups if original is not None and self._needs(g) == Need.MAGNITUDES]
         known = {group.names[0]: self._gather(i, block, group, call, original, None) for group in early}
         beside = None if original is None else self._beside(i, block, groups, call, original)
         reached: set[str] = set()
-        for group in found:
+        for group in in_order:
             name = group.names[0]
             if name in mixtures:
                 for experts in self._expert_statistics(i, block, name, linears, call, inputs, beside):

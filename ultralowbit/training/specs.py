@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from ultralowbit.methods.base import fields
@@ -20,6 +20,11 @@ MOST = 10**9
 MOST_SEED = 2**62
 """Seeds that generators take, with room for the numbers that training adds."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _word(value: object) -> object:
+    """`on` and `off` as the words that they are: without quotes YAML reads truth values."""
+    return ("off", "on")[value] if isinstance(value, bool) else value
 
 
 def one_of(table: dict[str, type], tag: str) -> Any:
@@ -183,7 +188,7 @@ class TrainSpec:
     evaluations: int = Field(4, ge=1, le=MOST)
     patience: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0, le=MOST_SEED)
-    autocast: Literal["auto", "on", "off"] = "auto"
+    autocast: Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)] = "auto"
 
     def autocasts(self, device: torch.device) -> bool:
         """Whether products are made in bfloat16 there."""
