@@ -43,9 +43,9 @@ def test_no_round_over_all_columns_raises_the_error_of_a_row(layer, shape):
     out, columns, planes, group = shape
     problem = layer(out, columns)
     H = damped(problem.stats.hessian)
-    plain, before = (errors(problem.weight, refined(problem, planes, group, n).dequantize(), H) for n in (0, 2))
+    plain, before = (errors(problem.weight, refined(problem, planes, group, n).dequantize(), H) for n in (0, 1))
     assert before.sum() <= plain.sum() * (1 + 1e-5)  # not of each row: later blocks start elsewhere
-    for rounds in (3, 4, 6):
+    for rounds in (2, 3, 6):
         after = errors(problem.weight, refined(problem, planes, group, rounds).dequantize(), H)
         assert (after <= before * (1 + 1e-5)).all()  # the sums are in fp32 there
         before = after
@@ -116,9 +116,9 @@ def test_no_round_raises_the_error_of_a_row_of_integers(layer, ints):
     problem = layer(9, 100)
     H = damped(problem.stats.hessian)
     plain = errors(problem.weight, refined_ints(problem, *ints, 0).dequantize(), H)
-    searched, before = (errors(problem.weight, refined_ints(problem, *ints, n).dequantize(), H) for n in (1, 2))
-    assert (searched / plain).mean() < 1 and (before / searched).mean() < 1  # not of each row: they start elsewhere
-    for rounds in (3, 4, 6):
+    before = errors(problem.weight, refined_ints(problem, *ints, 1).dequantize(), H)
+    assert (before / plain).mean() < 0.97  # not of each row: later blocks start elsewhere
+    for rounds in (2, 3, 6):
         after = errors(problem.weight, refined_ints(problem, *ints, rounds).dequantize(), H)
         assert (after <= before * (1 + 1e-5)).all()
         before = after
@@ -200,7 +200,8 @@ def test_strong_channels_that_are_nearly_equal_can_be_refined():
     H.diagonal().add_(1e-7 * H.diagonal().mean())
     plain, once, more = (
         errors(weight, Sign(planes=2, refine=rounds, damp=1e-7, act_order=True).quantize(weight, stats).dequantize(), H)
-        for rounds in (1, 2, 4)
+        for rounds in (0, 1, 4)
     )
-    rounding = torch.finfo(torch.float32).eps * errors(weight, torch.zeros_like(weight), H)  # of H and R
+    eps = len(x) ** 0.5 * torch.finfo(torch.float32).eps  # of H, whose entries are sums over tokens
+    rounding = eps * errors(weight, torch.zeros_like(weight), H)
     assert (more <= once * (1 + 1e-3) + rounding).all() and once.sum() < plain.sum()

@@ -30,8 +30,8 @@ from ultralowbit.methods.statistics import InputStats, Need
 class GPTQ:
     """bits: 2, 3, 4 or 8; group: columns that share a scale, null for the row; damp: share of mean(diag H) added to the
     diagonal; act_order: columns by falling diag H, with static groups; clip: `mse` searches the range of a group, and
-    which way a symmetric one leans; refine: 1 searches within blocks of columns, each more is a round of joint scales
-    and codes over all."""
+    which way a symmetric one leans; refine: rounds of joint scales and searched codes, the first while it
+    compensates."""
 
     needs: ClassVar[Need] = Need.HESSIAN
     method: Literal["gptq"] = "gptq"

@@ -1,10 +1,10 @@
 """Refinement of sign planes and integer codes against the whole error of a layer (our own composition).
 
-GPTQ fixes column after column and never looks back. `refine: 1` searches within the blocks of columns while later ones
-can still make up for what is left (`compensate`). With more rounds the scales are fitted to GPTQ's codes before that
-search: those of the weights alone are too small for what compensation asks of the codes, and a search would settle for
-them. Each round then goes on from there, with e = (W - Q) R, H = R R^T and E = |e|^2, and takes two steps of
-Alternating Multi-bit Quantization (Xu et al., ICLR 2018, arXiv 1802.00150), with the layer's H for the identity:
+GPTQ fixes column after column and never looks back. The first round fits the scales to GPTQ's codes, since those of the
+weights alone are too small for what compensation asks of the codes and a search would settle for them; then GPTQ runs
+again with these scales and searches within its blocks of columns, while later ones can still make up for what is left
+(`compensate`). Each further round goes on from there, with e = (W - Q) R, H = R R^T and E = |e|^2, and takes two steps
+of Alternating Multi-bit Quantization (Xu et al., ICLR 2018, arXiv 1802.00150), with the layer's H for the identity:
 
     scales   all K G scales a of a row at once: least squares of e + sum_s (a_s - a'_s) v_s R over a'; v_s [in] is what
              scale s multiplies in its columns, a plane or the integers code - zero, and 0 elsewhere;
@@ -58,8 +58,8 @@ class Refinable(Rounding, Protocol):
 
 def refine(weight: Tensor, rounding: Refinable, factor: Factor, rounds: int) -> Tensor:
     """Codes [out, in] uint8 of a weight [out, in] after `rounds` of refinement, 0 for none; fits the rounding."""
-    if rounds <= 1:
-        return stored(compensated(weight, rounding, factor, SWEEPS if rounds else 0), factor)
+    if not rounds:
+        return stored(compensated(weight, rounding, factor), factor)
     rest = torch.empty_like(weight.T, memory_format=torch.contiguous_format)
     fit = _Fit(rounding, compensated(weight, rounding, factor, rest=rest), rest, factor)
     fit.fit_scales()

@@ -32,8 +32,8 @@ from ultralowbit.methods.statistics import InputStats, Need
 @fields
 class Sign:
     """planes: K sign planes; group: columns that share K scales, null for the row; tied: each scale is half the one
-    before it, for 2 or 4 planes; iterations: of the alternating fit, at most; refine: of free scales, 1 searches within
-    blocks of columns, each more is a round of joint scales and codes over all; damp, act_order: as in GPTQ."""
+    before it, for 2 or 4 planes; iterations: of the alternating fit, at most; refine: of free scales,
+    rounds of joint scales and searched codes, the first while it compensates; damp, act_order: as in GPTQ."""
 
     needs: ClassVar[Need] = Need.HESSIAN
     method: Literal["sign"] = "sign"
