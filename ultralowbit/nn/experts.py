@@ -90,10 +90,10 @@ class Experts(nn.Module):
                 outputs[rows] = self._run(expert, hidden[rows // k])
         return (outputs.view(*routed.shape, -1) * weights[..., None]).sum(-2).to(hidden.dtype)
 
-    def drop_dense(self) -> list[str]:
-        """Forget the tensors whose experts are all packed, and return their names; `CheckpointError` where only some
-        are."""
-        dropped = []
+    def drop_dense(self) -> None:
+        """Leave nothing of the tensors whose experts are all packed but an empty one under each name: it stands in
+        checkpoints too, where transformers without this package then stops at its shape, instead of making up the
+        experts' weights. `CheckpointError` where only some are packed."""
         for projection in self.projections:
             packed = [isinstance(self.linear(e, projection), PackedLinear) for e in range(self.count)]
             if any(packed) and not all(packed):
@@ -102,9 +102,8 @@ class Experts(nn.Module):
                     "config.json was edited, copy it again"
                 )
             if all(packed):
-                del self._parameters[projection]
-                dropped.append(projection)
-        return dropped
+                dense = self._parameters.pop(projection)
+                self.register_buffer(projection, torch.empty(0, dtype=torch.uint8, device=dense.device))
 
     @torch.no_grad()
     def dense(self, dtype: torch.dtype) -> nn.Module:

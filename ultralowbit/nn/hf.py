@@ -13,10 +13,10 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from ultralowbit.checkpoint.config import QUANT_METHOD, read_config_json
 from ultralowbit.checkpoint.files import weight_files
 from ultralowbit.checkpoint.names import expert_of
-from ultralowbit.errors import CheckpointError, naming_memory, reason
+from ultralowbit.errors import CheckpointError, InputError, naming_memory, reason
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.nn import fused
-from ultralowbit.nn.experts import separate_experts
+from ultralowbit.nn.experts import Experts, separate_experts
 from ultralowbit.nn.hf_names import compiled_steps
 from ultralowbit.nn.linear import PackedLinear
 from ultralowbit.nn.quantizer import UltraLowBitConfig, UltraLowBitQuantizer, check_config, pack_module
@@ -94,7 +94,7 @@ def load(
     `attn_implementation`, ...); the dtype is what config.json names unless given.
 
     Raises `CheckpointError` or `FormatError`, naming what is missing, truncated, of the wrong shape or from a newer
-    release; never returns a model with a weight that was not loaded.
+    release; never returns a model with a weight that was not loaded. `InputError` for `compile` of a mixture of experts.
     """
     if activations not in ("exact", "int8"):
         raise ValueError(f"activations is {activations!r}, expected 'exact' or 'int8'")
@@ -108,6 +108,10 @@ def load(
     if fuse:
         fused.fuse(model)
     if compile:
+        if any(isinstance(module, Experts) for module in model.modules()):
+            raise InputError(
+                f"{path} is a mixture of experts, whose steps are not compiled yet: load it without compile"
+            )
         model.generation_config.cache_implementation = "static"
         model.generation_config.compile_config = compiled_steps()
     return model

@@ -9,7 +9,6 @@ written with them.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,9 +110,8 @@ class UltraLowBitQuantizer(HfQuantizer):
                     "the config.json was edited, or belongs to another model"
                 )
             pack_module(model, own, format)
-        for name, module in experts.items():
-            empty = module.drop_dense()
-            model._keys_to_ignore_on_load_unexpected |= {re.escape(f"{name}.{tensor}") + "$" for tensor in empty}
+        for module in experts.values():
+            module.drop_dense()
         check_files(model, checkpoint_files)
         return model
 
