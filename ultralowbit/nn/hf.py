@@ -94,7 +94,8 @@ def load(
     `attn_implementation`, ...); the dtype is what config.json names unless given.
 
     Raises `CheckpointError` or `FormatError`, naming what is missing, truncated, of the wrong shape or from a newer
-    release; never returns a model with a weight that was not loaded. `InputError` for `compile` of a mixture of experts.
+    release; never returns a model with a weight that was not loaded. `InputError` where a mixture of experts
+    is to be compiled.
     """
     if activations not in ("exact", "int8"):
         raise ValueError(f"activations is {activations!r}, expected 'exact' or 'int8'")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ultralowbit.checkpoint.files import Source
+from ultralowbit.checkpoint.packed import packed_weight
 from ultralowbit.eval.base import Measured, without_original
 from ultralowbit.eval.metric import METRICS, by_metric
 from ultralowbit.eval.runner import (
@@ -22,7 +23,7 @@ from ultralowbit.eval.runner import (
     open_model,
     too_large,
 )
-from ultralowbit.format.weight import Format, PackedWeight
+from ultralowbit.format.weight import Format
 from ultralowbit.hub import open_tokenizer
 from ultralowbit.progress import Progress
 from ultralowbit.report.gates import Continuation, continuation
@@ -132,9 +133,7 @@ def plane_sparsity(out: Path, manifest: dict[str, Any]) -> list[float]:
         format, (rows, columns) = Format.from_dict(layer["layout"]), layer["shape"]
         if not any(getattr(segment, "alphabet", None) == "01" for segment in format.segments):
             continue
-        parts = {part: f"{name}.{part}" for part in format.tensors(rows, columns)}
-        stored = source.read([*parts.values()])
-        packed = PackedWeight(format, (rows, columns), {part: stored[key] for part, key in parts.items()})
+        packed = packed_weight(name, layer, source.read([f"{name}.{part}" for part in format.row_axes]))
         for plane, share in enumerate(packed.sparsity):
             zeros[plane] += share * rows * columns
             weights[plane] += rows * columns
