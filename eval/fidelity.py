@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,7 +140,7 @@ def by_depth(
     source: str = "",
     progress: Callable[[int, int], object] | None = None,
 ) -> Depth:
-    """Measure how the divergence builds up along the blocks, with a forward pass of `base` for each block.
+    """Measure how the divergence builds up along the blocks, with half a forward pass of `base` for each block.
 
     blocks: those of `base`, which are put back afterwards; others: those of the other model, as many and on the same
     device; windows: int64 [windows, context].
@@ -148,19 +150,40 @@ def by_depth(
     try:
         for k, block in enumerate(others):
             blocks[k] = block
+            outputs: list[Any] = []  # a batch at a time
+            handle = block.register_forward_hook(lambda module, args, out, outputs=outputs: outputs.append(out))
             kl = [divergences(p, q)[0] for (_, q), p in zip(forward(base, windows), logits, strict=True)]
+            handle.remove()
             means.append(torch.cat(kl).cpu().double().mean().item())
+            _replay(blocks[: k + 1], outputs)
             if progress:
                 progress(k + 1, len(others))
     finally:
         for k, block in enumerate(own):
             blocks[k] = block
+        for block in others:
+            block.__dict__.pop("forward", None)
     dtype = dtype_of(base, logits[0])
     return Depth(
         source=source, kl=tuple(means), windows=windows.shape[0], context=windows.shape[1],
         tokens=windows.shape[0] * (windows.shape[1] - 1), dtype=dtype, original_dtype=dtype,
         sha256=token_sha256(windows),
     )  # fmt: skip
+
+
+def _replay(blocks: Iterable[nn.Module], outputs: Iterable[Any]) -> None:
+    """Have the first blocks of a model give what the last of them put out for each batch, instead of running."""
+    batches, now = cycle(outputs), []
+
+    def first(*args: Any, **kwargs: Any) -> Any:
+        now[:] = [next(batches)]
+        return now[0]
+
+    def later(*args: Any, **kwargs: Any) -> Any:
+        return now[0]
+
+    for i, block in enumerate(blocks):
+        block.forward = later if i else first
 
 
 class _Recorded(nn.Module):

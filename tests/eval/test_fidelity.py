@@ -201,6 +201,18 @@ def test_divergence_builds_up_along_the_blocks(base, other, stream):
         assert kl == pytest.approx(reference(base, mixed, stream[:96], 32)[0].mean().item(), rel=1e-4)
 
 
+def test_what_blocks_before_put_out_is_not_computed_again(base, other, stream):
+    ran, windows = [], cut(stream[:96], 32)
+    blocks = [*base.model.layers, *other.model.layers]
+    handles = [b.mlp.register_forward_hook(lambda *seen, i=i: ran.append(i)) for i, b in enumerate(blocks)]
+    expected = by_depth(base, base.model.layers, other.model.layers, windows)
+    assert [ran.count(i) / ran.count(2) for i in range(4)] == [1, 2, 1, 1]  # of the original's, of the other's
+    for handle in handles:
+        handle.remove()
+    again = by_depth(base, base.model.layers, other.model.layers, windows)  # nothing is left of the first time
+    assert again == expected
+
+
 def test_equal_blocks_do_not_diverge_at_any_depth(base, stream):
     windows = cut(stream[:64], 32)
     assert by_depth(base, base.model.layers, llama(0).model.layers, windows).kl == (0.0, 0.0)
