@@ -20,6 +20,8 @@ from ultralowbit.methods.allocation import Allocate
 from ultralowbit.methods.base import Method
 from ultralowbit.methods.embeddings import EMBEDDINGS
 from ultralowbit.methods.error_correction import ErrorCorrection
+from ultralowbit.methods.gptq import GPTQ
+from ultralowbit.methods.output_feedback import OutputFeedback
 from ultralowbit.methods.rotation import Rotate
 from ultralowbit.methods.sign import Sign
 from ultralowbit.training.specs import Blockwise, CalibrationSpec, Finetune, Preprocess, StrictModel, one_of
@@ -44,6 +46,7 @@ class Recipe(StrictModel):
     rotate: Rotate | None = None
     error_correction: ErrorCorrection | None = None
     allocate: Allocate | None = None
+    output_feedback: OutputFeedback | None = None
     embeddings: one_of(EMBEDDINGS, "method") | None = None
     quantize: Quantize
     blockwise: Blockwise | None = None
@@ -63,6 +66,13 @@ class Recipe(StrictModel):
     def _has_planes(self) -> Recipe:
         if self.allocate is not None and (not isinstance(self.quantize, Sign) or self.quantize.tied):
             raise ValueError("allocate chooses planes: give it quantize: {method: sign, tied: false}")
+        return self
+
+    @model_validator(mode="after")
+    def _hears_outputs(self) -> Recipe:
+        methods = (self.quantize, *(override.quantize for override in self.overrides))
+        if self.output_feedback is not None and not all(isinstance(method, GPTQ | Sign) for method in methods):
+            raise ValueError("output_feedback goes with methods that pack each row on its own: gptq, sign")
         return self
 
     def method_for(self, name: str) -> Method:
@@ -97,7 +107,7 @@ class Recipe(StrictModel):
     def stage_reads_text(self) -> bool:
         """Whether a stage beside `quantize` reads text, whatever the methods."""
         fitted = self.embeddings is not None and bool(self.embeddings.quantizer.needs)
-        return fitted or any((self.preprocess, self.allocate, self.blockwise, self.finetune))
+        return fitted or any((self.preprocess, self.allocate, self.output_feedback, self.blockwise, self.finetune))
 
     @property
     def sources(self) -> list[str]:

@@ -159,7 +159,7 @@ def test_bits_go_where_they_matter_and_are_never_more_than_asked_for(source, rec
     most, least = max(per_weight, key=per_weight.get), min(per_weight, key=per_weight.get)
     assert planes[most] > planes[least]
     predicted = estimate(str(source), wanted, "cpu", out=tmp_path / "other")
-    assert bits - largest_step < predicted.size.linear_bits_per_weight <= bits and predicted.seconds["allocation"] > 0
+    assert bits - largest_step < predicted.size.linear_bits_per_weight <= bits and predicted.seconds["what matters"] > 0
     assert rerun(tmp_path / "out").different == {}
 
 
@@ -175,7 +175,7 @@ def test_a_killed_run_measures_once(source, recipe, tmp_path, monkeypatch):
         patched.setattr("ultralowbit.pipeline.stream.BlockStream._commit", die)
         with pytest.raises(Killed):
             compress(str(source), recipe(2.2), tmp_path / "out", device="cpu")
-    monkeypatch.setattr("ultralowbit.pipeline.allocate.sensitivities", die)
+    monkeypatch.setattr("ultralowbit.pipeline.sensitivity.sensitivities", die)
     resumed = compress(str(source), recipe(2.2), tmp_path / "out", device="cpu")
     assert resumed.manifest["files"] == whole.manifest["files"]
 

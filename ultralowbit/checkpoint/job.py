@@ -49,7 +49,17 @@ EMBEDDINGS = "embeddings.safetensors"
 _MARK = {"made_by": "ultralowbit"}
 _FOLDERS = ("blocks", "checkpoint", "replaced", "finetuned", "preprocess")
 _FILES = ("job.json", "job.json.tmp", "lock")
-_PREFIXES = ("activations-", "original-", "targets-", "allocation.", EMBEDDINGS, "blockwise-", "finetune.", "outside.")
+_PREFIXES = (
+    "activations-",
+    "original-",
+    "targets-",
+    "allocation.",
+    "outputs-",
+    EMBEDDINGS,
+    "blockwise-",
+    "finetune.",
+    "outside.",
+)
 _BESIDE = {MANIFEST, LOCAL, "README.md", "report.md", "report.json"}  # what is ours in a finished OUT, and not listed
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,6 @@ counts. On novel-4m (WikiText-2 / novels) it gave 109.2 / 66.3 at 2.10 bits and 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -18,20 +17,15 @@ from torch import Tensor
 
 from ultralowbit.checkpoint.job import Job
 from ultralowbit.checkpoint.names import weight_name
-from ultralowbit.data.calibration import Calibration
 from ultralowbit.errors import InputError
 from ultralowbit.methods.allocation import allocate
 from ultralowbit.methods.base import Method
 from ultralowbit.nn.decoder import Decoder
-from ultralowbit.pipeline.ranks import Ranks
-from ultralowbit.pipeline.sensitivity import sensitivities
+from ultralowbit.pipeline.sensitivity import MEASURED
 from ultralowbit.pipeline.source import packed_linears
-from ultralowbit.progress import Progress
 from ultralowbit.recipe import Recipe
 
 PLANES = (1, 2, 3, 4)
-MEASURED = 2
-"""Planes with which sensitivities are measured; others count in proportion to what they lose of a Gaussian weight."""
 
 
 def expected_planes(decoder: Decoder, recipe: Recipe) -> Recipe:
@@ -42,23 +36,14 @@ def expected_planes(decoder: Decoder, recipe: Recipe) -> Recipe:
     return _within_budget(decoder, recipe, {})
 
 
-def allocated(
-    job: Job, decoder: Decoder, recipe: Recipe, text: Calibration | None, progress: Progress, ranks: Ranks
-) -> Recipe:
-    """The recipe with planes for each Linear, by the sensitivities in the job; where they are not there yet they are
-    measured on the first windows of the calibration text."""
+def allocated(job: Job, decoder: Decoder, recipe: Recipe) -> Recipe:
+    """The recipe with planes for each Linear, by the sensitivities in the job; where rows make up for each other's
+    errors a Linear costs less, by what that gains."""
     if recipe.allocate is None:
         return recipe
-    if "allocation" not in job.state:
-        method = replace(recipe.quantize, planes=MEASURED, refine=0)
-        methods = {name: method for name in packed_linears(decoder, recipe) if recipe.is_allocated(name)}
-        windows, started = text.tokens[: recipe.allocate.windows], time.perf_counter()
-        file, step = job.work / "allocation", progress.counter("how much each Linear matters")
-        losses = sensitivities(decoder, recipe, methods, windows, file, step, ranks)
-        job.state["allocation"] = {"planes": MEASURED, "kl": losses}
-        job.state["seconds"]["allocate"] = round(time.perf_counter() - started, 3)
-        job.commit()
-    return _within_budget(decoder, recipe, job.state["allocation"]["kl"])
+    gains = job.state.get("outputs", {})
+    losses = {name: kl * gains.get(name, 1.0) for name, kl in job.state["allocation"]["kl"].items()}
+    return _within_budget(decoder, recipe, losses)
 
 
 def _within_budget(decoder: Decoder, recipe: Recipe, losses: Mapping[str, float]) -> Recipe:

@@ -35,6 +35,7 @@ from ultralowbit.pipeline.allocate import allocated, expected_planes
 from ultralowbit.pipeline.embed import dense_embedding, packed_embeddings
 from ultralowbit.pipeline.memory import what_helps
 from ultralowbit.pipeline.ranks import Ranks, check_agreement, machine_facts
+from ultralowbit.pipeline.sensitivity import measure_predictions
 from ultralowbit.pipeline.source import TextReader, hash_model, open_decoder, planned_formats
 from ultralowbit.pipeline.stream import BlockStream
 from ultralowbit.pipeline.write import write_checkpoint
@@ -118,7 +119,8 @@ def compress(
         if recipe.preprocess is not None:
             decoder = open_decoder(Path(ranks.agree(preprocessed)), where, trust_remote_code)
         with naming_memory(f"running {folder} block by block", what_helps(recipe, "blocks", where)):
-            chosen = allocated(job, decoder, recipe, text, progress, ranks)
+            measure_predictions(job, decoder, recipe, text, progress, ranks)
+            chosen = allocated(job, decoder, recipe)
         outside = packed_embeddings(job, decoder, recipe, text, progress, ranks)
         BlockStream(job, decoder, chosen, text, progress, ranks, partial(dense_embedding, decoder, outside)).run()
         if recipe.finetune is not None:

@@ -191,6 +191,7 @@ def estimate(
         disk={
             "packed checkpoint": 2 * size.total_bytes,  # the blocks, and what they are merged into
             "activation files": work.files * work.activations,
+            **({"Fisher information of outputs": work.kept_outputs} if work.kept_outputs else {}),
         },
         seconds=seconds(work, size),
         available_memory=available_memory(),

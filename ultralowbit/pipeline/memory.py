@@ -122,6 +122,9 @@ def _blocks(work: Workload, recipe: Recipe) -> Memory:
     if packed:
         rows = {"rows that are packed": 12 * 4 * ROWS * work.hidden + 48 * work.hidden**2}  # as for a Linear
         phases.append(Memory({"embeddings and head as stored, and packed": 2 * outside}, rows))
+    if recipe.output_feedback is not None:  # of all Linears of a block; they are summed by lanes
+        outputs = 2 * work.kept_outputs // len(decoder.blocks)
+        phases.append(Memory(as_stored, {"block": computed, "Fisher information of outputs": outputs}))
     if recipe.blockwise is not None:
         parts = {"block": computed} | _training(work, recipe.blockwise, recipe, len(blocks))
         phases.append(Memory(as_stored, parts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ultralowbit.format.weight import PackedWeight
 from ultralowbit.methods.base import Method
 from ultralowbit.methods.bound import least_error
 from ultralowbit.methods.error_correction import ErrorCorrection
+from ultralowbit.methods.output_feedback import OutputFeedback
 from ultralowbit.methods.rotation import rotated_weight
 from ultralowbit.methods.statistics import InputStats, Need, SingularHessian, output_energy, relative_error
 
@@ -25,11 +27,14 @@ def quantize_weight(
     stats: InputStats | None,
     hadamard: int | None = None,
     correction: ErrorCorrection | None = None,
+    feedback: OutputFeedback | None = None,
+    outputs: Sequence[Tensor] = (),
 ) -> tuple[PackedWeight, dict[str, Any]]:
     """Pack the weight [out, in] fp32 of one Linear, or of an embedding.
 
     hadamard: the block of the Hadamard matrix that its inputs are multiplied by, which `stats` are of too. correction:
-    how the weight is corrected for what is wrong in its inputs, where `stats` know that.
+    how the weight is corrected for what is wrong in its inputs, where `stats` know that. feedback: how its rows make up
+    for each other's errors, where `outputs` has what it takes.
 
     Statistics that cannot be used, or none where some are needed, fall back to round-to-nearest, and that is said in
     the result's `fallback`. `error` is known where there is a Hessian: the share of the outputs' energy that is lost,
@@ -43,7 +48,7 @@ def quantize_weight(
     try:
         if correction is not None and stats is not None and Need.ORIGINAL in stats.needs:
             weight = correction.target(weight, stats)
-        packed = method.quantize(weight, stats)
+        packed = feedback.quantize(method, weight, stats, outputs) if outputs else method.quantize(weight, stats)
     except SingularHessian as e:
         fallback = str(e)
         packed = method.quantize(weight, None)

@@ -1,134 +1,175 @@
-"""How much the model's predictions suffer from what packing a Linear loses, to second order in that loss.
+"""What the model's predictions tell of its Linears, in one pass backwards (gradients.py).
 
-With g the gradient of log p(y) with respect to the outputs of a Linear, y drawn from the model's own predictions, E[g
-g^T] is the Fisher information of these outputs, and a weight that is off by D moves the predictions by
+How much they suffer from what packing a Linear loses: with g the gradient at its outputs, E[g g^T] is the Fisher
+information of these, and a weight that is off by D moves the predictions by
 
     KL ~ 1/2 mean (g^T D x)^2,
 
 over tokens (Martens: New insights and perspectives on the natural gradient method, JMLR 2020, section 5). D is what the
 method loses against the original's inputs: compensated errors lie where inputs are small, and those of rounding do not.
 
-The model is never in memory as a whole: its blocks run forwards, what enters each is kept in one file, and then they
-run backwards in turn.
+And which errors of its outputs make up for each other, H_O = E[g g^T] itself, for output_feedback.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ultralowbit.checkpoint.activations import Activations, lanes_of
+from ultralowbit.checkpoint.activations import lanes_of
+from ultralowbit.checkpoint.job import Job
+from ultralowbit.checkpoint.names import natural
+from ultralowbit.checkpoint.storage import write_tensors
+from ultralowbit.data.calibration import Calibration
 from ultralowbit.format.transform import block_hadamard
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.methods.base import Method
+from ultralowbit.methods.output_feedback import ROWS
 from ultralowbit.methods.statistics import InputStats, Need, SingularHessian
-from ultralowbit.nn.decoder import BlockCall, Decoder, run_block
+from ultralowbit.nn.decoder import BlockCall, Decoder
 from ultralowbit.nn.inputs import input_groups
 from ultralowbit.nn.linear import linear_shape, linear_weight
 from ultralowbit.pipeline.collect import collect
 from ultralowbit.pipeline.experts import Mixture
-from ultralowbit.pipeline.ranks import Ranks, own_batches
-from ultralowbit.progress import OnProgress
+from ultralowbit.pipeline.gradients import Backwards, Depth, backwards
+from ultralowbit.pipeline.ranks import Ranks
+from ultralowbit.pipeline.source import packed_linears
+from ultralowbit.progress import OnProgress, Progress
 from ultralowbit.recipe import Recipe
+
+MEASURED = 2
+"""Planes with which sensitivities are measured; others count in proportion to what they lose of a Gaussian weight."""
+
+
+class Outputs(NamedTuple):
+    """What is to become of H_O: `keep(i, matrices)` is called for each block i with those of its Linears that are
+    named, by their full names: one after the other of at most ROWS outputs. Measured on the first `windows`."""
+
+    names: Collection[str]
+    windows: int
+    keep: Callable[[int, dict[str, list[Tensor]]], object]
+
+
+def measure_predictions(
+    job: Job, decoder: Decoder, recipe: Recipe, text: Calibration | None, progress: Progress, ranks: Ranks
+) -> None:
+    """Put into the job what `allocate` and `output_feedback` need to know, where it is not there yet: measured on the
+    first windows of the calibration text."""
+    spec, feedback, state = recipe.allocate, recipe.output_feedback, job.state
+    costed = 0 if spec is None or "allocation" in state else spec.windows
+    heard = 0 if feedback is None or "outputs" in state else feedback.windows
+    if not costed and not heard:
+        return
+    started, linears = time.perf_counter(), packed_linears(decoder, recipe)
+    methods, gains, files = {}, {}, []
+    if costed:
+        method = replace(recipe.quantize, planes=MEASURED, refine=0)
+        methods = {name: method for name in linears if recipe.is_allocated(name)}
+
+    def keep(i: int, matrices: dict[str, list[Tensor]]) -> None:
+        files.append(_outputs_file(job, i))
+        gains.update({name: feedback.gain(parts) for name, parts in matrices.items()})
+        if ranks.is_first:
+            named = {f"{name}.{k}": H for name, parts in matrices.items() for k, H in enumerate(parts)}
+            write_tensors(files[-1], named)
+
+    def kept() -> None:
+        job.record(files)
+
+    losses = sensitivities(
+        decoder, recipe, methods, text.tokens[: max(costed, heard)], job.work / "allocation",
+        progress.counter("how much each Linear matters"), ranks, costed,
+        Outputs(linears, heard, keep) if heard else None,
+    )  # fmt: skip
+    if heard:
+        state["outputs"] = gains
+        ranks.agree(kept)
+    if costed:
+        state["allocation"] = {"planes": MEASURED, "kl": losses}
+    state["seconds"]["allocate"] = round(time.perf_counter() - started, 3)
+    job.commit()
+
+
+def read_outputs(job: Job, i: int) -> dict[str, list[Tensor]]:
+    """H_O of the Linears of block i as `Outputs.keep` was given them; nothing where they are not measured."""
+    if "outputs" not in job.state:
+        return {}
+    stored, outputs = load_file(_outputs_file(job, i)), {}
+    for key in sorted(stored, key=natural):
+        outputs.setdefault(key.rpartition(".")[0], []).append(stored[key])
+    return outputs
+
+
+def _outputs_file(job: Job, i: int) -> Path:
+    return job.work / f"outputs-{i}.safetensors"
 
 
 def sensitivities(
     decoder: Decoder, recipe: Recipe, methods: Mapping[str, Method], tokens: Tensor, scratch: Path, step: OnProgress,
-    ranks: Ranks,
+    ranks: Ranks, costed: int | None = None, outputs: Outputs | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """KL in nats a token that each Linear that is reached would cost alone, packed by its method.
 
     methods: by the full names of the Linears. tokens [windows, length] int64; scratch: the name of files for what
-    enters the blocks, which are removed. Each rank runs the windows of its lanes. Calls `step(done, total)` after each
-    of the two passes through a block.
+    enters the blocks, which are removed. costed: windows, the first ones, on which this is measured; all by default.
+    Each rank runs the windows of its lanes. Calls `step(done, total)` after each of the two passes through a block.
     """
-    total = 2 * len(decoder.blocks)
     lanes = lanes_of(len(tokens))
-    own = own_batches(ranks.mine(len(lanes)), lanes)
-    calls, hidden = _forwards(decoder, tokens, scratch, own, ranks, lambda i: step(i + 1, total))
-    gradient = _after_blocks(decoder, tokens, hidden, own)
+    tokens_costed = tokens[:costed]
     losses: dict[str, float] = {}
-    for i in reversed(range(len(decoder.blocks))):
-        with decoder.filled_block(i) as (block, _):
-            block.requires_grad_(False)
-            wanted = {name: m for name, m in decoder.linears(i, recipe.ignore).items() if name in methods}
-            prefix = f"{decoder.block_name(i)}."
-            entering = _Depth(hidden, i)
-            lost = _lost(block, prefix, wanted, methods, calls[i], entering, recipe, decoder.device, ranks)
-            costs: dict[int, dict[str, float]] = {}
-            for k in own:
-                costs[k] = dict.fromkeys(lost, 0.0)
-                here = entering[k].to(decoder.device)
-                gradient[k] = _backwards(block, calls[i], here, gradient[k], prefix, lost, costs[k])
+    for one in backwards(decoder, tokens, scratch, step, ranks):
+        linears, prefix = decoder.linears(one.index, recipe.ignore), f"{decoder.block_name(one.index)}."
+        wanted = {name: m for name, m in linears.items() if name in methods}
+        lost = _lost(one.block, prefix, wanted, methods, one.call, one.entering, recipe, decoder.device, ranks)
+        heard = [] if outputs is None else [name for name in linears if name in outputs.names]
+        rows = {name: [len(r) for r in torch.arange(linear_shape(linears[name])[0]).split(ROWS)] for name in heard}
+        costs: dict[int, dict[str, float]] = {}
+
+        def new(rows: dict[str, list[int]] = rows) -> list[InputStats]:
+            counts = [count for part in rows.values() for count in part]
+            return [InputStats(count, 0, decoder.device, Need.HESSIAN) for count in counts]
+
+        def gather(
+            batches: range, parts: list[InputStats], one: Backwards = one, prefix: str = prefix,
+            lost: Mapping[str, Tensor] = lost, rows: dict[str, list[int]] = rows, costs: dict = costs,
+        ) -> None:  # fmt: skip
+            of = iter(parts)
+            stats = {name: [next(of) for _ in counts] for name, counts in rows.items()}
+
+            def seen(name: str, x: Tensor, g: Tensor) -> None:
+                g = g.flatten(0, -2).float()  # [tokens, out]
+                if name in costs.get(k, ()):
+                    moved = (x.float() @ lost[name].T).flatten(0, -2)
+                    costs[k][name] += (g * moved).sum(1).square().sum().item()
+                if outputs is not None and k < outputs.windows:
+                    for part, some in zip(stats.get(name, ()), g.split(ROWS, 1), strict=False):
+                        part.add(some)
+
+            for k in batches:
+                if k < len(tokens_costed):
+                    costs[k] = dict.fromkeys(lost, 0.0)
+                one.run(k, prefix, {*lost, *rows}, seen)
+
+        totals = iter(ranks.sum_lanes(lanes, new, gather))
+        if heard:
+            outputs.keep(one.index, {name: [next(totals).hessian for _ in counts] for name, counts in rows.items()})
         of_windows = {int(k): cost for part in ranks.gather(costs) for k, cost in part.items()}
         for name in lost:
-            losses[name] = sum(of_windows[k][name] for k in range(len(tokens))) / 2 / tokens.numel()
-        step(total - i, total)
-    ranks.wait()
-    hidden.remove()
+            losses[name] = sum(of_windows[k][name] for k in range(len(tokens_costed))) / 2 / tokens_costed.numel()
     return losses
-
-
-class _Depth(NamedTuple):
-    """What enters one block: window k of it is [1, length, d]."""
-
-    hidden: Activations
-    block: int
-
-    def __getitem__(self, k: int) -> Tensor:
-        return self.hidden[k][self.block]
-
-
-@torch.no_grad()
-def _forwards(
-    decoder: Decoder, tokens: Tensor, scratch: Path, own: Sequence[int], ranks: Ranks, step: Callable[[int], object]
-) -> tuple[list[BlockCall], Activations]:
-    """How each block is called, and what enters it [windows, blocks + 1, 1, length, hidden]; last, what leaves them."""
-    depth, width = len(decoder.blocks), decoder.config.get_text_config().hidden_size
-    shape = (len(tokens), depth + 1, 1, tokens.shape[1], width)
-    hidden = Activations(scratch, shape, decoder.dtype, ranks.mine(len(lanes_of(len(tokens)))))
-
-    def sink(k: int, entering: Tensor) -> None:
-        if own:
-            hidden[own[k]][0].copy_(entering)
-
-    calls = decoder.block_inputs(iter(tokens[own or [0], None]), sink)
-    for i in range(depth):
-        with decoder.filled_block(i) as (block, _):
-            for k in own:
-                hidden[k][i + 1].copy_(run_block(block, hidden[k][i].to(decoder.device), calls[i]))
-        step(i)
-    return calls, hidden
-
-
-def _after_blocks(decoder: Decoder, tokens: Tensor, hidden: Activations, own: Sequence[int]) -> dict[int, Tensor]:
-    """The gradient [1, length, d] of log p(y) with respect to what leaves the blocks, on the host, for y that the model
-    draws at every position, by window."""
-    generator = torch.Generator().manual_seed(0)
-    gradients = {}
-    with decoder.after_blocks() as logits:
-        for k, window in enumerate(tokens):
-            draw = torch.rand(len(window), 1, generator=generator, dtype=torch.float32).to(decoder.device)
-            if k not in own:
-                continue
-            leaving = hidden[k][-1].to(decoder.device).requires_grad_(True)
-            log_p = logits(window[None].to(decoder.device), leaving).float().log_softmax(-1)[0]  # [length, vocab]
-            with torch.no_grad():
-                y = torch.searchsorted(log_p.exp().cumsum(-1), draw).clamp_max(log_p.shape[-1] - 1)
-            (gradient,) = torch.autograd.grad(log_p.gather(1, y).sum(), leaving)
-            gradients[k] = gradient.cpu()
-    return gradients
 
 
 @torch.no_grad()
 def _lost(
     block: nn.Module, prefix: str, linears: Mapping[str, nn.Module], methods: Mapping[str, Method], call: BlockCall,
-    entering: _Depth, recipe: Recipe, device: torch.device, ranks: Ranks,
+    entering: Depth, recipe: Recipe, device: torch.device, ranks: Ranks,
 ) -> dict[str, Tensor]:  # fmt: skip
     """D [out, in] of each Linear of a block, whose full names begin with `prefix`: what its method loses of the weight,
     in the basis of the inputs as they are."""
@@ -151,7 +192,7 @@ def _lost(
 
 
 def _statistics(
-    block: nn.Module, prefix: str, linears: Mapping[str, nn.Module], call: BlockCall, entering: _Depth, recipe: Recipe,
+    block: nn.Module, prefix: str, linears: Mapping[str, nn.Module], call: BlockCall, entering: Depth, recipe: Recipe,
     device: torch.device, ranks: Ranks,
 ) -> Iterator[dict[str, InputStats]]:  # fmt: skip
     """The inputs of a block's Linears, for those that share one at a time, or for experts."""
@@ -181,35 +222,3 @@ def _statistics(
 def _rotated(weight: Tensor, hadamard: int | None) -> Tensor:
     """A weight [out, in] in the basis that a Hadamard matrix turns its inputs to, and back: it is its own inverse."""
     return block_hadamard(weight, hadamard) if hadamard else weight
-
-
-def _backwards(
-    block: nn.Module,
-    call: BlockCall,
-    hidden: Tensor,
-    gradient: Tensor,
-    prefix: str,
-    lost: Mapping[str, Tensor],
-    costs: dict[str, float],
-) -> Tensor:
-    """The gradient of what enters a block, hidden, from that of what leaves it; adds sum (g^T D x)^2 to the costs."""
-
-    def watch(name: str) -> Callable[..., None]:
-        def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            moved = (args[0].detach().float() @ lost[name].T).flatten(0, -2)  # [tokens, out]
-
-            def arrived(g: Tensor) -> None:
-                costs[name] += (g.flatten(0, -2).float() * moved).sum(1).square().sum().item()
-
-            if output.requires_grad:  # what does not depend on the hidden states carries nothing on
-                output.register_hook(arrived)
-
-        return after
-
-    with ExitStack() as hooks:
-        for name in lost:
-            linear = block.get_submodule(name.removeprefix(prefix))
-            hooks.callback(linear.register_forward_hook(watch(name)).remove)
-        hidden = hidden.clone().requires_grad_(True)  # a view of the file otherwise
-        (before,) = torch.autograd.grad(run_block(block, hidden, call), hidden, gradient.to(hidden.device))
-    return before.cpu()

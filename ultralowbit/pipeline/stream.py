@@ -32,6 +32,7 @@ from ultralowbit.pipeline.experts import Mixture
 from ultralowbit.pipeline.memory import what_helps
 from ultralowbit.pipeline.quantize import give_weight, quantize_weight
 from ultralowbit.pipeline.ranks import Ranks, own_batches
+from ultralowbit.pipeline.sensitivity import read_outputs
 from ultralowbit.pipeline.source import batched
 from ultralowbit.progress import OnProgress, Progress
 from ultralowbit.recipe import Recipe
@@ -58,6 +59,7 @@ class BlockStream:
         """instead: makes what the packed model has in the place of tensors before its blocks, by their state names."""
         self.job, self.decoder, self.recipe, self.data, self.progress = job, decoder, recipe, data, progress
         self.ranks, self.instead = ranks, instead
+        self._outputs: dict[str, list[Tensor]] = {}  # of the Linears of a block, for output feedback
         spec = recipe.blockwise
         most = None if spec is None else spec.training.batch  # a block is trained on a batch at a time
         self.tokens = None if data is None else batched(data.tokens, most)  # [batches, batch, length]
@@ -169,6 +171,7 @@ class BlockStream:
     ) -> dict[str, PackedWeight]:
         """Pack the Linears of a block in the order of their use; they then hold what the packed bytes mean."""
         packed: dict[str, PackedWeight] = {}
+        self._outputs = read_outputs(self.job, i)
         for stats in self._statistics(i, block, linears, call, inputs, original):
 
             def pack(name: str, stats: Statistics = stats) -> tuple[PackedWeight, dict[str, Any]]:
@@ -190,7 +193,10 @@ class BlockStream:
         block_size = recipe.hadamard(linear_shape(linear)[1])
         try:
             weight, method = linear_weight(linear), recipe.method_for(name)
-            return quantize_weight(weight, method, stats, block_size, recipe.error_correction)
+            heard = self._outputs.get(name, ()) if stats is not None else ()
+            return quantize_weight(
+                weight, method, stats, block_size, recipe.error_correction, recipe.output_feedback, heard
+            )
         except FormatError as e:
             raise CheckpointError(f"{name} in {self.decoder.source.folder} cannot be packed: {e}") from e
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ultralowbit.format.weight import Format
+from ultralowbit.methods.output_feedback import ROWS
 from ultralowbit.methods.statistics import Need
 from ultralowbit.nn.decoder import Decoder
 from ultralowbit.nn.inputs import shared_inputs
@@ -41,6 +42,8 @@ class Workload:
         self.activations = self.tokens * self.hidden * decoder.dtype.itemsize  # bytes of one activation file
         self.paired = recipe.error_correction is not None  # two for the packed model, two for the original, the targets
         self.files = 5 if recipe.blockwise is not None else 4 if self.paired else 2
+        heard = [] if recipe.output_feedback is None else [n for n, _ in self.shapes.values()]
+        self.kept_outputs = sum(4 * n * min(n, ROWS) for n in heard)  # bytes of what output feedback needs
         leaders = shared_inputs(decoder) if self.with_hessian else {}
         self.exact_groups = leaders is not None
         leader_of = {name: (leaders or {}).get(name, name) for name in self.with_hessian}

@@ -26,7 +26,14 @@ from ultralowbit.system import environment, peak_memory
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 _NOT_CARRIED = {CONFIG, "README.md", INDEX, MANIFEST, "recipe.yaml"}
 _MEASURED = ("eval*.json", "report.*")  # of the original, and not of what is made from it
-_RECORDED = ("preprocess", "allocation", "embeddings", "blockwise", "finetune")  # what stages note of themselves
+_RECORDED = (
+    "preprocess",
+    "allocation",
+    "outputs",
+    "embeddings",
+    "blockwise",
+    "finetune",
+)  # what stages note of themselves
 _IN_FOLDERS = (".py", ".jinja")  # what sub-folders hold that loading needs: code, and further chat templates
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,127 @@
+"""Gradients of the model's predictions, block by block.
+
+The model is never in memory as a whole: its blocks run forwards, what enters each is kept in one file, and then they
+run backwards in turn. What is differentiated is log p(y), y drawn from the model's own predictions at every position:
+the mean of g g^T over tokens, g the gradient at some place, is the Fisher information of what stands there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ultralowbit.checkpoint.activations import Activations, lanes_of
+from ultralowbit.nn.decoder import BlockCall, Decoder, run_block
+from ultralowbit.pipeline.ranks import Ranks, own_batches
+from ultralowbit.progress import OnProgress
+
+Seen = Callable[[str, Tensor, Tensor], None]
+"""Is told of each Linear in turn its name, what enters it [..., in] and the gradient at what leaves it
+[..., out]."""
+
+
+class Depth(NamedTuple):
+    """What enters one block: window k of it is [1, length, d]."""
+
+    hidden: Activations
+    block: int
+
+    def __getitem__(self, k: int) -> Tensor:
+        return self.hidden[k][self.block]
+
+
+class Backwards(NamedTuple):
+    """Block `index` of the original model, before it runs backwards."""
+
+    index: int
+    block: nn.Module
+    call: BlockCall
+    entering: Depth
+    device: torch.device
+    gradient: dict[int, Tensor]
+    """By window, at what leaves the block; `run` replaces it."""
+
+    def run(self, k: int, prefix: str, names: Iterable[str], seen: Seen) -> None:
+        """Run the block, whose Linears' full names begin with `prefix`, forwards and backwards on window k."""
+
+        def watch(name: str) -> Callable[..., None]:
+            def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                x = args[0].detach()
+                if output.requires_grad:  # what does not depend on the hidden states carries nothing on
+                    output.register_hook(lambda g: seen(name, x, g))
+
+            return after
+
+        with ExitStack() as hooks:
+            for name in names:
+                linear = self.block.get_submodule(name.removeprefix(prefix))
+                hooks.callback(linear.register_forward_hook(watch(name)).remove)
+            hidden = self.entering[k].to(self.device).clone().requires_grad_(True)  # a view of the file otherwise
+            leaving = run_block(self.block, hidden, self.call)
+            (before,) = torch.autograd.grad(leaving, hidden, self.gradient[k].to(self.device))
+        self.gradient[k] = before.cpu()
+
+
+def backwards(decoder: Decoder, tokens: Tensor, scratch: Path, step: OnProgress, ranks: Ranks) -> Iterator[Backwards]:
+    """The blocks from last to first; the caller runs each on all windows of this rank's lanes.
+
+    tokens [windows, length] int64; scratch: the name of files for what enters the blocks, which are removed. Calls
+    `step(done, total)` after each of the two passes through a block.
+    """
+    total = 2 * len(decoder.blocks)
+    own = own_batches(ranks.mine(len(lanes_of(len(tokens)))), lanes_of(len(tokens)))
+    calls, hidden = _forwards(decoder, tokens, scratch, own, ranks, lambda i: step(i + 1, total))
+    gradient = _after_blocks(decoder, tokens, hidden, own)
+    for i in reversed(range(len(decoder.blocks))):
+        with decoder.filled_block(i) as (block, _):
+            block.requires_grad_(False)
+            yield Backwards(i, block, calls[i], Depth(hidden, i), decoder.device, gradient)
+        step(total - i, total)
+    ranks.wait()
+    hidden.remove()
+
+
+@torch.no_grad()
+def _forwards(
+    decoder: Decoder, tokens: Tensor, scratch: Path, own: Sequence[int], ranks: Ranks, step: Callable[[int], object]
+) -> tuple[list[BlockCall], Activations]:
+    """How each block is called, and what enters it [windows, blocks + 1, 1, length, hidden]; last, what leaves them."""
+    depth, width = len(decoder.blocks), decoder.config.get_text_config().hidden_size
+    shape = (len(tokens), depth + 1, 1, tokens.shape[1], width)
+    hidden = Activations(scratch, shape, decoder.dtype, ranks.mine(len(lanes_of(len(tokens)))))
+
+    def sink(k: int, entering: Tensor) -> None:
+        if own:
+            hidden[own[k]][0].copy_(entering)
+
+    calls = decoder.block_inputs(iter(tokens[own or [0], None]), sink)
+    for i in range(depth):
+        with decoder.filled_block(i) as (block, _):
+            for k in own:
+                hidden[k][i + 1].copy_(run_block(block, hidden[k][i].to(decoder.device), calls[i]))
+        step(i)
+    return calls, hidden
+
+
+def _after_blocks(decoder: Decoder, tokens: Tensor, hidden: Activations, own: Sequence[int]) -> dict[int, Tensor]:
+    """The gradient [1, length, d] of log p(y) with respect to what leaves the blocks, on the host, for y that the model
+    draws at every position, by window."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = {}
+    with decoder.after_blocks() as logits:
+        for k, window in enumerate(tokens):
+            draw = torch.rand(len(window), 1, generator=generator, dtype=torch.float32).to(decoder.device)
+            if k not in own:
+                continue
+            leaving = hidden[k][-1].to(decoder.device).requires_grad_(True)
+            log_p = logits(window[None].to(decoder.device), leaving).float().log_softmax(-1)[0]  # [length, vocab]
+            with torch.no_grad():
+                y = torch.searchsorted(log_p.exp().cumsum(-1), draw).clamp_max(log_p.shape[-1] - 1)
+            (gradient,) = torch.autograd.grad(log_p.gather(1, y).sum(), leaving)
+            gradients[k] = gradient.cpu()
+    return gradients
