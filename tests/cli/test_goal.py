@@ -27,8 +27,7 @@ def compress(model, text, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("effort", Effort)
 def test_bits_are_at_most_what_is_asked_for_by_a_recipe_that_is_named(compress, effort):
-    few = ["--set", f"{'finetune' if effort == Effort.BEST else 'blockwise'}.training.epochs=1"]
-    few += ["--small", "--set", "finetune.data=null", "--set", "finetune.training.steps=2"] * (effort == Effort.BEST)
+    few = ["--small", "--set", "finetune.data=null", "--set", "finetune.training.steps=2"]
     done = compress("--bits", "1.9", "--effort", effort, *few * (effort != Effort.FAST))
     assert done.exit_code == 0, done.output
     (folder,) = Path().iterdir()
@@ -39,11 +38,15 @@ def test_bits_are_at_most_what_is_asked_for_by_a_recipe_that_is_named(compress, 
     assert "## Where the bits are" in report and "self_attn.q_proj  " in report
 
 
-def test_default_effort_trains_blocks_and_fast_nothing():
-    assert {effort: Recipe.load(name).blockwise is not None for effort, name in OURS.items()} == {
-        Effort.FAST: False, Effort.DEFAULT: True, Effort.BEST: False
-    }  # fmt: skip
-    assert Recipe.load(OURS[Effort.BEST]).finetune is not None
+def test_more_effort_is_a_longer_training_of_the_same():
+    recipes = [Recipe.load(OURS[effort]) for effort in Effort]
+    trained = [
+        0 if r.finetune is None else r.finetune.training.steps * r.finetune.training.batch * r.finetune.data.length
+        for r in recipes
+    ]
+    assert trained[0] == 0 < trained[1] < trained[2]
+    same = [recipe.model_copy(update={"name": "", "summary": "", "finetune": None}) for recipe in recipes]
+    assert same[0] == same[1] == same[2] and same[0].blockwise is None
 
 
 @pytest.mark.parametrize("room", [1.0, 1.1, 1.4])

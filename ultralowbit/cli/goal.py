@@ -39,8 +39,8 @@ SizeOption = Annotated[
 EffortOption = Annotated[
     Effort | None,
     typer.Option(
-        help="work for --bits and --size; fast: no gradients; default: blocks are trained; best: the model is trained "
-        "end to end, on a GPU"
+        help="work for --bits and --size; fast: nothing is trained; default: the model is trained end to end for a "
+        "short time; best: for a long time, on a GPU"
     ),
 ]
 
