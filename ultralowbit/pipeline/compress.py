@@ -102,7 +102,6 @@ def compress(
         target = Path(out).expanduser().resolve()
         progress.say(f"{target} is already what this command makes")
         return Compressed(target, read_manifest(target), texts)
-
     again = partial(compress, model, device=str(where), trust_remote_code=trust_remote_code, progress=progress)
 
     def preprocessed() -> str:
