@@ -14,8 +14,9 @@ And which errors of its outputs make up for each other, H_O = E[g g^T] itself, f
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,48 +123,62 @@ def sensitivities(
     Each rank runs the windows of its lanes. Calls `step(done, total)` after each of the two passes through a block.
     """
     lanes = lanes_of(len(tokens))
-    tokens_costed = tokens[:costed]
+    counted = tokens[:costed]
     losses: dict[str, float] = {}
     for one in backwards(decoder, tokens, scratch, step, ranks):
         linears, prefix = decoder.linears(one.index, recipe.ignore), f"{decoder.block_name(one.index)}."
         wanted = {name: m for name, m in linears.items() if name in methods}
         lost = _lost(one.block, prefix, wanted, methods, one.call, one.entering, recipe, decoder.device, ranks)
-        heard = [] if outputs is None else [name for name in linears if name in outputs.names]
-        rows = {name: [len(r) for r in torch.arange(linear_shape(linears[name])[0]).split(ROWS)] for name in heard}
-        costs: dict[int, dict[str, float]] = {}
-
-        def new(rows: dict[str, list[int]] = rows) -> list[InputStats]:
-            counts = [count for part in rows.values() for count in part]
-            return [InputStats(count, 0, decoder.device, Need.HESSIAN) for count in counts]
-
-        def gather(
-            batches: range, parts: list[InputStats], one: Backwards = one, prefix: str = prefix,
-            lost: Mapping[str, Tensor] = lost, rows: dict[str, list[int]] = rows, costs: dict = costs,
-        ) -> None:  # fmt: skip
-            of = iter(parts)
-            stats = {name: [next(of) for _ in counts] for name, counts in rows.items()}
-
-            def seen(name: str, x: Tensor, g: Tensor) -> None:
-                g = g.flatten(0, -2).float()  # [tokens, out]
-                if name in costs.get(k, ()):
-                    moved = (x.float() @ lost[name].T).flatten(0, -2)
-                    costs[k][name] += (g * moved).sum(1).square().sum().item()
-                if outputs is not None and k < outputs.windows:
-                    for part, some in zip(stats.get(name, ()), g.split(ROWS, 1), strict=False):
-                        part.add(some)
-
-            for k in batches:
-                if k < len(tokens_costed):
-                    costs[k] = dict.fromkeys(lost, 0.0)
-                one.run(k, prefix, {*lost, *rows}, seen)
-
-        totals = iter(ranks.sum_lanes(lanes, new, gather))
+        heard = {n: linear_shape(m)[0] for n, m in linears.items() if outputs is not None and n in outputs.names}
+        seen = _Seen(one, prefix, lost, len(counted), heard, 0 if outputs is None else outputs.windows, {})
+        totals = ranks.sum_lanes(lanes, seen.new, seen.gather)
         if heard:
-            outputs.keep(one.index, {name: [next(totals).hessian for _ in counts] for name, counts in rows.items()})
-        of_windows = {int(k): cost for part in ranks.gather(costs) for k, cost in part.items()}
+            outputs.keep(one.index, {n: [part.hessian for part in parts] for n, parts in seen.by_name(totals).items()})
+        of_windows = {int(k): cost for part in ranks.gather(seen.costs) for k, cost in part.items()}
         for name in lost:
-            losses[name] = sum(of_windows[k][name] for k in range(len(tokens_costed))) / 2 / tokens_costed.numel()
+            losses[name] = sum(of_windows[k][name] for k in range(len(counted))) / 2 / counted.numel()
     return losses
+
+
+class _Seen(NamedTuple):
+    """What is gathered while one block runs backwards: on the first `costed` windows what each Linear costs that loses
+    `lost` [out, in], on the first `listened` those of H_O that are `heard`, of so many outputs; by their full names."""
+
+    one: Backwards
+    prefix: str
+    lost: Mapping[str, Tensor]
+    costed: int
+    heard: Mapping[str, int]
+    listened: int
+    costs: dict[int, dict[str, float]]
+    """By window, sum (g^T D x)^2 over its tokens."""
+
+    def new(self) -> list[InputStats]:
+        """For H_O, of at most ROWS outputs each: what arrives there counts as the inputs of a Linear do."""
+        counts = [len(rows) for out in self.heard.values() for rows in torch.arange(out).split(ROWS)]
+        return [InputStats(count, 0, self.one.device, Need.HESSIAN) for count in counts]
+
+    def by_name(self, parts: Iterable[InputStats]) -> dict[str, list[InputStats]]:
+        """What `new` has made, by the names of the Linears."""
+        parts = iter(parts)
+        return {name: list(islice(parts, -(-out // ROWS))) for name, out in self.heard.items()}
+
+    def gather(self, windows: range, parts: list[InputStats]) -> None:
+        """Run the block backwards on some windows."""
+        stats = self.by_name(parts)
+        for k in windows:
+            costs = self.costs[k] = dict.fromkeys(self.lost, 0.0) if k < self.costed else {}
+
+            def arrived(name: str, x: Tensor, g: Tensor, k: int = k, costs: dict[str, float] = costs) -> None:
+                g = g.flatten(0, -2).float()  # [tokens, out]
+                if name in costs:
+                    moved = (x.float() @ self.lost[name].T).flatten(0, -2)
+                    costs[name] += (g * moved).sum(1).square().sum().item()
+                if name in stats and k < self.listened:
+                    for part, rows in zip(stats[name], g.split(ROWS, 1), strict=True):
+                        part.add(rows)
+
+            self.one.run(k, self.prefix, {*self.lost, *self.heard}, arrived)
 
 
 @torch.no_grad()
