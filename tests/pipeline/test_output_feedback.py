@@ -103,6 +103,7 @@ def test_a_killed_run_measures_once_and_ends_with_the_same_bytes(source, recipe,
 def test_the_estimate_counts_it(source, recipe, tmp_path):
     with_it, without = (estimate(str(source), r, "cpu", out=tmp_path) for r in (recipe(), recipe(output_feedback=None)))
     assert with_it.seconds["what matters"] > 0 and "what matters" not in without.seconds
+    assert with_it.disk["what enters every block"] == 2 * 24 * (3 + 1) * 64 * 4
     linears = [m.weight for n, m in AutoModelForCausalLM.from_pretrained(source).named_modules() if "_proj" in n]
     kept = sum(4 * len(w) * min(len(w), output_feedback.ROWS) for w in linears)
     assert with_it.disk["Fisher information of outputs"] == kept

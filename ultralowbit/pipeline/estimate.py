@@ -191,6 +191,7 @@ def estimate(
         disk={
             "packed checkpoint": 2 * size.total_bytes,  # the blocks, and what they are merged into
             "activation files": work.files * work.activations,
+            **({"what enters every block": work.depths} if work.depths else {}),
             **({"Fisher information of outputs": work.kept_outputs} if work.kept_outputs else {}),
         },
         seconds=seconds(work, size),

@@ -44,6 +44,10 @@ class Workload:
         self.files = 5 if recipe.blockwise is not None else 4 if self.paired else 2
         heard = [] if recipe.output_feedback is None else [n for n, _ in self.shapes.values()]
         self.kept_outputs = sum(4 * n * min(n, ROWS) for n in heard)  # bytes of what output feedback needs
+        backwards = [spec.windows for spec in (recipe.allocate, recipe.output_feedback) if spec is not None]
+        windows = min(max(backwards, default=0), recipe.calibration.samples)
+        # bytes of what enters every block, kept until the blocks have run backwards
+        self.depths = windows * self.length * (len(decoder.blocks) + 1) * self.hidden * decoder.dtype.itemsize
         leaders = shared_inputs(decoder) if self.with_hessian else {}
         self.exact_groups = leaders is not None
         leader_of = {name: (leaders or {}).get(name, name) for name in self.with_hessian}
