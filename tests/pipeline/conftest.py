@@ -20,7 +20,6 @@ def different() -> list[str]:
     kinds: dict[tuple, str] = {}
     for name in shipped():
         recipe = Recipe.load(name, small=True)
-        settings += ["output_feedback.parts=2"] * (recipe.output_feedback is not None)
         stages = tuple(getattr(recipe, stage) is not None for stage in STAGES)
         kinds.setdefault((type(recipe.quantize), stages), name)
     return list(kinds.values())
@@ -44,6 +43,7 @@ def short(text) -> Callable[[str], Recipe]:
     def load(name: str) -> Recipe:
         settings = [f"calibration.source={text}", "calibration.samples=6", "calibration.length=24"]
         recipe = Recipe.load(name, small=True)
+        settings += ["output_feedback.parts=2"] * (recipe.output_feedback is not None)
         for stage in TRAINED:
             spec = getattr(recipe, stage)
             settings += [f"{stage}.training.steps=2", f"{stage}.held_out=0.2"] * (spec is not None)
