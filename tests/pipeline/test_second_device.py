@@ -18,7 +18,11 @@ USED = "sign-2"
 """The recipe whose checkpoint is used."""
 TRAINED = ("preprocess", "blockwise", "finetune")
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),  # four minutes where nothing else runs
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+]
 
 
 def ulp(values: torch.Tensor) -> torch.Tensor:
