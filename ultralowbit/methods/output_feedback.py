@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.methods.base import Method, fields
-from ultralowbit.methods.statistics import InputStats
+from ultralowbit.methods.statistics import InputStats, upper_cholesky
 
 ROWS = 2048
 """Outputs, at most, whose errors make up for each other: H_O of a part of a wide Linear stays small."""
@@ -76,9 +76,7 @@ class OutputFeedback:
             return method.quantize(weight, stats)
         parts = [torch.arange(p, len(weight), self.parts) for p in range(min(self.parts, len(weight)))]
         order = torch.cat(parts).to(weight.device)
-        damped = self._damped(H[order][:, order])
-        # with J the reversal, J H J = L L^T gives H = R R^T for the upper R = J L J
-        R = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1).float()
+        R = upper_cholesky(self._damped(H[order][:, order])).float()
         weight, lost, done, low = weight[order], torch.empty_like(weight), [], 0
         for rows in parts:
             here = slice(low, low + len(rows))

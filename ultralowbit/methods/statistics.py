@@ -248,6 +248,11 @@ class InputStats:
         return Factor(L.float().flip(0, 1), order, total)
 
 
+def upper_cholesky(H: Tensor) -> Tensor:
+    """R, upper triangular, with H = R R^T: with J the reversal, J H J = L L^T gives R = J L J."""
+    return torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1)
+
+
 def invert_upper(R: Tensor, leaf: int = 256) -> Tensor:
     """Inverse of an upper triangular matrix, in place, by halves: a third of the work of solving against I."""
     n = len(R)

@@ -74,7 +74,8 @@ def backwards(decoder: Decoder, tokens: Tensor, scratch: Path, step: OnProgress,
     `step(done, total)` after each of the two passes through a block.
     """
     total = 2 * len(decoder.blocks)
-    own = own_batches(ranks.mine(len(lanes_of(len(tokens)))), lanes_of(len(tokens)))
+    lanes = lanes_of(len(tokens))
+    own = own_batches(ranks.mine(len(lanes)), lanes)
     calls, hidden = _forwards(decoder, tokens, scratch, own, ranks, lambda i: step(i + 1, total))
     gradient = _after_blocks(decoder, tokens, hidden, own)
     for i in reversed(range(len(decoder.blocks))):

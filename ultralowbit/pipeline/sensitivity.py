@@ -128,19 +128,21 @@ def sensitivities(
     for one in backwards(decoder, tokens, scratch, step, ranks):
         linears, prefix = decoder.linears(one.index, recipe.ignore), f"{decoder.block_name(one.index)}."
         wanted = {name: m for name, m in linears.items() if name in methods}
-        lost = _lost(one.block, prefix, wanted, methods, one.call, one.entering, recipe, decoder.device, ranks)
+        lost = _lost(one, prefix, wanted, methods, recipe, ranks) if wanted else {}
         heard = {n: linear_shape(m)[0] for n, m in linears.items() if outputs is not None and n in outputs.names}
-        seen = _Seen(one, prefix, lost, len(counted), heard, 0 if outputs is None else outputs.windows, {})
-        totals = ranks.sum_lanes(lanes, seen.new, seen.gather)
+        gathered = _Gathered(one, prefix, lost, len(counted), heard, 0 if outputs is None else outputs.windows, {})
+        totals = ranks.sum_lanes(lanes, gathered.new, gathered.gather)
         if heard:
-            outputs.keep(one.index, {n: [part.hessian for part in parts] for n, parts in seen.by_name(totals).items()})
-        of_windows = {int(k): cost for part in ranks.gather(seen.costs) for k, cost in part.items()}
+            outputs.keep(
+                one.index, {n: [part.hessian for part in parts] for n, parts in gathered.by_name(totals).items()}
+            )
+        of_windows = {int(k): cost for part in ranks.gather(gathered.costs) for k, cost in part.items()}
         for name in lost:
             losses[name] = sum(of_windows[k][name] for k in range(len(counted))) / 2 / counted.numel()
     return losses
 
 
-class _Seen(NamedTuple):
+class _Gathered(NamedTuple):
     """What is gathered while one block runs backwards: on the first `costed` windows what each Linear costs that loses
     `lost` [out, in], on the first `listened` those of H_O that are `heard`, of so many outputs; by their full names."""
 
@@ -183,14 +185,14 @@ class _Seen(NamedTuple):
 
 @torch.no_grad()
 def _lost(
-    block: nn.Module, prefix: str, linears: Mapping[str, nn.Module], methods: Mapping[str, Method], call: BlockCall,
-    entering: Depth, recipe: Recipe, device: torch.device, ranks: Ranks,
+    one: Backwards, prefix: str, linears: Mapping[str, nn.Module], methods: Mapping[str, Method], recipe: Recipe,
+    ranks: Ranks,
 ) -> dict[str, Tensor]:  # fmt: skip
     """D [out, in] of each Linear of a block, whose full names begin with `prefix`: what its method loses of the weight,
     in the basis of the inputs as they are."""
     lost = {}
-    for stats in _statistics(block, prefix, linears, call, entering, recipe, device, ranks):
-        rotated = {name: _rotated(linear_weight(linears[name]), one.hadamard) for name, one in stats.items()}
+    for stats in _statistics(one.block, prefix, linears, one.call, one.entering, recipe, one.device, ranks):
+        rotated = {name: _rotated(linear_weight(linears[name]), s.hadamard) for name, s in stats.items()}
 
         def pack(
             name: str, stats: Mapping[str, InputStats] = stats, rotated: Mapping[str, Tensor] = rotated
@@ -201,7 +203,7 @@ def _lost(
                 return methods[name].quantize(rotated[name], None), None
 
         costs = {name: weight.numel() for name, weight in rotated.items()}
-        for name, (packed, _) in ranks.solve(costs, pack, device).items():
+        for name, (packed, _) in ranks.solve(costs, pack, one.device).items():
             lost[name] = _rotated(rotated[name] - packed.dequantize(), stats[name].hadamard)
     return lost
 

@@ -59,7 +59,6 @@ class BlockStream:
         """instead: makes what the packed model has in the place of tensors before its blocks, by their state names."""
         self.job, self.decoder, self.recipe, self.data, self.progress = job, decoder, recipe, data, progress
         self.ranks, self.instead = ranks, instead
-        self._outputs: dict[str, list[Tensor]] = {}  # of the Linears of a block, for output feedback
         spec = recipe.blockwise
         most = None if spec is None else spec.training.batch  # a block is trained on a batch at a time
         self.tokens = None if data is None else batched(data.tokens, most)  # [batches, batch, length]
@@ -171,11 +170,11 @@ class BlockStream:
     ) -> dict[str, PackedWeight]:
         """Pack the Linears of a block in the order of their use; they then hold what the packed bytes mean."""
         packed: dict[str, PackedWeight] = {}
-        self._outputs = read_outputs(self.job, i)
+        outputs = read_outputs(self.job, i)
         for stats in self._statistics(i, block, linears, call, inputs, original):
 
             def pack(name: str, stats: Statistics = stats) -> tuple[PackedWeight, dict[str, Any]]:
-                return self._pack_linear(name, linears[name], stats[name])
+                return self._pack_linear(name, linears[name], stats[name], outputs.get(name, ()))
 
             costs = {name: math.prod(linear_shape(linears[name])) for name in stats}
             for name, (weight, result) in self.ranks.solve(costs, pack, self.decoder.device).items():
@@ -187,13 +186,13 @@ class BlockStream:
         return packed
 
     def _pack_linear(
-        self, name: str, linear: nn.Module, stats: InputStats | None
+        self, name: str, linear: nn.Module, stats: InputStats | None, outputs: Sequence[Tensor]
     ) -> tuple[PackedWeight, dict[str, Any]]:
         recipe = self.recipe
         block_size = recipe.hadamard(linear_shape(linear)[1])
         try:
             weight, method = linear_weight(linear), recipe.method_for(name)
-            heard = self._outputs.get(name, ()) if stats is not None else ()
+            heard = outputs if stats is not None else ()
             return quantize_weight(
                 weight, method, stats, block_size, recipe.error_correction, recipe.output_feedback, heard
             )
