@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from ultralowbit.recipe import Recipe, shipped
 
@@ -51,6 +54,56 @@ def short(text) -> Callable[[str], Recipe]:
         return Recipe.load(name, settings, small=True)
 
     return load
+
+
+@pytest.fixture
+def dies(monkeypatch) -> Callable[[str], AbstractContextManager[None]]:
+    """dies(name): while the context lasts, a run is killed where it calls what has this name, and is so before it
+    ends."""
+
+    class Killed(BaseException): ...
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    @contextmanager
+    def dies(name: str) -> Iterator[None]:
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(name, die)
+            yield
+
+    return dies
+
+
+Gradients = Callable[..., Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]]
+
+
+@pytest.fixture(scope="session")
+def whole_gradients() -> Gradients:
+    """whole_gradients(folder, tokens, names): for each window of tokens [windows, length], from one backward pass
+    through the whole model, what enters each Linear and the gradient of log p(y) at what leaves it."""
+
+    def gradients(folder: Path, tokens: torch.Tensor, names: list[str]) -> Iterator[dict]:
+        model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+        generator = torch.Generator().manual_seed(0)
+        for window in tokens:
+            seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+            hooks = [
+                model.get_submodule(name).register_forward_hook(
+                    lambda _, args, out, name=name, seen=seen: seen.update({name: (args[0], out)})
+                )
+                for name in names
+            ]
+            embedded = model.get_input_embeddings()(window[None]).requires_grad_(True)
+            log_p = model(inputs_embeds=embedded, use_cache=False).logits[0].log_softmax(-1)
+            draw = torch.rand(len(log_p), 1, generator=generator)
+            y = torch.searchsorted(log_p.detach().exp().cumsum(-1), draw).clamp_max(95)
+            found = torch.autograd.grad(log_p.gather(1, y).sum(), [out for _, out in seen.values()])
+            yield {name: (x, g) for (name, (x, _)), g in zip(seen.items(), found, strict=True)}
+            for hook in hooks:
+                hook.remove()
+
+    return gradients
 
 
 @pytest.fixture(scope="session")

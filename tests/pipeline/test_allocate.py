@@ -52,30 +52,6 @@ def recipe(text) -> Callable[..., Recipe]:
     return make
 
 
-def whole_model(folder: Path, tokens: torch.Tensor, lost: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The same figures from one backward pass through the whole model."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
-    costs, generator = dict.fromkeys(lost, 0.0), torch.Generator().manual_seed(0)
-    for window in tokens:
-        seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        hooks = [
-            model.get_submodule(name).register_forward_hook(
-                lambda _, args, out, name=name, seen=seen: seen.update({name: (args[0], out)})
-            )
-            for name in lost
-        ]
-        embedded = model.get_input_embeddings()(window[None]).requires_grad_(True)
-        log_p = model(inputs_embeds=embedded, use_cache=False).logits[0].log_softmax(-1)
-        draw = torch.rand(len(log_p), 1, generator=generator)
-        y = torch.searchsorted(log_p.detach().exp().cumsum(-1), draw).clamp_max(95)
-        gradients = torch.autograd.grad(log_p.gather(1, y).sum(), [out for _, out in seen.values()])
-        for (name, (x, _)), g in zip(seen.items(), gradients, strict=True):
-            costs[name] += torch.einsum("bto,oi,bti->bt", g, lost[name], x).square().sum().item()
-        for hook in hooks:
-            hook.remove()
-    return {name: cost / 2 / tokens.numel() for name, cost in costs.items()}
-
-
 def inputs_of(model: torch.nn.Module, tokens: torch.Tensor, names: Iterable[str]) -> dict[str, InputStats]:
     stats = {name: InputStats(dense(model.get_submodule(name)).shape[1]) for name in names}
     hooks = [
@@ -94,7 +70,7 @@ def dense(module: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text"])
-def test_block_by_block_is_the_whole_model(save_model, tiny_config, recipe, tmp_path, kind):
+def test_block_by_block_is_the_whole_model(save_model, tiny_config, recipe, whole_gradients, tmp_path, kind):
     gpt2 = AutoConfig.for_model("gpt2", **GPT2)
     config = gpt2 if kind == "gpt2" else tiny_config(kind, **(GEMMA if kind == "gemma3_text" else {}))
     folder = save_model(config, tmp_path / "model", seed=3)
@@ -109,7 +85,11 @@ def test_block_by_block_is_the_whole_model(save_model, tiny_config, recipe, tmp_
     model = AutoModelForCausalLM.from_pretrained(folder)
     weights = {name: dense(model.get_submodule(name)).detach().contiguous() for name in linears}
     lost = {name: w - method.quantize(w, None).dequantize() for name, w in weights.items()}
-    expected = whole_model(folder, tokens, lost)
+    expected = dict.fromkeys(lost, 0.0)
+    for window in whole_gradients(folder, tokens, [*lost]):
+        for name, (x, g) in window.items():
+            cost = torch.einsum("bto,oi,bti->bt", g, lost[name], x).square().sum().item()
+            expected[name] += cost / 2 / tokens.numel()
     assert got.keys() == expected.keys() and min(expected.values()) > 0
     for name, value in expected.items():
         assert got[name] == pytest.approx(value, rel=1e-3), name
@@ -163,19 +143,12 @@ def test_bits_go_where_they_matter_and_are_never_more_than_asked_for(source, rec
     assert rerun(tmp_path / "out").different == {}
 
 
-def test_a_killed_run_measures_once(source, recipe, tmp_path, monkeypatch):
+def test_a_killed_run_measures_once(source, recipe, tmp_path, monkeypatch, dies):
     whole = compress(str(source), recipe(2.2), tmp_path / "whole", device="cpu")
 
-    class Killed(BaseException): ...
-
-    def die(*_: Any) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr("ultralowbit.pipeline.stream.BlockStream._commit", die)
-        with pytest.raises(Killed):
-            compress(str(source), recipe(2.2), tmp_path / "out", device="cpu")
-    monkeypatch.setattr("ultralowbit.pipeline.sensitivity.sensitivities", die)
+    with dies("ultralowbit.pipeline.stream.BlockStream._commit"):
+        compress(str(source), recipe(2.2), tmp_path / "out", device="cpu")
+    monkeypatch.setattr("ultralowbit.pipeline.sensitivity.sensitivities", None)  # nobody calls it
     resumed = compress(str(source), recipe(2.2), tmp_path / "out", device="cpu")
     assert resumed.manifest["files"] == whole.manifest["files"]
 

@@ -40,7 +40,7 @@ def recipe(text) -> Callable[..., Recipe]:
     return make
 
 
-def test_the_information_is_that_of_the_whole_model(source, recipe, tmp_path, monkeypatch):
+def test_the_information_is_that_of_the_whole_model(source, recipe, whole_gradients, tmp_path, monkeypatch):
     monkeypatch.setattr(sensitivity, "ROWS", 40)  # a Linear with more outputs has several matrices
     decoder = open_decoder(source, torch.device("cpu"))
     tokens = torch.randint(96, (3, 20), generator=torch.Generator().manual_seed(1))
@@ -48,22 +48,10 @@ def test_the_information_is_that_of_the_whole_model(source, recipe, tmp_path, mo
     got: dict[str, list[torch.Tensor]] = {}
     outputs = Outputs(names, 2, lambda i, matrices: got.update(matrices))
     assert sensitivities(decoder, recipe(), {}, tokens, tmp_path / "s", lambda *at: None, Ranks(), 0, outputs) == {}
-    model = AutoModelForCausalLM.from_pretrained(source).eval().requires_grad_(False)
-    expected, generator = dict.fromkeys(names, 0), torch.Generator().manual_seed(0)
-    for window in tokens[:2]:
-        outs: dict[str, torch.Tensor] = {}
-        hooks = [
-            model.get_submodule(n).register_forward_hook(lambda _, args, out, n=n, outs=outs: outs.update({n: out}))
-            for n in names
-        ]
-        embedded = model.get_input_embeddings()(window[None]).requires_grad_(True)
-        log_p = model(inputs_embeds=embedded, use_cache=False).logits[0].log_softmax(-1)
-        draw = torch.rand(len(log_p), 1, generator=generator)
-        y = torch.searchsorted(log_p.detach().exp().cumsum(-1), draw).clamp_max(95)
-        for name, g in zip(outs, torch.autograd.grad(log_p.gather(1, y).sum(), outs.values()), strict=True):
+    expected = dict.fromkeys(names, 0)
+    for window in whole_gradients(source, tokens[:2], names):
+        for name, (_, g) in window.items():
             expected[name] = expected[name] + g[0].T @ g[0]
-        for hook in hooks:
-            hook.remove()
     assert {name: [len(H) for H in parts] for name, parts in got.items()} == {
         name: [len(rows) for rows in torch.arange(len(H)).split(40)] for name, H in expected.items()
     }
@@ -74,7 +62,7 @@ def test_the_information_is_that_of_the_whole_model(source, recipe, tmp_path, mo
 
 
 @pytest.mark.parametrize("allocate", [None, {"bits": 2.2, "windows": 3}], ids=["alone", "with allocation"])
-def test_a_killed_run_measures_once_and_ends_with_the_same_bytes(source, recipe, tmp_path, monkeypatch, allocate):
+def test_a_killed_run_measures_once_and_ends_with_the_same_bytes(source, recipe, tmp_path, monkeypatch, dies, allocate):
     wanted = recipe(allocate=allocate, rotate={}, error_correction={})
     whole = compress(str(source), wanted, tmp_path / "whole", device="cpu")
     plain = compress(str(source), wanted.model_copy(update={"output_feedback": None}), tmp_path / "plain", device="cpu")
@@ -83,17 +71,10 @@ def test_a_killed_run_measures_once_and_ends_with_the_same_bytes(source, recipe,
     assert whole.manifest["outputs"].keys() == packed
     assert all(0 < gain < 1 for gain in whole.manifest["outputs"].values())
 
-    class Killed(BaseException): ...
-
-    def die(*_: Any) -> None:
-        raise Killed
-
+    with dies("ultralowbit.pipeline.stream.BlockStream._commit"):
+        compress(str(source), wanted, tmp_path / "out", device="cpu")
     with monkeypatch.context() as patched:
-        patched.setattr("ultralowbit.pipeline.stream.BlockStream._commit", die)
-        with pytest.raises(Killed):
-            compress(str(source), wanted, tmp_path / "out", device="cpu")
-    with monkeypatch.context() as patched:
-        patched.setattr(sensitivity, "sensitivities", die)
+        patched.setattr(sensitivity, "sensitivities", None)  # nobody calls it
         assert (
             compress(str(source), wanted, tmp_path / "out", device="cpu").manifest["files"] == whole.manifest["files"]
         )

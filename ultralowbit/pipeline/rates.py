@@ -48,19 +48,14 @@ def seconds(work: Workload, size: Size) -> dict[str, float]:
     widths = [m for block in work.hessians for m in block]
     products = sum(n * m**2 for n, m in (work.shapes[name] for name in work.with_hessian))
     factors, updates = sum(m**3 for m in widths) * _factor_seconds(device), products / single
-    allocate, feedback = work.recipe.allocate, work.recipe.output_feedback
-    if allocate is not None or feedback is not None:
+    if work.backwards:
         # forwards, forwards and backwards; the head and its gradient
-        costed, heard = (
-            0 if spec is None else min(spec.windows, work.recipe.calibration.samples) * work.length
-            for spec in (allocate, feedback)
-        )
-        measuring = max(costed, heard) * (4 * token + 6 * work.hidden * work.vocabulary) / own
+        measuring = work.backwards * (4 * token + 6 * work.hidden * work.vocabulary) / own
         heights = [n for n, _ in (work.shapes[name] for name in work.with_hessian)]
-        measuring += 2 * heard * sum(n * min(n, ROWS) for n in heights) / single
+        measuring += 2 * work.heard * sum(n * min(n, ROWS) for n in heights) / single
         # every Linear packed once more
-        packing = 2 * costed * sum(m**2 for m in widths) / single + rounding + factors + updates
-        parts["what matters"] = measuring + packing * (allocate is not None)
+        packing = 2 * work.costed * sum(m**2 for m in widths) / single + rounding + factors + updates
+        parts["what matters"] = measuring + packing * (work.costed > 0)
     return parts | {
         "Hessians": 2 * work.tokens * sum(m**2 for m in widths) / single,
         "factors": factors,

@@ -44,10 +44,13 @@ class Workload:
         self.files = 5 if recipe.blockwise is not None else 4 if self.paired else 2
         heard = [] if recipe.output_feedback is None else [n for n, _ in self.shapes.values()]
         self.kept_outputs = sum(4 * n * min(n, ROWS) for n in heard)  # bytes of what output feedback needs
-        backwards = [spec.windows for spec in (recipe.allocate, recipe.output_feedback) if spec is not None]
-        windows = min(max(backwards, default=0), recipe.calibration.samples)
-        # bytes of what enters every block, kept until the blocks have run backwards
-        self.depths = windows * self.length * (len(decoder.blocks) + 1) * self.hidden * decoder.dtype.itemsize
+        self.costed, self.heard = (  # tokens on which it is measured what Linears cost, and what outputs say
+            0 if spec is None else min(spec.windows, recipe.calibration.samples) * self.length
+            for spec in (recipe.allocate, recipe.output_feedback)
+        )
+        self.backwards = max(self.costed, self.heard)  # tokens on which the blocks run backwards
+        # bytes of what enters every block, kept until then
+        self.depths = self.backwards * (len(decoder.blocks) + 1) * self.hidden * decoder.dtype.itemsize
         leaders = shared_inputs(decoder) if self.with_hessian else {}
         self.exact_groups = leaders is not None
         leader_of = {name: (leaders or {}).get(name, name) for name in self.with_hessian}
