@@ -130,9 +130,9 @@ def measured(monkeypatch) -> dict[str, tuple[int, torch.Tensor]]:
     seen = {}
     pack = stream.BlockStream._pack_linear
 
-    def note(self, name, linear, stats):
+    def note(self, name, linear, stats, outputs):
         seen[name] = stats.count, stats.hessian.clone()
-        return pack(self, name, linear, stats)
+        return pack(self, name, linear, stats, outputs)
 
     monkeypatch.setattr(stream.BlockStream, "_pack_linear", note)
     return seen
