@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ultralowbit.checkpoint.activations import lanes_of
 from ultralowbit.checkpoint.job import EMBEDDINGS, Job
 from ultralowbit.checkpoint.packed import named_tensors, packed_weight
 from ultralowbit.checkpoint.storage import write_tensors
@@ -27,7 +28,7 @@ from ultralowbit.nn.decoder import Decoder, run_block
 from ultralowbit.nn.embedding import find_ends
 from ultralowbit.pipeline.collect import Enough
 from ultralowbit.pipeline.quantize import quantize_weight
-from ultralowbit.pipeline.ranks import Ranks
+from ultralowbit.pipeline.ranks import Ranks, own_batches
 from ultralowbit.pipeline.source import batched
 from ultralowbit.progress import Progress
 from ultralowbit.recipe import Recipe
@@ -54,18 +55,18 @@ def planned_embeddings(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Form
 def packed_embeddings(
     job: Job, decoder: Decoder, recipe: Recipe, text: Calibration | None, progress: Progress, ranks: Ranks
 ) -> dict[str, PackedWeight]:
-    """The packed embedding, and the head where it has a weight of its own, by their names; packed and committed by rank
-    0 where no earlier run has done so."""
+    """The packed embedding, and the head where it has a weight of its own, by their names; packed by all ranks and
+    committed by rank 0 where no earlier run has done so."""
     if recipe.embeddings is None:
         return {}
     file = job.work / EMBEDDINGS
     if "embeddings" not in job.state:
+        started = time.perf_counter()
+        tokens = None if text is None else batched(text.tokens)  # [batches, batch, length]
+        with naming_memory(f"packing the embeddings of {decoder.source.folder}"):
+            packed, entries = _pack(decoder, recipe, tokens, progress, ranks)
 
-        def pack() -> dict[str, Any]:
-            started = time.perf_counter()
-            tokens = None if text is None else batched(text.tokens)  # [batches, batch, length]
-            with naming_memory(f"packing the embeddings of {decoder.source.folder}"):
-                packed, entries = _pack(decoder, recipe, tokens, progress)
+        def keep() -> dict[str, Any]:
             write_tensors(file, named_tensors(packed))
             job.record([file])
             job.state["embeddings"] = entries
@@ -73,7 +74,7 @@ def packed_embeddings(
             job.commit()
             return entries
 
-        job.state["embeddings"] = ranks.agree(pack)
+        job.state["embeddings"] = ranks.agree(keep)
     with naming_memory(f"reading {file}"):
         tensors = load_file(file)
     return {name: packed_weight(name, entry, tensors) for name, entry in job.state["embeddings"].items()}
@@ -86,25 +87,33 @@ def dense_embedding(decoder: Decoder, packed: Mapping[str, PackedWeight]) -> dic
 
 
 def _pack(
-    decoder: Decoder, recipe: Recipe, tokens: Tensor | None, progress: Progress
+    decoder: Decoder, recipe: Recipe, tokens: Tensor | None, progress: Progress, ranks: Ranks
 ) -> tuple[dict[str, PackedWeight], dict[str, dict[str, Any]]]:
-    """Each packed weight, and what the manifest says of it."""
+    """Each packed weight, and what the manifest says of it; parts of rows are packed by different ranks."""
     ends, method, device = find_ends(decoder.model), recipe.embeddings.quantizer, decoder.device
     weights = decoder.read([f"{name}.weight" for name in ends.names])
     block = recipe.hadamard(weights[f"{ends.embedding}.weight"].shape[1])
-    read = None if tokens is None or not method.needs else _read_by_head(decoder, tokens, method.needs, block, progress)
-    progress.start("packing the embeddings", sum(-(-len(weight) // ROWS) for weight in weights.values()))
+    read = None
+    if tokens is not None and method.needs:
+        read = _read_by_head(decoder, tokens, method.needs, block, progress, ranks)
+    parts = {(name, k): rows for name in ends.names for k, rows in enumerate(weights[f"{name}.weight"].split(ROWS))}
+    progress.start("packing the embeddings", len(parts))
+
+    def pack(part: str) -> tuple[PackedWeight, dict[str, Any]]:
+        name, _, k = part.rpartition(" ")
+        stats = read if ends.head in (None, name) else None
+        try:
+            return quantize_weight(parts[name, int(k)].to(device).float(), method, stats, block)
+        except FormatError as e:
+            raise CheckpointError(f"{name} in {decoder.source.folder} cannot be packed: {e}") from e
+        finally:
+            progress.step()
+
+    solved = ranks.solve({f"{name} {k}": rows.numel() for (name, k), rows in parts.items()}, pack, device)
     packed, entries = {}, {}
     for name in ends.names:
-        stats = read if ends.head in (None, name) else None
-        parts = []
-        for rows in weights[f"{name}.weight"].split(ROWS):
-            try:
-                parts.append((rows, *quantize_weight(rows.to(device).float(), method, stats, block)))
-            except FormatError as e:
-                raise CheckpointError(f"{name} in {decoder.source.folder} cannot be packed: {e}") from e
-            progress.step()
-        packed[name], entries[name] = _joined(parts, stats)
+        of_name = [(rows, *solved[f"{name} {k}"]) for (n, k), rows in parts.items() if n == name]
+        packed[name], entries[name] = _joined(of_name, read if ends.head in (None, name) else None)
         if tokens is not None and name == ends.embedding:
             entries[name]["lookup_error"] = _lookup_error(weights[f"{name}.weight"], packed[name], tokens)
     return packed, entries
@@ -140,30 +149,40 @@ def _lookup_error(weight: Tensor, packed: PackedWeight, tokens: Tensor) -> float
 
 @torch.no_grad()
 def _read_by_head(
-    decoder: Decoder, tokens: Tensor, needs: Need, hadamard: int | None, progress: Progress
+    decoder: Decoder, tokens: Tensor, needs: Need, hadamard: int | None, progress: Progress, ranks: Ranks
 ) -> InputStats:
-    """Statistics of what the head of the original model reads, on some batches of tokens [batches, batch, length]."""
+    """Statistics of what the head of the original model reads, on some batches of tokens [batches, batch, length], of
+    which each rank runs those of its lanes."""
     tokens = tokens[: max(1, HEAD_TOKENS // tokens[0].numel())]
+    lanes, head = lanes_of(len(tokens)), decoder.model.get_output_embeddings()
+    own = own_batches(ranks.mine(len(lanes)), lanes)
     progress.start("what the head reads", len(decoder.blocks))
     hidden: dict[int, Tensor] = {}
-    calls = decoder.block_inputs(iter(tokens), hidden.__setitem__)
+    calls = decoder.block_inputs(
+        iter(tokens[own or [0]]), lambda k, entering: hidden.update({(own or [0])[k]: entering})
+    )
     for i, call in enumerate(calls):
         with decoder.filled_block(i) as (block, _):
-            for k, entering in hidden.items():
-                hidden[k] = run_block(block, entering.to(decoder.device), call).cpu()
+            for k in own:
+                hidden[k] = run_block(block, hidden[k].to(decoder.device), call).cpu()
         progress.step()
-    stats = InputStats(hidden[0].shape[-1], 0, decoder.device, needs, hadamard)
 
-    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        stats.add(args[0])
-        raise Enough  # the logits are not needed
+    def new() -> list[InputStats]:
+        return [InputStats(head.weight.shape[1], 0, decoder.device, needs, hadamard)]
 
-    handle = decoder.model.get_output_embeddings().register_forward_pre_hook(before)
-    try:
-        with decoder.after_blocks() as logits:
-            for k, leaving in hidden.items():
+    def gather(batches: range, stats: list[InputStats]) -> None:
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            stats[0].add(args[0])
+            raise Enough  # the logits are not needed
+
+        handle = head.register_forward_pre_hook(before)
+        try:
+            for k in batches:
                 with suppress(Enough):
-                    logits(tokens[k].to(decoder.device), leaving.to(decoder.device))
-    finally:
-        handle.remove()
+                    logits(tokens[k].to(decoder.device), hidden[k].to(decoder.device))
+        finally:
+            handle.remove()
+
+    with decoder.after_blocks() as logits:
+        (stats,) = ranks.sum_lanes(lanes, new, gather)
     return stats
