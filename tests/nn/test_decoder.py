@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
 import ultralowbit
 from ultralowbit.checkpoint.files import Source
@@ -21,6 +21,7 @@ from ultralowbit.format.weight import Format
 from ultralowbit.nn.decoder import Decoder, _Spy, run_block
 from ultralowbit.nn.inputs import input_groups
 from ultralowbit.nn.linear import PackedLinear, linear_shape
+from ultralowbit.nn.original import build_on_meta
 from ultralowbit.nn.quantizer import UltraLowBitConfig
 from ultralowbit.recipe import Recipe
 
@@ -514,3 +515,16 @@ def test_a_file_that_is_cut_after_it_was_opened_is_named(llama, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(data[:-100])
     with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read at model.norm.weight"):
         source.read(["model.norm.weight"])
+
+
+def test_a_model_is_built_in_the_memory_of_its_buffers():
+    """The experts of one layer would take 2^55 bytes; buffers that the forward pass computes with are real."""
+    config = MixtralConfig(
+        hidden_size=1 << 20, intermediate_size=1 << 21, num_local_experts=1 << 12, num_hidden_layers=1,
+        num_attention_heads=1 << 13, num_key_value_heads=1, vocab_size=96,
+    )  # fmt: skip
+    model = build_on_meta(config, torch.float32)
+    assert all(p.device.type == "meta" for p in model.parameters())
+    buffers = dict(model.named_buffers())
+    assert buffers and all(b.device.type == "cpu" and b.isfinite().all() for b in buffers.values())
+    assert config.dtype is None

@@ -12,7 +12,13 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from ultralowbit.checkpoint.config import DIGEST, config_digest, read_config_json
 from ultralowbit.errors import InputError
@@ -24,6 +30,7 @@ from ultralowbit.methods.pb_llm import PBLLM
 from ultralowbit.methods.ptq161 import PTQ161
 from ultralowbit.nn.fused import fuse
 from ultralowbit.nn.linear import PackedLinear, swap
+from ultralowbit.nn.original import build_on_meta
 from ultralowbit.nn.quantizer import UltraLowBitConfig
 
 
@@ -115,6 +122,36 @@ def write_model(
         file = f"model-{i + 1:05d}-of-{layers + 1:05d}.safetensors"
         save_file(tensors, folder / file, {"format": "pt", DIGEST: config_digest(read_config_json(folder))})
         weight_map |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def write_headers(folder: Path, config: PretrainedConfig, most: int = 1 << 32) -> Path:
+    """Write the checkpoint that a config describes, in bf16, of which the headers alone are real: its values are holes
+    in files of at most `most` bytes each, one tensor at least. What is planned from headers can be tried so for models
+    that no disk here holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config.dtype = "bfloat16"
+    config.save_pretrained(folder)
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    room = most
+    for name, tensor in build_on_meta(config, torch.bfloat16).state_dict().items():
+        if 2 * tensor.numel() > room and shards[-1]:
+            shards.append({})
+            room = most
+        shards[-1][name] = tuple(tensor.shape)
+        room -= 2 * tensor.numel()
+    weight_map = {}
+    for i, shapes in enumerate(shards):
+        file, header, end = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors", {}, 0
+        for name, shape in shapes.items():
+            start, end = end, end + 2 * math.prod(shape)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+        weight_map |= dict.fromkeys(shapes, file)
+        encoded = json.dumps(header).encode()
+        with open(folder / file, "wb") as f:
+            f.write(len(encoded).to_bytes(8, "little") + encoded)
+            f.truncate(8 + len(encoded) + end)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 

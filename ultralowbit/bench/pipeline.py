@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -29,6 +30,7 @@ from ultralowbit.format.words import group_count
 from ultralowbit.methods.statistics import invert_upper
 from ultralowbit.pipeline.compress import compress
 from ultralowbit.pipeline.estimate import estimate
+from ultralowbit.pipeline.ranks import Ranks
 from ultralowbit.pipeline.source import batched
 from ultralowbit.progress import Silent
 from ultralowbit.recipe import Recipe
@@ -41,45 +43,36 @@ def pipeline_bench(
     samples: int = 16,
     length: int = 512,
     recipe: str = "gptq-2bit",
+    ranks: Sequence[int] = (1,),
     out: Path | str | None = None,
     json_file: Path | str | None = None,
     shape: Shape | None = None,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
-    """Compress random models of a few depths, each in a fresh process, and set cost against unavoidable work.
+    """Compress random models of a few depths, each in fresh processes, and set cost against unavoidable work.
 
+    ranks: numbers of processes that share a compression; all have as many threads as there are for the most of them.
     `out` is the folder for models and outputs, a temporary one unless given. Returns, and writes to `json_file`, what
     `say` is told: bytes, seconds, GB/s.
     """
     shape = shape or Shape()
+    threads = max(1, torch.get_num_threads() // max(ranks))
     result: dict[str, Any] = {
         "shape": asdict(shape), "recipe": recipe, "samples": samples, "length": length, "torch": torch.__version__,
-        "machine": platform.machine(), "threads": torch.get_num_threads(), "runs": {},
+        "machine": platform.machine(), "threads": threads, "runs": {},
     }  # fmt: skip
-    say(f"{recipe}, {samples} x {length} tokens, {result['threads']} threads, Llama of {shape}")
+    say(f"{recipe}, {samples} x {length} tokens, threads of a process: {threads}, Llama of {shape}")
     with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as folder:
         for depth in layers:
-            run = _fresh_run(Path(folder), depth, samples, length, recipe, shape)
-            result["runs"][depth] = run
-            blocks = sorted(run["block_seconds"])
-            say(
-                f"{depth:>3} layers: peak memory {format_bytes(run['peak_bytes'])}, {run['seconds']:.1f} s; a block "
-                f"{statistics.median(blocks):.2f} s ({blocks[0]:.2f} to {blocks[-1]:.2f}), of which methods "
-                f"take {run['quantizing_seconds'] / depth:.2f} s; outside blocks {run['seconds'] - sum(blocks):.1f} s"
-            )
-            for stage, peak in run["stage_peaks"].items():
-                say(
-                    f"           {stage}: peak memory {format_bytes(peak['measured'])}, predicted "
-                    f"{format_bytes(peak['predicted'])} ({peak['predicted'] / peak['measured'] - 1:+.0%})"
-                )
-            if run["unavoidable"]:
-                parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in run["unavoidable"].items())
-                say(
-                    f"           unavoidable {run['unavoidable_seconds']:.1f} s: {parts} a block; "
-                    f"the run takes {run['ratio']:.2f} times that"
-                )
-    peaks = [run["peak_bytes"] for run in result["runs"].values()]
-    medians = [statistics.median(run["block_seconds"]) for run in result["runs"].values()]
+            runs = _fresh_runs(Path(folder), depth, samples, length, recipe, shape, ranks, threads)
+            result["runs"][depth] = runs
+            for n, run in runs.items():
+                _say_run(run, depth, n, say)
+                if n != ranks[0]:
+                    _say_shared(run, n, runs[ranks[0]], ranks[0], say)
+    first = [runs[ranks[0]] for runs in result["runs"].values()]
+    peaks = [run["peak_bytes"] for run in first]
+    medians = [statistics.median(run["block_seconds"]) for run in first]
     say(
         f"between depths, peak memory differs by {format_bytes(max(peaks) - min(peaks))}, the seconds of a block by "
         f"{max(medians) / min(medians) - 1:.0%}"
@@ -93,23 +86,64 @@ def pipeline_bench(
     return result
 
 
-def _fresh_run(folder: Path, depth: int, samples: int, length: int, recipe: str, shape: Shape) -> dict[str, Any]:
-    """Compress in a new process, whose peak memory is then the run's own."""
+def _say_run(run: dict[str, Any], depth: int, ranks: int, say: Callable[[str], object]) -> None:
+    blocks = sorted(run["block_seconds"])
+    processes = f", {ranks} processes" if ranks > 1 else ""
+    say(
+        f"{depth:>3} layers{processes}: peak memory {format_bytes(run['peak_bytes'])}, {run['seconds']:.1f} s; a block "
+        f"{statistics.median(blocks):.2f} s ({blocks[0]:.2f} to {blocks[-1]:.2f}), of which methods "
+        f"take {run['quantizing_seconds'] / depth:.2f} s; outside blocks {run['seconds'] - sum(blocks):.1f} s"
+    )
+    for stage, peak in run["stage_peaks"].items():
+        say(
+            f"           {stage}: peak memory {format_bytes(peak['measured'])}, predicted "
+            f"{format_bytes(peak['predicted'])} ({peak['predicted'] / peak['measured'] - 1:+.0%})"
+        )
+    if run["unavoidable"] and ranks == 1:
+        parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in run["unavoidable"].items())
+        say(
+            f"           unavoidable {run['unavoidable_seconds']:.1f} s: {parts} a block; "
+            f"the run takes {run['ratio']:.2f} times that"
+        )
+
+
+def _say_shared(
+    run: dict[str, Any], ranks: int, first: dict[str, Any], fewer: int, say: Callable[[str], object]
+) -> None:
+    """What `ranks` processes bring beside the first number of them."""
+    same = "the same bytes" if run["sha256"] == first["sha256"] else "OTHER BYTES"
+    block, before = (statistics.median(r["block_seconds"]) for r in (run, first))
+    say(
+        f"           {before / block:.2f} times as fast a block as {fewer}, predicted "
+        f"{first['predicted_seconds'] / run['predicted_seconds']:.2f} times for the whole; a rank received "
+        f"{format_bytes(run['received_bytes'])} from others; {same}"
+    )
+
+
+def _fresh_runs(
+    folder: Path, depth: int, samples: int, length: int, recipe: str, shape: Shape, ranks: Sequence[int], threads: int
+) -> dict[int, dict[str, Any]]:
+    """Compress in new processes, whose peak memory is then the run's own; by how many they are."""
     model = write_model(folder / f"model-{depth}", depth, shape)
     text = write_text(folder / "text.txt", 2 * samples * length + 1, shape.vocab)
     packed = folder / f"packed-{depth}"
-    shutil.rmtree(packed, ignore_errors=True)
     settings = [f"calibration.source={text}", f"calibration.samples={samples}", f"calibration.length={length}"]
     task = {"model": str(model), "out": str(packed), "recipe": recipe, "settings": settings, "shape": asdict(shape)}
-    done = subprocess.run(
-        [sys.executable, "-m", "ultralowbit.bench.pipeline", json.dumps(task)],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
+    runs = {}
+    for n in ranks:
+        shutil.rmtree(packed, ignore_errors=True)
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
+        done = subprocess.run(
+            [sys.executable, *start, "-m", "ultralowbit.bench.pipeline", json.dumps(task)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            text=True,
+            check=True,
+        )
+        runs[n] = json.loads(done.stdout.splitlines()[-1])
     shutil.rmtree(model)
     shutil.rmtree(packed)
-    return json.loads(done.stdout.splitlines()[-1])
+    return runs
 
 
 STAGES = {
@@ -134,26 +168,31 @@ class _Peaks(Silent):
         forget_peak_memory()
 
 
-def _run(task: dict[str, Any]) -> dict[str, Any]:
+def _run(task: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Compress, note the peaks, then time the bare products in the same process, which is a fresh one."""
     recipe = Recipe.load(task["recipe"], task["settings"])
-    predicted = estimate(task["model"], recipe, "cpu", out=task["out"]).peaks
+    planned = estimate(task["model"], recipe, "cpu", out=task["out"], ranks=ranks.size)
+    ranks.wait()
     watch, started = _Peaks(), time.perf_counter()
-    manifest = compress(task["model"], recipe, task["out"], device="cpu", progress=watch).manifest
+    manifest = compress(task["model"], recipe, task["out"], device="cpu", progress=watch, ranks=ranks).manifest
     seconds = time.perf_counter() - started
     watch.note()
-    peak = max(watch.peaks.values())
+    watched = ranks.gather(watch.peaks)
+    peaks = {stage: max(peaks[stage] for peaks in watched) for stage in watch.peaks}
     blocks = list(manifest["block_seconds"].values())
     bare = {}
-    if manifest["calibration"] is not None:
+    if manifest["calibration"] is not None and ranks.size == 1:
         bare = unavoidable(Shape(**task["shape"]), recipe.calibration.samples, recipe.calibration.length)
     total = len(blocks) * sum(bare.values())
     return {
-        "peak_bytes": peak,
-        "stage_peaks": {s: {"measured": watch.peaks[s], "predicted": host} for s, (host, _) in predicted.items()},
+        "peak_bytes": max(peaks.values()),
+        "stage_peaks": {s: {"measured": peaks[s], "predicted": host} for s, (host, _) in planned.peaks.items()},
         "seconds": seconds,
+        "predicted_seconds": sum(planned.seconds.values()),
         "block_seconds": blocks,
         "quantizing_seconds": sum(layer["seconds"] for layer in manifest["layers"].values()),
+        "received_bytes": max(ranks.gather(ranks.received)),
+        "sha256": manifest["files"]["model.safetensors"],
         "unavoidable": bare,
         "unavoidable_seconds": total,
         "ratio": seconds / total if total else None,
@@ -239,4 +278,7 @@ def _random_codes(segment: Planes | Ints, out: int) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_run(json.loads(sys.argv[1]))))
+    with Ranks.join() as together:
+        measured = _run(json.loads(sys.argv[1]), together)
+        if together.is_first:
+            print(json.dumps(measured))

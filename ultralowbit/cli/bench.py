@@ -45,6 +45,7 @@ HiddenOption = Annotated[int, typer.Option(min=64, help="width of the block; its
 OriginalsArgument = Annotated[
     list[str], typer.Argument(metavar="MODEL", help="original model: a folder or a hub name, repeatable")
 ]
+RecipeOption = Annotated[str, typer.Option(help="shipped recipe or .yaml file")]
 NamesOption = Annotated[
     str | None, typer.Option(metavar="NAMES", help="recipes to run, with commas between them; all shipped by default")
 ]
@@ -79,7 +80,13 @@ def bench_pipeline(
     layers: Annotated[list[int], typer.Option(min=1, help="depth of a random model, repeatable")] = [4, 22],  # noqa: B006
     samples: Annotated[int, typer.Option(min=1, help="number of calibration windows")] = 16,
     length: Annotated[int, typer.Option(min=2, help="tokens in a window")] = 512,
-    recipe: Annotated[str, typer.Option(help="shipped recipe or .yaml file")] = "gptq-2bit",
+    recipe: RecipeOption = "gptq-2bit",
+    ranks: Annotated[
+        list[int],
+        typer.Option(
+            min=1, help="number of processes that share a compression, repeatable: 1 and 2 say what the second brings"
+        ),
+    ] = [1],  # noqa: B006
     out_folder: Annotated[
         Path | None, typer.Option("--out", callback=possible, help="folder to work in; a temporary one by default")
     ] = None,
@@ -88,10 +95,42 @@ def bench_pipeline(
     """Measure time and memory of compressing random models of some depths, beside the work that cannot be avoided.
 
     [bold]ultralowbit bench pipeline --layers 2 --layers 4 --samples 4[/]
+
+    [bold]ultralowbit bench pipeline --layers 2 --ranks 1 --ranks 2[/]
     """
     from ultralowbit.bench.pipeline import pipeline_bench
 
-    pipeline_bench(layers, samples, length, recipe, out_folder, json_file, say=say)
+    pipeline_bench(layers, samples, length, recipe, ranks, out_folder, json_file, say=say)
+
+
+def bench_scale(
+    model: Annotated[
+        Path | None,
+        typer.Argument(metavar="[MODEL]", help="folder with a config.json; by default Llama 70B's and DeepSeek-V3's"),
+    ] = None,
+    recipe: RecipeOption = "gptq-2bit",
+    ranks: Annotated[list[int], typer.Option(min=1, help="number of processes, a card each, repeatable")] = [1, 8, 64],  # noqa: B006
+    bf16: Annotated[float | None, typer.Option(help="10^12 flops a second of products in bf16")] = None,
+    fp32: Annotated[float | None, typer.Option(help="10^12 flops a second of products in fp32")] = None,
+    factors: Annotated[
+        float | None, typer.Option(help="10^12 times m^3 a second, of the factors of m x m Hessians")
+    ] = None,
+    column: Annotated[float | None, typer.Option(help="microseconds for each column in the loops of methods")] = None,
+    link: Annotated[float | None, typer.Option(help="GB that a process receives in a second")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Work out what compressing a large model would cost with many cards, from their rates; nothing heavy runs.
+
+    Rates that are not given are those of an H200 as far as they were measured, and assumed ones; they are printed.
+
+    [bold]ultralowbit bench scale --ranks 8 --ranks 64[/]
+
+    [bold]ultralowbit bench scale ./model --recipe ulb-fast --ranks 4 --fp32 50[/]
+    """
+    from ultralowbit.bench.scale import Card, scale_bench
+
+    card = Card(**given(bf16=bf16, fp32=fp32, factors=factors, column=column, link=link))
+    scale_bench(model, recipe, ranks, card, json_file, say=say)
 
 
 def bench_quantize(

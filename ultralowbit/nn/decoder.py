@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from copy import copy, deepcopy
+from copy import copy
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,10 +18,9 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ultralowbit.checkpoint.files import Source
@@ -31,7 +30,7 @@ from ultralowbit.format.words import TensorSpec
 from ultralowbit.nn.experts import ExpertLinear, routing_linears, separate_experts
 from ultralowbit.nn.hf_names import match_keys, match_parts, tied_names
 from ultralowbit.nn.linear import PackedLinear
-from ultralowbit.nn.original import read_config, refuse_adapters, refuse_codes
+from ultralowbit.nn.original import build_on_meta, read_config, refuse_adapters, refuse_codes
 
 MAX_UNQUANTIZED = 0.05
 """Largest share of the blocks' weights that may stay outside Linears; above it a model is refused."""
@@ -59,12 +58,7 @@ class Decoder:
         refuse_codes(self.source)
         self.dtype, self.device = dtype, device
         try:
-            with init_empty_weights(include_buffers=False):
-                self.model = AutoModelForCausalLM.from_config(
-                    deepcopy(self.config),  # it notes the compute dtype there, ours keeps the stored one
-                    dtype=dtype,
-                    trust_remote_code=trust_remote_code,
-                ).eval()
+            self.model = build_on_meta(self.config, dtype, trust_remote_code)
         except Exception as e:  # as above: sizes that do not fit together fail anywhere
             raise InputError(f"transformers cannot build a causal LM from {folder}/config.json ({reason(e)})") from e
         self.blocks_name, self.blocks = find_blocks(self.model, self.config)

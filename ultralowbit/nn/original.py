@@ -1,12 +1,18 @@
-"""What a checkpoint has to be so that it can be compressed: a config that transformers reads, whole weights in 16 bits
-or more, and no adapter beside them.
+"""What a checkpoint has to be so that it can be compressed: a config that transformers reads and can build, whole
+weights in 16 bits or more, and no adapter beside them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+import torch
+from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ultralowbit.checkpoint.files import Source
 from ultralowbit.errors import InputError, reason
@@ -28,6 +34,36 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise InputError(f"{folder} is already quantized ({method}): compress the original checkpoint instead")
     return config
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Makes what `torch.empty` gives on meta: parameters, before they are filled. What buffers are computed from, such
+    as `torch.arange`, stays real."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a config, its parameters on meta and its buffers real, in the memory of its buffers.
+
+    accelerate moves each parameter to meta once it is there, and the experts of one layer can be 30 GB: they are made
+    there. Raises whatever the model's class does.
+    """
+    with init_empty_weights(include_buffers=False), _EmptyOnMeta():
+        # it notes the compute dtype in the config, which is to keep the stored one
+        return AutoModelForCausalLM.from_config(
+            deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
+        ).eval()
 
 
 def refuse_adapters(folder: Path) -> None:

@@ -27,7 +27,8 @@ from ultralowbit.nn.decoder import Decoder
 from ultralowbit.pipeline.allocate import expected_planes
 from ultralowbit.pipeline.embed import planned_embeddings
 from ultralowbit.pipeline.memory import Memory, smaller_memory, stage_memory
-from ultralowbit.pipeline.rates import random, seconds
+from ultralowbit.pipeline.rates import measured_rates, random, seconds
+from ultralowbit.pipeline.sharing import received_bytes, shared_seconds
 from ultralowbit.pipeline.source import open_decoder, planned_formats
 from ultralowbit.pipeline.workload import Workload
 from ultralowbit.recipe import Recipe
@@ -158,7 +159,8 @@ def estimate(
 ) -> Estimate:
     """What `compress` with the same arguments would do; takes seconds, reads no weight and writes nothing.
 
-    ranks: the processes that would share the work; memory is that of one of them, seconds are those of one alone.
+    ranks: the processes that would share the work; memory is that of one of them, seconds are those of the busiest,
+    without what they wait for each other's bytes.
     Raises what `compress` raises for a model or recipe that it refuses.
     """
     where = pick_device(device)
@@ -166,11 +168,11 @@ def estimate(
     decoder = open_decoder(folder, where, trust_remote_code)
     recipe = expected_planes(decoder, recipe)
     formats = planned_formats(decoder, recipe)
-    size = _size(decoder, {**formats, **planned_embeddings(decoder, recipe)})
+    size = planned_size(decoder, {**formats, **planned_embeddings(decoder, recipe)})
     work = Workload(decoder, recipe, formats, ranks)
     notes = [] if recipe.allocate is None else ["which Linears get how many planes is decided on the text"]
     notes += [] if work.exact_groups else ["which Linears share an input is not known: one Hessian a Linear is assumed"]
-    notes += [] if ranks == 1 else [f"memory is that of one of {ranks} processes, time that of one process alone"]
+    notes += [] if ranks == 1 else [_about_ranks(work)]
     if any(_depends_on_data(method) for method in set(work.methods.values())):
         notes.append("with this recipe the size depends on data: bits and bytes are expected ones, not exact")
     if work.tokens:
@@ -194,7 +196,7 @@ def estimate(
             **({"what enters every block": work.depths} if work.depths else {}),
             **({"Fisher information of outputs": work.kept_outputs} if work.kept_outputs else {}),
         },
-        seconds=seconds(work, size),
+        seconds=shared_seconds(work, seconds(work, size, measured_rates(decoder.dtype, where))),
         available_memory=available_memory(),
         available_device_memory=torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else 0,
         available_disk=shutil.disk_usage(existing(Path(out).expanduser())).free,
@@ -209,7 +211,7 @@ def bits_for_size(model: str, recipe: Recipe, nbytes: int, device: str, trust_re
     """
     decoder = open_decoder(resolve_model(model), pick_device(device), trust_remote_code)
     least = recipe.model_copy(update={"allocate": None, "quantize": replace(recipe.quantize, planes=1)})
-    size = _size(decoder, {**planned_formats(decoder, least), **planned_embeddings(decoder, least)})
+    size = planned_size(decoder, {**planned_formats(decoder, least), **planned_embeddings(decoder, least)})
     names = [f"{layer.name}.weight_{part}" for layer in (*size.layers, *size.outside) for part in layer.parts]
     entry = {"dtype": "BF16", "shape": [10**7] * 3, "data_offsets": [nbytes] * 2}
     headers = len(json.dumps(dict.fromkeys([*names, *decoder.names_outside_blocks()], entry))) + (1 << 12)
@@ -223,7 +225,7 @@ def bits_for_size(model: str, recipe: Recipe, nbytes: int, device: str, trust_re
     return max(size.linear_bits_per_weight, math.floor(8e4 * (nbytes - beside) / size.linear_weights) / 1e4)
 
 
-def _size(decoder: Decoder, formats: dict[str, tuple[Format, tuple[int, int]]]) -> Size:
+def planned_size(decoder: Decoder, formats: dict[str, tuple[Format, tuple[int, int]]]) -> Size:
     """What the packed checkpoint will hold: the packed tensors of each Linear, all else as it is stored now."""
     packed = {weight_name(name) for name in formats}
     tensors = {name: spec for name, spec in decoder.specs.items() if name not in packed}
@@ -240,6 +242,12 @@ def _depends_on_data(method: Method) -> bool:
     stats.add(random(2 * m, m, torch.device("cpu")))
     packed = method.quantize(random(n, m, torch.device("cpu")), stats)
     return packed.format.tensors(n, m) != method.format(m).tensors(n, m)
+
+
+def _about_ranks(work: Workload) -> str:
+    """What is to be known of several processes."""
+    sums = f", in which it receives {format_bytes(received_bytes(work))} of sums" if work.hessians else ""
+    return f"memory and time are those of one of {work.ranks} processes{sums}"
 
 
 def _line(name: str, parts: dict[str, int], free: int) -> str:

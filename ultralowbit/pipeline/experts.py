@@ -68,7 +68,7 @@ class Mixture:
         if not members:
             return
         width = self.experts.linear(members[0], projection).in_features
-        most = max(1, AT_ONCE // (2 * 4 * width * width * (1 if original is None else 2)))
+        most = at_once(width, original is not None)
         for first in range(0, len(members), most):
             some = members[first : first + most]
             stats = self._ranks.sum_lanes(
@@ -127,3 +127,9 @@ class Mixture:
             handle.remove()
         hidden, routed = given
         return hidden, routed
+
+
+def at_once(width: int, paired: bool) -> int:
+    """Of how many experts statistics are gathered in one run, of inputs [tokens, width]; paired: beside the original's,
+    as errors are corrected. Of each there is a sum of all tokens and one of a lane."""
+    return max(1, AT_ONCE // (2 * 4 * width * width * (2 if paired else 1)))

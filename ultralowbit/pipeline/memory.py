@@ -17,6 +17,7 @@ from ultralowbit.format.ints import Ints
 from ultralowbit.format.planes import Planes
 from ultralowbit.format.weight import Format
 from ultralowbit.pipeline.embed import ROWS
+from ultralowbit.pipeline.experts import at_once
 from ultralowbit.pipeline.source import window_length
 from ultralowbit.pipeline.workload import Workload
 from ultralowbit.recipe import Recipe
@@ -98,10 +99,13 @@ def _blocks(work: Workload, recipe: Recipe) -> Memory:
     blocks = [_sizes(work, decoder.names_of_block(i)) for i in range(len(decoder.blocks))]
     stored, computed = max(blocks)
     outside, outside_computed = _sizes(work, decoder.names_outside_blocks())
-    widest = max((m for block in work.hessians for m in block), default=0)
+    widest = max((m for m, _ in work.hessians), default=0)
     hessians = 8 * widest**2 + 4 * work.outliers * widest  # one group at a time: fp32 sum, factor, tokens held back
     if work.paired:  # the sum against the original's inputs, a factor of its own, the residual's sum
         hessians += 8 * widest**2 + 4 * max(n * m for n, m in work.shapes.values())
+    if decoder.experts:  # of many at a time, and of one lane beside all
+        most = min(at_once(widest, work.paired), max(mixture.count for mixture in decoder.experts.values()))
+        hessians = max(hessians, most * 8 * widest**2 * (2 if work.paired else 1))
     factorise = 5 * 4 * widest**2  # beside the sum: the fp64 matrix, its flipped copy or factor, a product of halves
     packing = (12 if compute == 4 else 16) * max(n * m for n, m in work.shapes.values())  # fp32 copies of one weight
     forward = work.batch * compute * (8 * work.hidden + 3 * max(max(shape) for shape in work.shapes.values()))
@@ -157,7 +161,7 @@ def _preprocess(work: Workload, spec: Preprocess, recipe: Recipe) -> Memory:
         "a batch for the backward pass": backward,
     }
     stored = (work.decoder.config.dtype or torch.float32).itemsize
-    merged = packed | {"the merged model": stored * sum(work.forward)}
+    merged = packed | {"the merged model": stored * sum(work.forward.values())}
     return _largest(work, [Memory({}, parts), Memory({}, merged)])
 
 

@@ -54,6 +54,8 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None) -> None:
         self.rank, self.size, self._store = rank, size, store
+        self.received = 0
+        """Bytes of tensors that other ranks have sent to this one, those of training left out."""
 
     @classmethod
     def join(cls) -> Ranks:
@@ -128,6 +130,7 @@ class Ranks:
         if self.size > 1 and tensor.numel():
             with self.exchanging():
                 dist.broadcast(tensor, rank)
+            self.received += tensor.nbytes if rank != self.rank else 0
         return tensor
 
     def sum_lanes(
@@ -181,6 +184,7 @@ class Ranks:
             dist.all_to_all_single(
                 received, sent, [width] * owners + [0] * (self.size - owners), shares if len(sent) else [0] * self.size
             )
+        self.received += received.nbytes - (width * piece.itemsize if len(sent) else 0)
         share = piece.tensor_split(self.size)[self.rank]
         for part in received.view(owners, width):
             share += part
@@ -192,10 +196,7 @@ class Ranks:
         costly ones first dealt to the rank that has least to do. Beside the packed weight stands a JSON value."""
         if self.size == 1:
             return {name: pack(name) for name in costs}
-        load, owner = [0] * self.size, {}
-        for name in sorted(costs, key=lambda name: -costs[name]):
-            owner[name] = load.index(min(load))
-            load[owner[name]] += costs[name]
+        owner = dealt(costs, self.size)
         own = {name: pack(name) for name in costs if owner[name] == self.rank}
         heads = {name: [p.format.to_dict(), list(p.shape), note] for name, (p, note) in own.items()}
         solved = {}
@@ -276,6 +277,15 @@ class Ranks:
                 time.sleep(0.05)
             return self._store.compare_set(_FAILED, "", str(self.rank)).decode() == str(self.rank)
         return self.is_first
+
+
+def dealt(costs: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """The rank that each name is dealt to: the costly ones first, to the rank that has least to do."""
+    load, owner = [0] * ranks, {}
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        owner[name] = load.index(min(load))
+        load[owner[name]] += costs[name]
+    return owner
 
 
 def check_agreement(ranks: Ranks, facts: Mapping[str, Any], differ: Callable[[Any, Any], str]) -> None:

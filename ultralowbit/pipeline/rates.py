@@ -1,10 +1,12 @@
-"""How long the parts of a compression take, from rates measured here and now."""
+"""How long the parts of a compression take, from the rates of a machine."""
 
 from __future__ import annotations
 
 import hashlib
 import time
 from collections.abc import Callable
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,47 +19,65 @@ from ultralowbit.pipeline.source import window_length
 from ultralowbit.pipeline.workload import Workload
 
 
-def seconds(work: Workload, size: Size) -> dict[str, float]:
-    """Estimated seconds by part, from rates measured here and now."""
-    device = work.decoder.device
+class Rates(NamedTuple):
+    """How fast a machine is. single, own: flops a second of products in fp32 and in the compute dtype; factor: seconds
+    of a factorisation of an m x m Hessian, over m^3; hashing: bytes a second; rounding: of a method, seconds a column
+    and seconds a weight that it takes beside the large products."""
+
+    single: float
+    own: float
+    factor: float
+    hashing: float
+    rounding: Callable[[Method], tuple[float, float]]
+
+
+def measured_rates(dtype: torch.dtype, device: torch.device) -> Rates:
+    """The rates here and now, for blocks that run in `dtype` on a device."""
+    chunk = bytes(1 << 22)
+    return Rates(
+        _product_rate(torch.float32, device), _product_rate(dtype, device), _factor_seconds(device),
+        len(chunk) / _timed(lambda: hashlib.sha256(chunk), device), cache(partial(_column_seconds, device=device)),
+    )  # fmt: skip
+
+
+def seconds(work: Workload, size: Size, rates: Rates) -> dict[str, float]:
+    """Estimated seconds of one process, by part."""
     folder = work.decoder.source.folder
     hashed = size.total_bytes + sum((folder / file).stat().st_size for file in work.decoder.source.files)
-    chunk = bytes(1 << 22)
-    columns = {}  # method -> seconds a column, seconds a weight
-    for method in set(work.methods.values()):
-        columns[method] = _column_seconds(method, device)
+    single, own = rates.single, rates.own
     rounding = sum(
         m * per_column + n * m * per_weight
         for name, (n, m) in work.shapes.items()
-        for per_column, per_weight in [columns[work.methods[name]]]
+        for per_column, per_weight in [rates.rounding(work.methods[name])]
     )
-    parts = {
-        "hashing": hashed / len(chunk) * _timed(lambda: hashlib.sha256(chunk), device),
-        "rounding": rounding,
-    }
+    parts = {"hashing": hashed / rates.hashing, "rounding": rounding}
     if not (work.tokens or work.recipe.finetune or work.recipe.preprocess):
         return parts
     attention = len(work.decoder.blocks) * work.length * work.hidden
-    single, own = _product_rate(torch.float32, device), _product_rate(work.decoder.dtype, device)
-    token = 2 * sum(work.forward) + 4 * attention  # flops of its forward pass
+    # flops of its forward pass
+    token = 2 * sum(n * work.reached(name) for name, n in work.forward.items()) + 4 * attention
     # up to each input, and the whole; with correction in two models
     passes = 5 if work.paired else 2
-    parts = {"forward passes": passes * work.tokens * token / own} | parts | _training_seconds(work, token / own)
+    parts = (
+        {"forward passes": work.tokens * (passes * token + 2 * work.again) / own}
+        | parts
+        | _training_seconds(work, token / own)
+    )
     if not work.with_hessian:
         return parts
-    widths = [m for block in work.hessians for m in block]
+    sums = sum(share * m**2 for m, share in work.hessians)
     products = sum(n * m**2 for n, m in (work.shapes[name] for name in work.with_hessian))
-    factors, updates = sum(m**3 for m in widths) * _factor_seconds(device), products / single
+    factors, updates = sum(m**3 for m, _ in work.hessians) * rates.factor, products / single
     if work.backwards:
         # forwards, forwards and backwards; the head and its gradient
         measuring = work.backwards * (4 * token + 6 * work.hidden * work.vocabulary) / own
         heights = [n for n, _ in (work.shapes[name] for name in work.with_hessian)]
         measuring += 2 * work.heard * sum(n * min(n, ROWS) for n in heights) / single
         # every Linear packed once more
-        packing = 2 * work.costed * sum(m**2 for m in widths) / single + rounding + factors + updates
+        packing = 2 * work.costed * sums / single + rounding + factors + updates
         parts["what matters"] = measuring + packing * (work.costed > 0)
     return parts | {
-        "Hessians": 2 * work.tokens * sum(m**2 for m in widths) / single,
+        "Hessians": 2 * work.tokens * sums / single,
         "factors": factors,
         "updates": updates,
         "output errors": 4 * products / single,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from typing import Any
 
+from ultralowbit.checkpoint.names import expert_of
 from ultralowbit.format.weight import Format
 from ultralowbit.methods.output_feedback import ROWS
 from ultralowbit.methods.statistics import Need
 from ultralowbit.nn.decoder import Decoder
 from ultralowbit.nn.inputs import shared_inputs
 from ultralowbit.nn.linear import linear_shape
+from ultralowbit.pipeline.experts import at_once
 from ultralowbit.pipeline.source import BATCH_TOKENS, window_length
 from ultralowbit.recipe import Recipe
 
@@ -25,6 +29,7 @@ class Workload:
         ranks: int = 1,
     ) -> None:
         self.decoder, self.ranks = decoder, ranks
+        self.paired = recipe.error_correction is not None
         self.shapes = {name: shape for name, (_, shape) in formats.items()}
         self.methods = {name: recipe.method_for(name) for name in formats}
         self.with_hessian = [name for name in formats if Need.HESSIAN in self.methods[name].needs]
@@ -40,7 +45,7 @@ class Workload:
         self.outliers = 0 if clip is None else int(self.tokens * (1 - clip)) + 1  # tokens held back by each Hessian
         self.hidden = decoder.config.get_text_config().hidden_size
         self.activations = self.tokens * self.hidden * decoder.dtype.itemsize  # bytes of one activation file
-        self.paired = recipe.error_correction is not None  # two for the packed model, two for the original, the targets
+        # two for the packed model, two for the original, the targets
         self.files = 5 if recipe.blockwise is not None else 4 if self.paired else 2
         heard = [] if recipe.output_feedback is None else [n for n, _ in self.shapes.values()]
         self.kept_outputs = sum(4 * n * min(n, ROWS) for n in heard)  # bytes of what output feedback needs
@@ -53,12 +58,46 @@ class Workload:
         self.depths = self.backwards * (len(decoder.blocks) + 1) * self.hidden * decoder.dtype.itemsize
         leaders = shared_inputs(decoder) if self.with_hessian else {}
         self.exact_groups = leaders is not None
-        leader_of = {name: (leaders or {}).get(name, name) for name in self.with_hessian}
-        self.hessians = [  # of each block, `in` of each input group
-            [self.shapes[name][1] for name in {leader_of[n]: n for n in linears if n in leader_of}.values()]
-            for linears in (decoder.linears(i) for i in range(len(decoder.blocks)))
+        groups: dict[str, list[str]] = {}
+        for name in formats:
+            groups.setdefault((leaders or {}).get(name, name), []).append(name)
+        measured = {*self.with_hessian}
+        self.hessians = [  # `in` of each input group, and the share of tokens that reach it
+            (self.shapes[names[0]][1], self.reached(names[0])) for names in groups.values() if measured & {*names}
         ]
+        self.solved: dict[Any, dict[str, int]] = {}  # weights of the Linears that ranks solve at once
+        placed: Counter[tuple[str, str]] = Counter()
+        for leader, names in groups.items():
+            together: Any = leader
+            if place := expert_of(leader):  # as many experts as are measured at once
+                together = place, placed[place] // at_once(self.shapes[leader][1], self.paired)
+                placed[place] += len(names)
+            self.solved.setdefault(together, {}).update({name: math.prod(self.shapes[name]) for name in names})
         # of all blocks, skipped Linears too: those run as well
-        self.forward = [
-            math.prod(linear_shape(m)) for i in range(len(decoder.blocks)) for m in decoder.linears(i).values()
-        ]
+        self.forward = {
+            name: math.prod(linear_shape(m))
+            for i in range(len(decoder.blocks))
+            for name, m in decoder.linears(i).items()
+        }
+
+    @property
+    def again(self) -> int:
+        """Weights outside experts that a token is multiplied by once more, while statistics of experts are gathered:
+        a run through the block up to them for every few experts, of each projection."""
+        total = 0
+        for i in range(len(self.decoder.blocks)):
+            linears = self.decoder.linears(i)
+            widths = {expert_of(name): linear_shape(m)[1] for name, m in linears.items() if expert_of(name)}
+            before = sum(math.prod(linear_shape(m)) for name, m in linears.items() if expert_of(name) is None)
+            for (mixture, _), width in widths.items():
+                runs = math.ceil(self.decoder.experts[mixture].count / at_once(width, self.paired))
+                total += runs * (2 if self.paired else 1) * before
+        return total
+
+    def reached(self, name: str) -> float:
+        """The share of tokens that enter a Linear: all of them, or those that are routed to an expert."""
+        place = expert_of(name)
+        if place is None:
+            return 1.0
+        count = self.decoder.experts[place[0]].count
+        return min(1.0, (getattr(self.decoder.config.get_text_config(), "num_experts_per_tok", None) or count) / count)
