@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch import Tensor
 from ultralowbit.errors import FormatError
 from ultralowbit.format.segment import BudgetKind, Part, check_fields
 from ultralowbit.format.words import TensorSpec, pack_fields, unpack_fields, word_count
+
+MANY_ROWS = 16
+"""Rows from which on a Hadamard transform is faster on a copy that has them side by side."""
 
 
 @dataclass(frozen=True)
@@ -97,21 +101,47 @@ class InputTransform(Part):
 
 def block_hadamard(x: Tensor, block: int) -> Tensor:
     """x [..., columns] times the orthonormal, symmetric block matrix that `InputTransform` describes."""
-    columns = x.shape[-1]
-    start = columns // block * block
-    blocks = [_walsh(x[..., :start], block)] if start else []
-    while start < columns:
-        size = 1 << (columns - start).bit_length() - 1
-        blocks.append(_walsh(x[..., start : start + size], size))
-        start += size
-    return torch.cat(blocks, dim=-1)
+    return _BlockHadamard.apply(x, block)
 
 
-def _walsh(x: Tensor, size: int) -> Tensor:
-    """The fast transform of each `size` columns of x [..., columns]: log2(size) rounds of sums and differences."""
-    half = 1
-    while half < size:
-        a, b = x.unflatten(-1, (-1, 2, half)).unbind(-2)  # [..., pairs, half]
-        x = torch.stack([a + b, a - b], dim=-2).flatten(-3)
+class _BlockHadamard(torch.autograd.Function):
+    """The matrix is symmetric: the gradient is multiplied by it as x is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: int) -> Tensor:
+        ctx.block = block
+        columns = x.shape[-1]
+        sizes = [block] * (columns // block)
+        while rest := columns - sum(sizes):
+            sizes.append(1 << rest.bit_length() - 1)
+        rows = x.reshape(-1, columns)
+        # with the rows side by side, all that a round adds is long and contiguous
+        beside = len(rows) >= MANY_ROWS
+        y = rows.T.contiguous() if beside else rows
+        axis = 0 if beside else 1
+        widths = {size: size * n for size, n in Counter(sizes).items()}
+        parts = [
+            _walsh(part.contiguous(), size, len(rows) if beside else 1)
+            for size, part in zip(widths, y.split([*widths.values()], axis), strict=True)
+        ]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+        return (y.T if beside else y).reshape(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return block_hadamard(gradient, ctx.block), None
+
+
+def _walsh(x: Tensor, size: int, inner: int) -> Tensor:
+    """The fast transform of each `size` numbers of x, which lie `inner` places from each other: log2(size) rounds of
+    sums and differences."""
+    y, half = torch.empty_like(x), inner
+    source = x
+    while half < size * inner:
+        a, b = source.view(-1, 2, half).unbind(1)  # [pairs, half]
+        sums, differences = y.view(-1, 2, half).unbind(1)
+        torch.add(a, b, out=sums)
+        torch.sub(a, b, out=differences)
+        source, y = y, torch.empty_like(x) if source is x else source
         half *= 2
-    return x * size**-0.5
+    return source * size**-0.5

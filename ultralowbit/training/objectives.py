@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -107,9 +107,7 @@ BLOCK_OBJECTIVES: dict[str, type[BlockObjective]] = {"mse": MSE, "mse_nlc": MSEN
 def _in_chunks(f: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     """f of rows [positions, ...], a few positions at a time, recomputed for the gradient: what f makes of [positions,
     vocab] in fp32 never lies in memory as a whole."""
-    first = rows[0]
-    size = max(1, (CHUNK if first.device.type == "cpu" else 16 * CHUNK) // first.shape[-1])
-    chunks = zip(*(r.split(size) for r in rows), strict=True)
+    chunks = zip(*(r.split(_rows(rows[0])) for r in rows), strict=True)
     return torch.cat([checkpoint(f, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks])
 
 
@@ -122,15 +120,43 @@ def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     return _in_chunks(rows, logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).mean()
 
 
+class _Divergence(torch.autograd.Function):
+    """`divergence` of rows [positions, vocab], a few at a time: its gradient (q - p) / temperature of the student's
+    logits is made of the logits again, and the teacher's have none."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(student, teacher)
+        ctx.temperature = temperature
+        values = []
+        for rows in zip(student.split(_rows(student)), teacher.split(_rows(student)), strict=True):
+            log_q, log_p = (_tempered(logits, temperature).log_softmax(-1) for logits in rows)
+            values.append(log_p.exp().mul_(log_p.sub_(log_q)).sum(-1))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        student, teacher = ctx.saved_tensors
+        result = torch.empty_like(student)
+        by_rows = (t.split(_rows(student)) for t in (student, teacher, gradient / ctx.temperature, result))
+        for s, t, g, out in zip(*by_rows, strict=True):
+            q, p = (_tempered(logits, ctx.temperature).softmax(-1) for logits in (s, t))
+            out.copy_(q.sub_(p).mul_(g[:, None]))
+        return result, None, None
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    return logits.float() if temperature == 1 else logits.float() / temperature
+
+
+def _rows(logits: Tensor) -> int:
+    """How many rows of logits [positions, vocab] are taken at a time."""
+    return max(1, (CHUNK if logits.device.type == "cpu" else 16 * CHUNK) // logits.shape[-1])
+
+
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) [positions] of the softmax of logits [..., vocab] / temperature."""
-
-    def rows(student: Tensor, teacher: Tensor) -> Tensor:
-        log_q = (student.float() / temperature).log_softmax(-1)
-        log_p = (teacher.float() / temperature).log_softmax(-1)
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-    return _in_chunks(rows, student.flatten(0, -2), teacher.flatten(0, -2))
+    return _Divergence.apply(student.flatten(0, -2), teacher.detach().flatten(0, -2), temperature)
 
 
 def entropy(teacher: Tensor) -> Tensor:

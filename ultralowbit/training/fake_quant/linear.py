@@ -110,14 +110,14 @@ class FakeQuantLinear(nn.Module):
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in], equal to `pack().dequantize(dtype)` bit for bit."""
         tensors = self._tensors()
-        return Tiled.apply(self._weight, self.packed.shape, dtype, tuple(tensors), *tensors.values())
+        return Tiled.apply(self._weight, self.input.turned, self.packed.shape, dtype, tuple(tensors), *tensors.values())
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that the weight is made of, by name; with the rows first, but for the input's."""
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def _weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Some rows of the weight in fp32, from the same rows of the tensors."""
+        """Some rows of the weight in fp32, before they are turned, from the same rows of the tensors."""
         parts = []
         for i, part in enumerate(self.parts):
             parts.append(part.weight(under(tensors, f"parts.{i}."), tensors.get("row"), self.progress))

@@ -12,23 +12,25 @@ _TILE = 1 << 18  # weights made at a time on a CPU: what they pass through on th
 
 
 class Tiled(torch.autograd.Function):
-    """weight(tensors) for some rows at a time: tensors have their rows first. The gradient computes each tile again, so
-    that what a weight passes through never lies in memory as a whole."""
+    """turn(weight(tensors)) for some rows at a time: tensors have their rows first. The gradient computes each tile
+    again, so that what a weight passes through never lies in memory as a whole; but not what `turn` makes of it, which
+    multiplies rows by a symmetric matrix."""
 
     @staticmethod
     def forward(
         ctx: Any,
         weight: Callable[[Mapping[str, Tensor]], Tensor],
+        turn: Callable[[Tensor], Tensor],
         shape: tuple[int, int],
         dtype: torch.dtype,
         names: tuple[str, ...],
         *tensors: Tensor,
     ) -> Tensor:
-        ctx.weight, ctx.shape, ctx.names = weight, shape, names
+        ctx.weight, ctx.turn, ctx.shape, ctx.names = weight, turn, shape, names
         ctx.save_for_backward(*tensors)
         dense = torch.empty(shape, dtype=dtype, device=tensors[0].device)
         for rows in row_tiles(shape, dense.device):
-            dense[rows] = weight(take_rows(dict(zip(names, tensors, strict=True)), rows))
+            dense[rows] = turn(weight(take_rows(dict(zip(names, tensors, strict=True)), rows)))
         return dense
 
     @staticmethod
@@ -40,10 +42,10 @@ class Tiled(torch.autograd.Function):
             part = {name: t.detach() for name, t in take_rows(tensors, rows).items()}
             leaves = [part[name].requires_grad_() for name in trained]
             with torch.enable_grad():
-                gradients = torch.autograd.grad(ctx.weight(part), leaves, grad[rows].float())
+                gradients = torch.autograd.grad(ctx.weight(part), leaves, ctx.turn(grad[rows].float()))
             for name, g in zip(trained, gradients, strict=True):
                 take_rows(grads, rows)[name].add_(g)
-        return None, None, None, None, *(grads.get(name) for name in ctx.names)
+        return None, None, None, None, None, *(grads.get(name) for name in ctx.names)
 
 
 def row_tiles(shape: tuple[int, int], device: torch.device) -> list[slice]:

@@ -37,10 +37,14 @@ class FakeQuantTransform(nn.Module):
         self.register_buffer("fixed", column if train else None)
         self.register_buffer("trained", trained.to(column.device) if train else None)
 
+    def turned(self, rows: Tensor) -> Tensor:
+        """Rows [..., in] times the Hadamard matrix, which is its own inverse."""
+        block = self.transform and self.transform.hadamard
+        return block_hadamard(rows, block) if block else rows
+
     def stored(self, weight: Tensor) -> Tensor:
         """A weight [out, in] that multiplies x, in the columns that are stored."""
-        if self.transform is not None and self.transform.hadamard:
-            weight = block_hadamard(weight, self.transform.hadamard)
+        weight = self.turned(weight)
         if self.order is not None:
             weight = weight[:, self.order]
         if self.column is not None:
@@ -48,13 +52,11 @@ class FakeQuantTransform(nn.Module):
         return weight
 
     def weight(self, own: Mapping[str, Tensor], weight: Tensor) -> Tensor:
-        """The inverse: some rows of what is stored, as they multiply x."""
+        """Some rows of what is stored, as they multiply x once it is `turned`: beside that, the inverse."""
         if "column" in own:
             weight = weight * self._column(own)
         if "order" in own:
             weight = Permute.apply(weight, own["inverse"], own["order"])
-        if self.transform is not None and self.transform.hadamard:
-            weight = block_hadamard(weight, self.transform.hadamard)
         return weight
 
     def _column(self, own: Mapping[str, Tensor]) -> Tensor:
