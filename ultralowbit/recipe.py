@@ -257,6 +257,8 @@ def _explain(error: Any) -> str:
         return f"{where}.{key} is {context['tag']}, expected one of {expected}"
     if error["type"] == "union_tag_not_found":
         return f"{where} has no {error['ctx']['discriminator']}, expected one of {', '.join(_tags(owner, path[-1]))}"
+    if error["type"] == "value_error":  # our own sentence, which says what it is about
+        return f"{where}: {error['ctx']['error']}"
     value = repr(error["input"])
     shown = value if len(value) <= 100 else f"{value[:97]}..."
     return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]} (found {shown})"

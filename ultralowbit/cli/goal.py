@@ -68,9 +68,13 @@ class Goal(NamedTuple):
                 raise InputError("--effort goes with --bits and --size: a recipe says itself what is done")
             return Recipe.load(self.recipe, settings, **options)
         name = OURS[self.effort or Effort.DEFAULT]
-        bits = self.bits
+        bits, recipe = self.bits, Recipe.load(name, settings, **options)
+        if recipe.allocate is None:
+            raise InputError(
+                f"{given[0]} shares planes out among Linears, which --set allocate=null turns off: leave that out, or "
+                f"give --recipe {name} instead of {given[0]}"
+            )
         if self.size is not None:
-            recipe = Recipe.load(name, settings, **options)
             bits = bits_for_size(model, recipe, parse_bytes(self.size), device, trust_remote_code)
         label = f"{bits:g}bit" if self.size is None else self.size
         return Recipe.load(name, [*settings, f"allocate.bits={bits!r}", f"name={name}-{label}"], **options)
