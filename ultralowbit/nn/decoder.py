@@ -29,7 +29,8 @@ from ultralowbit.checkpoint.names import weight_name
 from ultralowbit.errors import CheckpointError, InputError, reason
 from ultralowbit.format.words import TensorSpec
 from ultralowbit.nn.experts import ExpertLinear, routing_linears, separate_experts
-from ultralowbit.nn.hf_names import match_keys, match_parts, tied_names
+from ultralowbit.nn.folding import Folding, why_not_foldable
+from ultralowbit.nn.hf_names import match_keys, match_parts, tied_names, untie
 from ultralowbit.nn.linear import PackedLinear
 from ultralowbit.nn.original import read_config, refuse_adapters, refuse_codes
 
@@ -58,6 +59,7 @@ class Decoder:
         self.source = Source(folder)
         refuse_codes(self.source)
         self.dtype, self.device = dtype, device
+        self.folding: Folding | None = None
         try:
             with init_empty_weights(include_buffers=False):
                 self.model = AutoModelForCausalLM.from_config(
@@ -147,7 +149,36 @@ class Decoder:
         prefix = f"{self.block_name(i)}."
         return [name for name in self.specs if name.startswith(prefix)]
 
+    def fold(self, seed: int) -> str | None:
+        """Fold rotations into all that is read from here on; why that cannot be, as the end of a sentence, where the
+        architecture does not allow it."""
+        why_not = why_not_foldable(self)
+        if why_not is None:
+            self.folding = Folding(self, seed)
+        return why_not
+
+    def untie(self, head: str, embedding: str) -> bool:
+        """Give the head, by name, a weight of its own, for now that of the embedding; False where it has one."""
+        own, source = f"{head}.weight", f"{embedding}.weight"
+        if tied_names(self.model).get(own) != source:
+            return False
+        untie(self.model, source)
+        module = self.model.get_submodule(head)
+        module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
+        self.config.tie_word_embeddings = False
+        if own not in self.specs:
+            self.specs[own], self.key_of[own] = self.specs[source], self.key_of[source]
+        return True
+
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """State name -> tensor as stored, or as `folding` makes it of that."""
+        if self.folding is None:
+            return self._stored(names)
+        norm_of = {name: self.folding.norm_of(name) for name in names}
+        tensors = self._stored(list(dict.fromkeys([*names, *filter(None, norm_of.values())])))
+        return {name: self.folding(name, tensors[name], tensors.get(norm_of[name])) for name in names}
+
+    def _stored(self, names: Sequence[str]) -> dict[str, Tensor]:
         """State name -> tensor as stored; raises `CheckpointError` naming one that is not finite."""
         stored = self.source.read([self.key_of[name] for name in names if name in self.key_of])
         tensors = {name: stored[self.key_of[name]] if name in self.key_of else self._join(name) for name in names}

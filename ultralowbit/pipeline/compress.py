@@ -31,12 +31,13 @@ from ultralowbit.format.words import VERSION
 from ultralowbit.hub import resolve_model
 from ultralowbit.methods.statistics import Need
 from ultralowbit.nn.decoder import Decoder
+from ultralowbit.nn.folding import give_folded
 from ultralowbit.pipeline.allocate import allocated, expected_planes
 from ultralowbit.pipeline.embed import dense_embedding, packed_embeddings
 from ultralowbit.pipeline.memory import what_helps
 from ultralowbit.pipeline.ranks import Ranks, check_agreement, machine_facts
 from ultralowbit.pipeline.sensitivity import measure_predictions
-from ultralowbit.pipeline.source import TextReader, hash_model, open_decoder, planned_formats
+from ultralowbit.pipeline.source import TextReader, folded, hash_model, open_decoder, planned_formats
 from ultralowbit.pipeline.stream import BlockStream
 from ultralowbit.pipeline.write import write_checkpoint
 from ultralowbit.progress import Progress, Silent
@@ -91,7 +92,8 @@ def compress(
     progress, ranks = progress or Silent(), ranks or Ranks()
     where = pick_device(ranks.device(device))
     folder = resolve_model(model)
-    decoder = open_decoder(folder, where, trust_remote_code)
+    original = decoder = open_decoder(folder, where, trust_remote_code)
+    recipe, rotation = folded(decoder, recipe)
     formats = planned_formats(decoder, expected_planes(decoder, recipe))
     reader = TextReader(folder, decoder, trust_remote_code, progress)
     texts = _shared_texts(ranks, lambda: _read_texts(recipe, formats, reader))
@@ -102,6 +104,10 @@ def compress(
         target = Path(out).expanduser().resolve()
         progress.say(f"{target} is already what this command makes")
         return Compressed(target, read_manifest(target), texts)
+    if rotation is not None:
+        job.state["rotation"] = rotation
+        for note in rotation["notes"]:
+            progress.say(note)
     again = partial(compress, model, device=str(where), trust_remote_code=trust_remote_code, progress=progress)
 
     def preprocessed() -> str:
@@ -125,7 +131,7 @@ def compress(
         if recipe.finetune is not None:
             tokens = texts["finetune"].tokens
             with naming_memory(f"fine-tuning {folder}", what_helps(recipe, "finetune", where)), ranks.exchanging():
-                _finetune(job, folder, decoder, recipe, outside, tokens, trust_remote_code, progress, ranks)
+                _finetune(job, original, decoder, recipe, outside, tokens, trust_remote_code, progress, ranks)
         manifest = ranks.agree(finish)
     finally:
         job.close()
@@ -210,7 +216,7 @@ def _preprocess(
 
 def _finetune(
     job: Job,
-    folder: Path,
+    original: Decoder,
     decoder: Decoder,
     recipe: Recipe,
     outside: Mapping[str, PackedWeight],
@@ -219,7 +225,7 @@ def _finetune(
     progress: Progress,
     ranks: Ranks,
 ) -> None:
-    """Train the packed model as a whole, with the model in `folder` as teacher; its blocks are then written again.
+    """Train the packed model as a whole, with the original as teacher; its blocks are then written again.
     outside: the packed embedding and head, which are not trained."""
     state, started = job.state, time.perf_counter()
     if "finetune" in state:
@@ -228,7 +234,8 @@ def _finetune(
     block_of = {name: i for i in blocks for name in decoder.linears(i)}
     packed = {name: packed_weight(name, entry, blocks[block_of[name]]) for name, entry in state["layers"].items()}
     trained, fitted = finetune(
-        folder, lambda name: decoder.read([f"{name}.weight"])[f"{name}.weight"], packed, outside, tokens,
+        original.source.folder, partial(give_folded, decoder=original) if original.folding else lambda model: None,
+        lambda name: decoder.read([f"{name}.weight"])[f"{name}.weight"], packed, outside, tokens,
         recipe.finetune, job.work / "finetune.safetensors", decoder.device, trust_remote_code, progress,
         Shards(ranks.mesh(decoder.device)),
     )  # fmt: skip

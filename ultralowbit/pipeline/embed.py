@@ -46,7 +46,7 @@ def planned_embeddings(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Form
     planned = {}
     for name in find_ends(decoder.model).names:
         rows, columns = decoder.model.get_submodule(name).weight.shape
-        format, block = recipe.embeddings.quantizer.format(columns), recipe.hadamard(columns)
+        format, block = recipe.embeddings.quantizer.format(columns), recipe.hadamard(name, columns)
         planned[name] = (rotated_format(format, block) if block else format, (rows, columns))
     return planned
 
@@ -91,7 +91,7 @@ def _pack(
     """Each packed weight, and what the manifest says of it."""
     ends, method, device = find_ends(decoder.model), recipe.embeddings.quantizer, decoder.device
     weights = decoder.read([f"{name}.weight" for name in ends.names])
-    block = recipe.hadamard(weights[f"{ends.embedding}.weight"].shape[1])
+    block = recipe.hadamard(ends.embedding, weights[f"{ends.embedding}.weight"].shape[1])
     read = None if tokens is None or not method.needs else _read_by_head(decoder, tokens, method.needs, block, progress)
     progress.start("packing the embeddings", sum(-(-len(weight) // ROWS) for weight in weights.values()))
     packed, entries = {}, {}

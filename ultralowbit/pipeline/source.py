@@ -36,6 +36,21 @@ def open_decoder(folder: Path, device: torch.device, trust_remote_code: bool = F
     return decoder
 
 
+def folded(decoder: Decoder, recipe: Recipe) -> tuple[Recipe, dict[str, Any] | None]:
+    """Fold rotations into what the decoder reads, where the recipe asks for that and the architecture allows it; the
+    recipe that knows which inputs are then rotated, and what the manifest says, None where nothing was asked for."""
+    rotate = recipe.rotate
+    if rotate is None or rotate.inputs != "folded":
+        return recipe, None
+    if (why_not := decoder.fold(rotate.seed)) is None:
+        inputs = decoder.folding.folded
+        untied = ["the head, which was tied to the embedding, has a weight of its own"] * decoder.folding.untied
+        return recipe.with_folded(inputs), {"inputs": rotate.inputs, "others": rotate.others, "notes": untied}
+    instead = "nothing is rotated" if rotate.others == "none" else "inputs are rotated where they enter"
+    note = f"rotations cannot be folded into {decoder.config.model_type}, {why_not}: {instead}"
+    return recipe, {"inputs": rotate.others, "others": rotate.others, "notes": [note]}
+
+
 def window_length(spec: CalibrationSpec, decoder: Decoder) -> int:
     """The length of windows that is asked for, cut to the model's positions."""
     positions = getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
@@ -61,7 +76,7 @@ def planned_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format,
             )
     formats = {}
     for name, shape in packed_linears(decoder, recipe).items():
-        format, block = recipe.method_for(name).format(shape[1]), recipe.hadamard(shape[1])
+        format, block = recipe.method_for(name).format(shape[1]), recipe.hadamard(name, shape[1])
         formats[name] = (rotated_format(format, block) if block else format, shape)
     if not formats:
         raise InputError(f"recipe {recipe.name} skips every Linear of the model: nothing would be compressed")
@@ -96,7 +111,7 @@ def _check_rates(
     for (_, columns), name in distinct.items():
         method = recipe.method_for(name)
         rows = torch.randn(4, columns, generator=generator, dtype=torch.float32)  # [4, in]
-        packed, block = method.quantize(rows, None), recipe.hadamard(columns)
+        packed, block = method.quantize(rows, None), recipe.hadamard(name, columns)
         packed = rotated_weight(packed, block) if block else packed
         try:
             trained = FakeQuantLinear(packed, spec.training.lr, latent=rows, scales=spec.scales)
