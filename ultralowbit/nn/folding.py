@@ -2,8 +2,8 @@
 when the model runs.
 
 Ashkboos et al.: QuaRot, NeurIPS 2024, arXiv 2404.00456, section 4, stage 1; Liu et al.: SpinQuant, ICLR 2025, arXiv
-2405.16406, whose R1 and R2 these are, random and not learned. RMSNorm commutes with an orthogonal R once its gains g are
-in the Linears that read it (Ashkboos et al.: SliceGPT, ICLR 2024, arXiv 2401.15024):
+2405.16406, whose R1 and R2 these are, random and not learned. RMSNorm commutes with an orthogonal R once its gains g
+are in the Linears that read it (Ashkboos et al.: SliceGPT, ICLR 2024, arXiv 2401.15024):
 
     W (g * norm(h)) = (W diag(g) R) norm(R^T h)
 
@@ -146,16 +146,16 @@ def give_folded(model: nn.Module, decoder: Decoder) -> None:
     """Put what a folded decoder reads into the same model in memory, in its dtypes; a tied head gets its own weight."""
     for name in decoder.specs:
         owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        old, (new,) = getattr(module, leaf), decoder.read([name]).values()
-        if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(new.to(old), requires_grad=False)
+        weights, (weight,) = model.get_submodule(owner)._parameters, decoder.read([name]).values()
+        weights[leaf] = nn.Parameter(weight.to(weights[leaf]), requires_grad=False)
 
 
 def why_not_foldable(decoder: Decoder) -> str | None:
     """Why rotations cannot be folded into a model, as the end of a sentence; None where they can."""
     model, kind = decoder.model, decoder.config.model_type
-    if kind in FOLDABLE and type(model).__module__.startswith("transformers.models."):
+    if kind in FOLDABLE and not type(model).__module__.startswith("transformers.models."):
+        return "its code is not that of transformers"
+    if kind in FOLDABLE:
         strange = next((n for n in _inside(decoder) if n not in (*_READERS, *_WRITERS, *_OTHERS)), None)
         return None if strange is None else f"what {strange} does in its blocks is not known"
     if any(isinstance(module, nn.LayerNorm) for module in model.modules()):

@@ -37,7 +37,7 @@ from ultralowbit.pipeline.embed import dense_embedding, packed_embeddings
 from ultralowbit.pipeline.memory import what_helps
 from ultralowbit.pipeline.ranks import Ranks, check_agreement, machine_facts
 from ultralowbit.pipeline.sensitivity import measure_predictions
-from ultralowbit.pipeline.source import TextReader, folded, hash_model, open_decoder, planned_formats
+from ultralowbit.pipeline.source import TextReader, hash_model, open_decoder, open_folded, planned_formats
 from ultralowbit.pipeline.stream import BlockStream
 from ultralowbit.pipeline.write import write_checkpoint
 from ultralowbit.progress import Progress, Silent
@@ -92,22 +92,17 @@ def compress(
     progress, ranks = progress or Silent(), ranks or Ranks()
     where = pick_device(ranks.device(device))
     folder = resolve_model(model)
-    original = decoder = open_decoder(folder, where, trust_remote_code)
-    recipe, rotation = folded(decoder, recipe)
+    decoder, recipe, rotation = open_folded(folder, where, recipe, trust_remote_code)
     formats = planned_formats(decoder, expected_planes(decoder, recipe))
     reader = TextReader(folder, decoder, trust_remote_code, progress)
     texts = _shared_texts(ranks, lambda: _read_texts(recipe, formats, reader))
     text = texts.get("calibration")
     fingerprint = _fingerprint(decoder, recipe, texts, _model_digests(ranks, decoder, progress))
-    source, job = decoder.source, _open_job(Path(out), fingerprint, restart, progress, ranks)
+    original, job = decoder, _open_job(Path(out), fingerprint, rotation, restart, progress, ranks)
     if job is None:
         target = Path(out).expanduser().resolve()
         progress.say(f"{target} is already what this command makes")
         return Compressed(target, read_manifest(target), texts)
-    if rotation is not None:
-        job.state["rotation"] = rotation
-        for note in rotation["notes"]:
-            progress.say(note)
     again = partial(compress, model, device=str(where), trust_remote_code=trust_remote_code, progress=progress)
 
     def preprocessed() -> str:
@@ -116,7 +111,7 @@ def compress(
 
     def finish() -> dict[str, Any]:
         manifest = write_checkpoint(job, model, folder, decoder, recipe, text)
-        source.check_unchanged()
+        original.source.check_unchanged()
         job.publish()
         return manifest
 
@@ -156,11 +151,22 @@ def _model_digests(ranks: Ranks, decoder: Decoder, progress: Progress) -> dict[s
     return hash_model(decoder, progress) if ranks.is_first or is_local_first else None
 
 
-def _open_job(out: Path, fingerprint: dict[str, Any], restart: bool, progress: Progress, ranks: Ranks) -> Job | None:
+def _open_job(
+    out: Path,
+    fingerprint: dict[str, Any],
+    rotation: dict[str, Any] | None,
+    restart: bool,
+    progress: Progress,
+    ranks: Ranks,
+) -> Job | None:
     """The job of all ranks, whose folder rank 0 writes; None if `out` is there already. Ranks that differ in anything
-    that the result depends on are refused before."""
+    that the result depends on are refused before. What there is to note of the rotation is said and kept."""
     check_agreement(ranks, fingerprint | {"machine": machine_facts()}, difference)
     job = Job.open(out, fingerprint, restart, progress) if ranks.is_first else None
+    if job is not None and rotation is not None:
+        job.state["rotation"] = rotation
+        for note in rotation["notes"]:
+            progress.say(note)
     place = ranks.agree(lambda: job and job.place)
     return job if ranks.is_first or place is None else Follower(place)
 

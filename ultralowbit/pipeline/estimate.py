@@ -28,7 +28,7 @@ from ultralowbit.pipeline.allocate import expected_planes
 from ultralowbit.pipeline.embed import planned_embeddings
 from ultralowbit.pipeline.memory import Memory, smaller_memory, stage_memory
 from ultralowbit.pipeline.rates import random, seconds
-from ultralowbit.pipeline.source import folded, open_decoder, planned_formats
+from ultralowbit.pipeline.source import open_folded, planned_formats
 from ultralowbit.pipeline.workload import Workload
 from ultralowbit.recipe import Recipe
 from ultralowbit.system import available_memory, existing, pick_device
@@ -163,8 +163,7 @@ def estimate(
     """
     where = pick_device(device)
     folder = resolve_model(model)
-    decoder = open_decoder(folder, where, trust_remote_code)
-    recipe, rotation = folded(decoder, recipe)
+    decoder, recipe, rotation = open_folded(folder, where, recipe, trust_remote_code)
     recipe = expected_planes(decoder, recipe)
     formats = planned_formats(decoder, recipe)
     size = _size(decoder, {**formats, **planned_embeddings(decoder, recipe)})
@@ -209,8 +208,7 @@ def bits_for_size(model: str, recipe: Recipe, nbytes: int, device: str, trust_re
 
     Raises `InputError` where one plane for every Linear, with all that is not packed, is larger than that.
     """
-    decoder = open_decoder(resolve_model(model), pick_device(device), trust_remote_code)
-    recipe, _ = folded(decoder, recipe)
+    decoder, recipe, _ = open_folded(resolve_model(model), pick_device(device), recipe, trust_remote_code)
     least = recipe.model_copy(update={"allocate": None, "quantize": replace(recipe.quantize, planes=1)})
     size = _size(decoder, {**planned_formats(decoder, least), **planned_embeddings(decoder, least)})
     names = [f"{layer.name}.weight_{part}" for layer in (*size.layers, *size.outside) for part in layer.parts]

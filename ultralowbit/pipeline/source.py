@@ -36,19 +36,22 @@ def open_decoder(folder: Path, device: torch.device, trust_remote_code: bool = F
     return decoder
 
 
-def folded(decoder: Decoder, recipe: Recipe) -> tuple[Recipe, dict[str, Any] | None]:
-    """Fold rotations into what the decoder reads, where the recipe asks for that and the architecture allows it; the
-    recipe that knows which inputs are then rotated, and what the manifest says, None where nothing was asked for."""
-    rotate = recipe.rotate
+def open_folded(
+    folder: Path, device: torch.device, recipe: Recipe, trust_remote_code: bool = False
+) -> tuple[Decoder, Recipe, dict[str, Any] | None]:
+    """The model with rotations folded into what is read of it, where the recipe asks for that and the architecture
+    allows it; the recipe that knows which inputs are then rotated; and what the manifest says of that, None where
+    nothing was asked for."""
+    decoder, rotate = open_decoder(folder, device, trust_remote_code), recipe.rotate
     if rotate is None or rotate.inputs != "folded":
-        return recipe, None
-    if (why_not := decoder.fold(rotate.seed)) is None:
-        inputs = decoder.folding.folded
+        return decoder, recipe, None
+    why_not = decoder.fold(rotate.seed)
+    if why_not is None:
         untied = ["the head, which was tied to the embedding, has a weight of its own"] * decoder.folding.untied
-        return recipe.with_folded(inputs), {"inputs": rotate.inputs, "others": rotate.others, "notes": untied}
+        return decoder, recipe.with_folded(decoder.folding.folded), {"inputs": "folded", "notes": untied}
     instead = "nothing is rotated" if rotate.others == "none" else "inputs are rotated where they enter"
     note = f"rotations cannot be folded into {decoder.config.model_type}, {why_not}: {instead}"
-    return recipe, {"inputs": rotate.others, "others": rotate.others, "notes": [note]}
+    return decoder, recipe, {"inputs": rotate.others, "notes": [note]}
 
 
 def window_length(spec: CalibrationSpec, decoder: Decoder) -> int:

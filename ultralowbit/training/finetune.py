@@ -48,9 +48,9 @@ def finetune(
     """Train the packed Linears of the model in `folder` on tokens [windows, length] and return those that are better
     for it, with how the training went.
 
-    change: what is done to the model once it is loaded; weight: reads what the latent weight of a Linear starts from; outside: the packed embedding and head, with which the
-    student computes and which stay as they are; state: the file that a killed run goes on from; shards: the ranks that
-    train together and call this alike, all of which get the result.
+    change: done to that model once it is loaded; weight: reads what the latent weight of a Linear starts from; outside:
+    the packed embedding and head, with which the student computes and which stay as they are; state: the file that a
+    killed run goes on from; shards: the ranks that train together and call this alike, which all get the result.
     """
     teacher = _teacher(folder, change, device, trust_remote_code)
     student = _sharing(teacher, outside)
