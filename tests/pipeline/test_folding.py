@@ -134,6 +134,18 @@ def test_what_cannot_be_folded_is_said(rotate, instead, save_model, tiny_config,
     assert all((done.folder / f).read_bytes() == (expected.folder / f).read_bytes() for f in ("model.safetensors",))
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_tied_head_stays_so_where_it_is_to(tied, save_model, tiny_config, recipe, tmp_path):
+    source = save_model(tiny_config(num_hidden_layers=2, tie_word_embeddings=tied), tmp_path / "model")
+    done = compress(str(source), recipe(rotate=FOLDED | {"tied": "keep"}), tmp_path / "out")
+    assert done.manifest["rotation"]["inputs"] == ("online" if tied else "folded")
+    assert read_json(done.folder / "config.json")["tie_word_embeddings"] is tied
+    notes = ["rotations cannot be folded into llama, its head is tied to the embedding, and is to stay so: inputs are"]
+    assert [note.partition(" rotated")[0] for note in done.manifest["rotation"]["notes"]] == notes * tied
+    online = {name for name, transform in transforms(done).items() if transform}
+    assert len(online) == (7 if tied else 1)
+
+
 def test_every_stage_sees_the_folded_model(source, recipe, tmp_path):
     """Adapters, trained blocks and a trained whole: each is measured against what it is to be near to."""
     training = {"epochs": 2, "batch": 2, "evaluations": 2}
@@ -215,7 +227,9 @@ def test_folded_weights_have_the_perplexity_of_the_original(source):
         ({"inputs": "fold"}, "'online' or 'folded'"),
         ({"inputs": "folded", "others": "off"}, "'online' or 'none'"),
         ({"inputs": "online", "others": "none"}, "others: none goes with inputs: folded"),
+        ({"inputs": "folded", "tied": "yes"}, "'untie' or 'keep'"),
         ({"inputs": "folded", "seed": "x"}, "valid integer"),
+        ({"inputs": "folded", "seed": -1}, "greater than or equal to 0"),
     ],
 )
 def test_bad_values_are_one_sentence(rotate, said, tmp_path):

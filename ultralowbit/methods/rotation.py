@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+from pydantic import Field
+
 from ultralowbit.format.transform import InputTransform
 from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.methods.base import fields
@@ -26,14 +28,16 @@ SMALLEST = 32
 class Rotate:
     """inputs: `online` multiplies the inputs of every packed Linear by a block Hadamard matrix where they enter it;
     `folded` rotates the residual stream and the values of each head within the weights, where the architecture allows
-    that, at no cost when the model runs, and makes a tied head one of its own. others: what is done to inputs that no
-    rotation can be folded into, those of down_proj or, in other architectures, all: `online`, or `none`. seed: of the
-    signs of folded rotations.
+    that, at no cost when the model runs. others: what is done to inputs that no rotation can be folded into, those of
+    down_proj or, where nothing can be folded, all: `online`, or `none`. tied: a head that is tied to the embedding gets
+    a weight of its own with `untie`; with `keep` nothing is folded into such a model. seed: of the signs of folded
+    rotations.
     """
 
     inputs: Literal["online", "folded"] = "online"
     others: Literal["online", "none"] = "online"
-    seed: int = 0
+    tied: Literal["untie", "keep"] = "untie"
+    seed: int = Field(0, ge=0, lt=2**31)
 
     def __post_init__(self) -> None:
         if self.inputs == "online" and self.others == "none":

@@ -30,7 +30,7 @@ from ultralowbit.errors import CheckpointError, InputError, reason
 from ultralowbit.format.words import TensorSpec
 from ultralowbit.nn.experts import ExpertLinear, routing_linears, separate_experts
 from ultralowbit.nn.folding import Folding, why_not_foldable
-from ultralowbit.nn.hf_names import match_keys, match_parts, tied_names, untie
+from ultralowbit.nn.hf_names import match_keys, match_parts, tied_names
 from ultralowbit.nn.linear import PackedLinear
 from ultralowbit.nn.original import read_config, refuse_adapters, refuse_codes
 
@@ -149,26 +149,13 @@ class Decoder:
         prefix = f"{self.block_name(i)}."
         return [name for name in self.specs if name.startswith(prefix)]
 
-    def fold(self, seed: int) -> str | None:
+    def fold(self, seed: int, untie: bool = True) -> str | None:
         """Fold rotations into all that is read from here on; why that cannot be, as the end of a sentence, where the
-        architecture does not allow it."""
-        why_not = why_not_foldable(self)
+        architecture does not allow it, or has a tied head that is not to be untied."""
+        why_not = why_not_foldable(self, untie)
         if why_not is None:
             self.folding = Folding(self, seed)
         return why_not
-
-    def untie(self, head: str, embedding: str) -> bool:
-        """Give the head, by name, a weight of its own, for now that of the embedding; False where it has one."""
-        own, source = f"{head}.weight", f"{embedding}.weight"
-        if tied_names(self.model).get(own) != source:
-            return False
-        untie(self.model, source)
-        module = self.model.get_submodule(head)
-        module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
-        self.config.tie_word_embeddings = False
-        if own not in self.specs:
-            self.specs[own], self.key_of[own] = self.specs[source], self.key_of[source]
-        return True
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """State name -> tensor as stored, or as `folding` makes it of that."""

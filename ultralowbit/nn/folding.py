@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ultralowbit.checkpoint.names import weight_name
 from ultralowbit.format.transform import block_hadamard
+from ultralowbit.nn.hf_names import tied_names, untie
 
 if TYPE_CHECKING:
     from ultralowbit.nn.decoder import Decoder
@@ -89,7 +90,7 @@ class Folding:
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
         self.kv_rows = self.head_size * (getattr(config, "num_key_value_heads", None) or heads)
         self.residual, self.values = Rotation(config.hidden_size, seed), Rotation(self.head_size, seed + 1)
-        self.untied = decoder.untie(self.head, self.embedding)
+        self.untied = _untie(decoder, self.head, self.embedding)
         linears = (name for i in range(len(decoder.blocks)) for name in decoder.linears(i))
         self.folded = frozenset([self.embedding, self.head, *(name for name in linears if self._reads_rotated(name))])
 
@@ -142,6 +143,20 @@ class Folding:
         return prefix + i, local
 
 
+def _untie(decoder: Decoder, head: str, embedding: str) -> bool:
+    """Give a tied head, by name, a weight of its own, for now the embedding's; False where the files hold one."""
+    own, source = f"{head}.weight", f"{embedding}.weight"
+    if tied_names(decoder.model).get(own) == source:
+        untie(decoder.model, source)
+        module = decoder.model.get_submodule(head)
+        module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
+        decoder.config.tie_word_embeddings = False
+    if own in decoder.specs:
+        return False
+    decoder.specs[own], decoder.key_of[own] = decoder.specs[source], decoder.key_of[source]
+    return True
+
+
 def give_folded(model: nn.Module, decoder: Decoder) -> None:
     """Put what a folded decoder reads into the same model in memory, in its dtypes; a tied head gets its own weight."""
     for name in decoder.specs:
@@ -150,14 +165,17 @@ def give_folded(model: nn.Module, decoder: Decoder) -> None:
         weights[leaf] = nn.Parameter(weight.to(weights[leaf]), requires_grad=False)
 
 
-def why_not_foldable(decoder: Decoder) -> str | None:
-    """Why rotations cannot be folded into a model, as the end of a sentence; None where they can."""
+def why_not_foldable(decoder: Decoder, untie: bool) -> str | None:
+    """Why rotations cannot be folded into a model, as the end of a sentence; None where they can. untie: whether a tied
+    head may get a weight of its own."""
     model, kind = decoder.model, decoder.config.model_type
     if kind in FOLDABLE and not type(model).__module__.startswith("transformers.models."):
         return "its code is not that of transformers"
     if kind in FOLDABLE:
         strange = next((n for n in _inside(decoder) if n not in (*_READERS, *_WRITERS, *_OTHERS)), None)
-        return None if strange is None else f"what {strange} does in its blocks is not known"
+        if strange is not None:
+            return f"what {strange} does in its blocks is not known"
+        return None if untie or not tied_names(model) else "its head is tied to the embedding, and is to stay so"
     if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
         return "its LayerNorm takes the mean off, which rotations do not keep"
     if any(name.endswith("post_feedforward_layernorm") for name in _inside(decoder)):

@@ -45,7 +45,7 @@ def open_folded(
     decoder, rotate = open_decoder(folder, device, trust_remote_code), recipe.rotate
     if rotate is None or rotate.inputs != "folded":
         return decoder, recipe, None
-    why_not = decoder.fold(rotate.seed)
+    why_not = decoder.fold(rotate.seed, rotate.tied == "untie")
     if why_not is None:
         untied = ["the head, which was tied to the embedding, has a weight of its own"] * decoder.folding.untied
         return decoder, recipe.with_folded(decoder.folding.folded), {"inputs": "folded", "notes": untied}
