@@ -64,7 +64,11 @@ FAST = ("--bits", "2.9", "--effort", "fast", "--set", "output_feedback.windows=5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [FAST, ("--recipe", "ptq161-gptq", "--small")], ids=["ulb-fast", "ptq161-gptq"])
+@pytest.mark.parametrize(
+    "options",
+    [FAST, (*FAST, "--set", "rotate.inputs=folded"), ("--recipe", "ptq161-gptq", "--small")],
+    ids=["ulb-fast", "folded", "ptq161-gptq"],
+)
 def test_any_number_of_processes_writes_the_same_bytes(options, deep, text, tmp_path):
     for n in (1, 2, 4):
         code, errors = run(n, command(deep, tmp_path / str(n), text, *options))
