@@ -172,7 +172,7 @@ KEYS = {  # of the table in which the mistake is, so that the sentence teaches t
     "finetune": "training, held_out, data, checkpointing, estimator, scales, latents, objective",
     "preprocess.data": "source, samples, length, seed, clip_tokens",
     "finetune.data": "source, samples, length, seed, clip_tokens",
-    "rotate": "inputs",
+    "rotate": "inputs, others, tied, seed",
     "error_correction": "damp, residual",
 }
 

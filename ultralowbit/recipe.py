@@ -55,6 +55,7 @@ class Recipe(StrictModel):
     ignore: tuple[str, ...] = Field((), description="shell patterns of Linears to leave as they are")
     overrides: tuple[Override, ...] = ()
     _planes: Mapping[str, int] = PrivateAttr(default_factory=dict)
+    _folded: frozenset[str] = PrivateAttr(default=frozenset())
 
     @model_validator(mode="after")
     def _can_correct(self) -> Recipe:
@@ -93,9 +94,18 @@ class Recipe(StrictModel):
         """Whether the planes of the Linear with this full name are chosen by `allocate`."""
         return self.allocate is not None and not any(fnmatch(name, override.match) for override in self.overrides)
 
-    def hadamard(self, in_features: int) -> int | None:
-        """The block of the Hadamard matrix that multiplies so many inputs of a Linear, None where there is none."""
-        return None if self.rotate is None else self.rotate.block(in_features)
+    def with_folded(self, names: frozenset[str]) -> Recipe:
+        """The recipe for a model with rotations folded into the inputs of these modules, by their full names."""
+        recipe = self.model_copy()
+        recipe._folded = names
+        return recipe
+
+    def hadamard(self, name: str, in_features: int) -> int | None:
+        """The block of the Hadamard matrix that multiplies so many inputs of the module with this full name where they
+        enter it, None where there is none."""
+        if self.rotate is None or self.rotate.others == "none" or name in self._folded:
+            return None
+        return self.rotate.block(in_features)
 
     @property
     def reads_text(self) -> bool:

@@ -69,7 +69,7 @@ def test_a_file_is_no_larger_than_what_is_asked_for(compress, room):
         (["--bits", "2", "--recipe", "sign-1"], "--recipe and --bits are given"),
         (["--bits", "2", "--size", "1MB"], "--bits and --size are given"),
         (["--recipe", "sign-1", "--effort", "best"], "--effort goes with --bits and --size"),
-        (["--bits", "2", "--set", "allocate=null"], "--bits shares planes out among Linears, which --set allocate=null"),
+        (["--bits", "2", "--set", "allocate=null"], "--bits shares planes out among Linears, which --set"),
         (["--bits", "2", "--set", "quantize.method=gptq"], "allocate chooses planes: give it quantize: {method: sign"),
         (["--bits", "0.9"], "one plane for every Linear takes"),
         (["--bits", "nan"], "allocate.bits"),

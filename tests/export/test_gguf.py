@@ -25,6 +25,7 @@ from ultralowbit.format.weight import Format
 from ultralowbit.methods.rtn import RTN
 from ultralowbit.methods.sign import Sign
 from ultralowbit.nn.hf import load
+from ultralowbit.pipeline.compress import compress
 from ultralowbit.recipe import Recipe
 
 gguf = pytest.importorskip("gguf")
@@ -96,6 +97,29 @@ def test_transformers_reads_the_same_model(name, save_packed, small_config, tmp_
             expected = module.packed.dequantize()
             expected = expected if not theirs.config.model_type.startswith("gemma") else expected.half().float()
             assert torch.equal(theirs.get_submodule(name).weight, expected), name
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biases", "mistral", "qwen2", "qwen3", "phi3"])
+def test_a_folded_model_is_one_of_llama_cpp_too(name, save_model, small_config, words, text, tmp_path):
+    """No input is rotated when the model runs; the head has a weight of its own."""
+    source = save_model(small_config(name), tmp_path / "source")
+    words.save_pretrained(source)
+    calibration = {"source": text, "samples": 2, "length": 32}
+    recipe = {"name": "r", "rotate": {"inputs": "folded", "others": "none"}, "quantize": {"method": "gptq", "bits": 4}}
+    recipe["quantize"] |= {"group": 32, "symmetric": True}
+    folder = compress(
+        str(source), Recipe.model_validate(recipe | {"calibration": calibration}), tmp_path / "out"
+    ).folder
+    (tmp_path / "gguf").mkdir()
+    out = export(folder, "gguf", tmp_path / "gguf" / "m.gguf")
+    _, tensors = read(out)
+    model = load(folder)
+    assert torch.equal(values(tensors["output.weight"]), model.lm_head.weight.half().float())
+    assert torch.equal(values(tensors["token_embd.weight"]), model.model.embed_tokens.weight.half().float())
+    assert (values(tensors["blk.1.ffn_norm.weight"]) == 1).all()
+    assert torch.equal(
+        values(tensors["blk.1.ffn_down.weight"]), model.model.layers[1].mlp.down_proj.packed.dequantize()
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

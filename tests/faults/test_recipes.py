@@ -35,7 +35,7 @@ def folder(request, text, tmp_path_factory) -> Path:
     recipe = {
         "name": "whole",
         "summary": "",
-        "rotate": {},
+        "rotate": {"inputs": "folded", "others": "online", "tied": "untie", "seed": 0},
         "error_correction": {},
         "preprocess": {
             "rank": 2, "alpha": 4.0, "dropout": 0.1, "targets": ["*"], "exclude": [], "held_out": 0.3, "data": data,

@@ -66,7 +66,11 @@ PTQ161 = ("--recipe", "ptq161-gptq", "--small", "--set", "embeddings={method: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [FAST, PTQ161], ids=["ulb-fast", "ptq161-gptq"])
+@pytest.mark.parametrize(
+    "options",
+    [FAST, (*FAST, "--set", "rotate.inputs=folded"), PTQ161],
+    ids=["ulb-fast", "folded", "ptq161-gptq"],
+)
 def test_any_number_of_processes_writes_the_same_bytes(options, deep, text, tmp_path):
     for n in (1, 2, 4):
         code, errors = run(n, command(deep, tmp_path / str(n), text, *options))

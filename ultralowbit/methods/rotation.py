@@ -4,13 +4,15 @@ Ashkboos et al.: QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs, NeurIPS 2
 orthonormal, symmetric block Hadamard matrix, y = W x = (W R) (R x): the method quantizes W R against the Hessian of
 R x, and the format multiplies inputs by R (`InputTransform.hadamard`), which stores nothing. Rows of W R are near
 Gaussian, and no channel stands out. Random signs before R are left out: they bring nothing (measured: 0.5 % of the
-error at two planes).
+error at two planes). Rotations that are folded into the weights instead are in `nn/folding.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Literal
+
+from pydantic import Field
 
 from ultralowbit.format.transform import InputTransform
 from ultralowbit.format.weight import Format, PackedWeight
@@ -24,9 +26,22 @@ SMALLEST = 32
 
 @fields
 class Rotate:
-    """inputs: `online` multiplies the inputs of every packed Linear by a block Hadamard matrix where they enter it."""
+    """inputs: `online` multiplies the inputs of every packed Linear by a block Hadamard matrix where they enter it;
+    `folded` rotates the residual stream and the values of each head within the weights, where the architecture allows
+    that, at no cost when the model runs. others: what is done to inputs that no rotation can be folded into, those of
+    down_proj or, where nothing can be folded, all: `online`, or `none`. tied: a head that is tied to the embedding gets
+    a weight of its own with `untie`; with `keep` nothing is folded into such a model. seed: of the signs of folded
+    rotations.
+    """
 
-    inputs: Literal["online"] = "online"
+    inputs: Literal["online", "folded"] = "online"
+    others: Literal["online", "none"] = "online"
+    tied: Literal["untie", "keep"] = "untie"
+    seed: int = Field(0, ge=0, lt=2**31)
+
+    def __post_init__(self) -> None:
+        if self.inputs == "online" and self.others == "none":
+            raise ValueError("others: none goes with inputs: folded; to rotate nothing, leave rotate out")
 
     def block(self, in_features: int) -> int | None:
         """Columns of a block: the largest power of two that divides `in_features`, up to 512. Where that is less than

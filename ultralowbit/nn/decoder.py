@@ -28,6 +28,7 @@ from ultralowbit.checkpoint.names import weight_name
 from ultralowbit.errors import CheckpointError, InputError, reason
 from ultralowbit.format.words import TensorSpec
 from ultralowbit.nn.experts import ExpertLinear, routing_linears, separate_experts
+from ultralowbit.nn.folding import Folding, why_not_foldable
 from ultralowbit.nn.hf_names import match_keys, match_parts, tied_names
 from ultralowbit.nn.linear import PackedLinear
 from ultralowbit.nn.original import build_on_meta, read_config, refuse_adapters, refuse_codes
@@ -57,6 +58,7 @@ class Decoder:
         self.source = Source(folder)
         refuse_codes(self.source)
         self.dtype, self.device = dtype, device
+        self.folding: Folding | None = None
         try:
             self.model = build_on_meta(self.config, dtype, trust_remote_code)
         except Exception as e:  # as above: sizes that do not fit together fail anywhere
@@ -141,7 +143,23 @@ class Decoder:
         prefix = f"{self.block_name(i)}."
         return [name for name in self.specs if name.startswith(prefix)]
 
+    def fold(self, seed: int, untie: bool = True) -> str | None:
+        """Fold rotations into all that is read from here on; why that cannot be, as the end of a sentence, where the
+        architecture does not allow it, or has a tied head that is not to be untied."""
+        why_not = why_not_foldable(self, untie)
+        if why_not is None:
+            self.folding = Folding(self, seed)
+        return why_not
+
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """State name -> tensor as stored, or as `folding` makes it of that."""
+        if self.folding is None:
+            return self._stored(names)
+        norm_of = {name: self.folding.norm_of(name) for name in names}
+        tensors = self._stored(list(dict.fromkeys([*names, *filter(None, norm_of.values())])))
+        return {name: self.folding(name, tensors[name], tensors.get(norm_of[name])) for name in names}
+
+    def _stored(self, names: Sequence[str]) -> dict[str, Tensor]:
         """State name -> tensor as stored; raises `CheckpointError` naming one that is not finite."""
         stored = self.source.read([self.key_of[name] for name in names if name in self.key_of])
         tensors = {name: stored[self.key_of[name]] if name in self.key_of else self._join(name) for name in names}

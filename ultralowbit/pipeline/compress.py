@@ -31,12 +31,13 @@ from ultralowbit.format.words import VERSION
 from ultralowbit.hub import resolve_model
 from ultralowbit.methods.statistics import Need
 from ultralowbit.nn.decoder import Decoder
+from ultralowbit.nn.folding import give_folded
 from ultralowbit.pipeline.allocate import allocated, expected_planes
 from ultralowbit.pipeline.embed import dense_embedding, packed_embeddings
 from ultralowbit.pipeline.memory import what_helps
 from ultralowbit.pipeline.ranks import Ranks, check_agreement, machine_facts
 from ultralowbit.pipeline.sensitivity import measure_predictions
-from ultralowbit.pipeline.source import TextReader, hash_model, open_decoder, planned_formats
+from ultralowbit.pipeline.source import TextReader, hash_model, open_decoder, open_folded, planned_formats
 from ultralowbit.pipeline.stream import BlockStream
 from ultralowbit.pipeline.write import write_checkpoint
 from ultralowbit.progress import Progress, Silent
@@ -91,13 +92,13 @@ def compress(
     progress, ranks = progress or Silent(), ranks or Ranks()
     where = pick_device(ranks.device(device))
     folder = resolve_model(model)
-    decoder = open_decoder(folder, where, trust_remote_code)
+    decoder, recipe, rotation = open_folded(folder, where, recipe, trust_remote_code)
     formats = planned_formats(decoder, expected_planes(decoder, recipe))
     reader = TextReader(folder, decoder, trust_remote_code, progress)
     texts = _shared_texts(ranks, lambda: _read_texts(recipe, formats, reader))
     text = texts.get("calibration")
     fingerprint = _fingerprint(decoder, recipe, texts, _model_digests(ranks, decoder, progress))
-    source, job = decoder.source, _open_job(Path(out), fingerprint, restart, progress, ranks)
+    original, job = decoder, _open_job(Path(out), fingerprint, rotation, restart, progress, ranks)
     if job is None:
         target = Path(out).expanduser().resolve()
         progress.say(f"{target} is already what this command makes")
@@ -110,7 +111,7 @@ def compress(
 
     def finish() -> dict[str, Any]:
         manifest = write_checkpoint(job, model, folder, decoder, recipe, text)
-        source.check_unchanged()
+        original.source.check_unchanged()
         job.publish()
         return manifest
 
@@ -125,7 +126,7 @@ def compress(
         if recipe.finetune is not None:
             tokens = texts["finetune"].tokens
             with naming_memory(f"fine-tuning {folder}", what_helps(recipe, "finetune", where)), ranks.exchanging():
-                _finetune(job, folder, decoder, recipe, outside, tokens, trust_remote_code, progress, ranks)
+                _finetune(job, original, decoder, recipe, outside, tokens, trust_remote_code, progress, ranks)
         manifest = ranks.agree(finish)
     finally:
         job.close()
@@ -150,11 +151,22 @@ def _model_digests(ranks: Ranks, decoder: Decoder, progress: Progress) -> dict[s
     return hash_model(decoder, progress) if ranks.is_first or is_local_first else None
 
 
-def _open_job(out: Path, fingerprint: dict[str, Any], restart: bool, progress: Progress, ranks: Ranks) -> Job | None:
+def _open_job(
+    out: Path,
+    fingerprint: dict[str, Any],
+    rotation: dict[str, Any] | None,
+    restart: bool,
+    progress: Progress,
+    ranks: Ranks,
+) -> Job | None:
     """The job of all ranks, whose folder rank 0 writes; None if `out` is there already. Ranks that differ in anything
-    that the result depends on are refused before."""
+    that the result depends on are refused before. What there is to note of the rotation is said and kept."""
     check_agreement(ranks, fingerprint | {"machine": machine_facts()}, difference)
     job = Job.open(out, fingerprint, restart, progress) if ranks.is_first else None
+    if job is not None and rotation is not None:
+        job.state["rotation"] = rotation
+        for note in rotation["notes"]:
+            progress.say(note)
     place = ranks.agree(lambda: job and job.place)
     return job if ranks.is_first or place is None else Follower(place)
 
@@ -210,7 +222,7 @@ def _preprocess(
 
 def _finetune(
     job: Job,
-    folder: Path,
+    original: Decoder,
     decoder: Decoder,
     recipe: Recipe,
     outside: Mapping[str, PackedWeight],
@@ -219,7 +231,7 @@ def _finetune(
     progress: Progress,
     ranks: Ranks,
 ) -> None:
-    """Train the packed model as a whole, with the model in `folder` as teacher; its blocks are then written again.
+    """Train the packed model as a whole, with the original as teacher; its blocks are then written again.
     outside: the packed embedding and head, which are not trained."""
     state, started = job.state, time.perf_counter()
     if "finetune" in state:
@@ -228,7 +240,8 @@ def _finetune(
     block_of = {name: i for i in blocks for name in decoder.linears(i)}
     packed = {name: packed_weight(name, entry, blocks[block_of[name]]) for name, entry in state["layers"].items()}
     trained, fitted = finetune(
-        folder, lambda name: decoder.read([f"{name}.weight"])[f"{name}.weight"], packed, outside, tokens,
+        original.source.folder, partial(give_folded, decoder=original) if original.folding else lambda model: None,
+        lambda name: decoder.read([f"{name}.weight"])[f"{name}.weight"], packed, outside, tokens,
         recipe.finetune, job.work / "finetune.safetensors", decoder.device, trust_remote_code, progress,
         Shards(ranks.mesh(decoder.device)),
     )  # fmt: skip

@@ -47,7 +47,7 @@ def planned_embeddings(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Form
     planned = {}
     for name in find_ends(decoder.model).names:
         rows, columns = decoder.model.get_submodule(name).weight.shape
-        format, block = recipe.embeddings.quantizer.format(columns), recipe.hadamard(columns)
+        format, block = recipe.embeddings.quantizer.format(columns), recipe.hadamard(name, columns)
         planned[name] = (rotated_format(format, block) if block else format, (rows, columns))
     return planned
 
@@ -92,7 +92,7 @@ def _pack(
     """Each packed weight, and what the manifest says of it; parts of rows are packed by different ranks."""
     ends, method, device = find_ends(decoder.model), recipe.embeddings.quantizer, decoder.device
     weights = decoder.read([f"{name}.weight" for name in ends.names])
-    block = recipe.hadamard(weights[f"{ends.embedding}.weight"].shape[1])
+    block = recipe.hadamard(ends.embedding, weights[f"{ends.embedding}.weight"].shape[1])
     read = None
     if tokens is not None and method.needs:
         read = _read_by_head(decoder, tokens, method.needs, block, progress, ranks)

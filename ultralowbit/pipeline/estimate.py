@@ -29,7 +29,7 @@ from ultralowbit.pipeline.embed import planned_embeddings
 from ultralowbit.pipeline.memory import Memory, smaller_memory, stage_memory
 from ultralowbit.pipeline.rates import measured_rates, random, seconds
 from ultralowbit.pipeline.sharing import received_bytes, shared_seconds
-from ultralowbit.pipeline.source import open_decoder, planned_formats
+from ultralowbit.pipeline.source import open_folded, planned_formats
 from ultralowbit.pipeline.workload import Workload
 from ultralowbit.recipe import Recipe
 from ultralowbit.system import available_memory, existing, pick_device
@@ -165,12 +165,13 @@ def estimate(
     """
     where = pick_device(device)
     folder = resolve_model(model)
-    decoder = open_decoder(folder, where, trust_remote_code)
+    decoder, recipe, rotation = open_folded(folder, where, recipe, trust_remote_code)
     recipe = expected_planes(decoder, recipe)
     formats = planned_formats(decoder, recipe)
     size = planned_size(decoder, {**formats, **planned_embeddings(decoder, recipe)})
     work = Workload(decoder, recipe, formats, ranks)
-    notes = [] if recipe.allocate is None else ["which Linears get how many planes is decided on the text"]
+    notes = [] if rotation is None else list(rotation["notes"])
+    notes += [] if recipe.allocate is None else ["which Linears get how many planes is decided on the text"]
     notes += [] if work.exact_groups else ["which Linears share an input is not known: one Hessian a Linear is assumed"]
     notes += [] if ranks == 1 else [_about_ranks(work)]
     if any(_depends_on_data(method) for method in set(work.methods.values())):
@@ -209,7 +210,7 @@ def bits_for_size(model: str, recipe: Recipe, nbytes: int, device: str, trust_re
 
     Raises `InputError` where one plane for every Linear, with all that is not packed, is larger than that.
     """
-    decoder = open_decoder(resolve_model(model), pick_device(device), trust_remote_code)
+    decoder, recipe, _ = open_folded(resolve_model(model), pick_device(device), recipe, trust_remote_code)
     least = recipe.model_copy(update={"allocate": None, "quantize": replace(recipe.quantize, planes=1)})
     size = planned_size(decoder, {**planned_formats(decoder, least), **planned_embeddings(decoder, least)})
     names = [f"{layer.name}.weight_{part}" for layer in (*size.layers, *size.outside) for part in layer.parts]

@@ -217,7 +217,7 @@ def _statistics(
 
     def of(name: str) -> InputStats:
         _, columns = linear_shape(linears[name])
-        return InputStats(columns, 0, device, Need.HESSIAN, recipe.hadamard(columns))
+        return InputStats(columns, 0, device, Need.HESSIAN, recipe.hadamard(name, columns))
 
     for names, calls in ranks.agree(lambda: input_groups(block, dict(linears), call, entering[0].to(device))):
         local = names[0].removeprefix(prefix)

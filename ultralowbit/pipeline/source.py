@@ -36,6 +36,24 @@ def open_decoder(folder: Path, device: torch.device, trust_remote_code: bool = F
     return decoder
 
 
+def open_folded(
+    folder: Path, device: torch.device, recipe: Recipe, trust_remote_code: bool = False
+) -> tuple[Decoder, Recipe, dict[str, Any] | None]:
+    """The model with rotations folded into what is read of it, where the recipe asks for that and the architecture
+    allows it; the recipe that knows which inputs are then rotated; and what the manifest says of that, None where
+    nothing was asked for."""
+    decoder, rotate = open_decoder(folder, device, trust_remote_code), recipe.rotate
+    if rotate is None or rotate.inputs != "folded":
+        return decoder, recipe, None
+    why_not = decoder.fold(rotate.seed, rotate.tied == "untie")
+    if why_not is None:
+        untied = ["the head, which was tied to the embedding, has a weight of its own"] * decoder.folding.untied
+        return decoder, recipe.with_folded(decoder.folding.folded), {"inputs": "folded", "notes": untied}
+    instead = "nothing is rotated" if rotate.others == "none" else "inputs are rotated where they enter"
+    note = f"rotations cannot be folded into {decoder.config.model_type}, {why_not}: {instead}"
+    return decoder, recipe, {"inputs": rotate.others, "notes": [note]}
+
+
 def window_length(spec: CalibrationSpec, decoder: Decoder) -> int:
     """The length of windows that is asked for, cut to the model's positions."""
     positions = getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
@@ -61,7 +79,7 @@ def planned_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format,
             )
     formats = {}
     for name, shape in packed_linears(decoder, recipe).items():
-        format, block = recipe.method_for(name).format(shape[1]), recipe.hadamard(shape[1])
+        format, block = recipe.method_for(name).format(shape[1]), recipe.hadamard(name, shape[1])
         formats[name] = (rotated_format(format, block) if block else format, shape)
     if not formats:
         raise InputError(f"recipe {recipe.name} skips every Linear of the model: nothing would be compressed")
@@ -96,7 +114,7 @@ def _check_rates(
     for (_, columns), name in distinct.items():
         method = recipe.method_for(name)
         rows = torch.randn(4, columns, generator=generator, dtype=torch.float32)  # [4, in]
-        packed, block = method.quantize(rows, None), recipe.hadamard(columns)
+        packed, block = method.quantize(rows, None), recipe.hadamard(name, columns)
         packed = rotated_weight(packed, block) if block else packed
         try:
             trained = FakeQuantLinear(packed, spec.training.lr, latent=rows, scales=spec.scales)

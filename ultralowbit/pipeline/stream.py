@@ -189,7 +189,7 @@ class BlockStream:
         self, name: str, linear: nn.Module, stats: InputStats | None, outputs: Sequence[Tensor]
     ) -> tuple[PackedWeight, dict[str, Any]]:
         recipe = self.recipe
-        block_size = recipe.hadamard(linear_shape(linear)[1])
+        block_size = recipe.hadamard(name, linear_shape(linear)[1])
         try:
             weight, method = linear_weight(linear), recipe.method_for(name)
             heard = outputs if stats is not None else ()
@@ -314,7 +314,8 @@ class BlockStream:
                 corrected = beside is not None and Need.HESSIAN in needs[expert]
                 return InputStats(
                     width, self._outliers(mixture.seen(expert)), self.decoder.device,
-                    needs[expert] | Need.ORIGINAL if corrected else needs[expert], self.recipe.hadamard(width),
+                    needs[expert] | Need.ORIGINAL if corrected else needs[expert],
+                    self.recipe.hadamard(names[expert], width),
                 )  # fmt: skip
 
             measured = [e for e in names if needs[e]]
@@ -356,7 +357,7 @@ class BlockStream:
         writes = out if Need.ORIGINAL in needs and name in beside.writers else 0
 
         def new() -> list[InputStats]:
-            outliers, hadamard = self._outliers(self.data.tokens.numel()), self.recipe.hadamard(width)
+            outliers, hadamard = self._outliers(self.data.tokens.numel()), self.recipe.hadamard(group.names[0], width)
             return [InputStats(width, outliers, self.decoder.device, needs, hadamard, writes)]
 
         def gather(batches: range, stats: list[InputStats]) -> None:

@@ -27,6 +27,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 _NOT_CARRIED = {CONFIG, "README.md", INDEX, MANIFEST, "recipe.yaml"}
 _MEASURED = ("eval*.json", "report.*")  # of the original, and not of what is made from it
 _RECORDED = (
+    "rotation",
     "preprocess",
     "allocation",
     "outputs",

@@ -160,8 +160,9 @@ def _begin(
 
 
 def _notes(manifest: dict[str, Any]) -> dict[str, list[str]]:
-    """What stages note of Linears, and of the trainings of blocks and of the whole model."""
-    whole = {"adapters": manifest.get("preprocess"), "fine-tuning": manifest.get("finetune")}
+    """What stages note of Linears, of their rotation, and of the trainings of blocks and of the whole model."""
+    stages = {"rotation": "rotation", "adapters": "preprocess", "fine-tuning": "finetune"}
+    whole = {what: manifest.get(stage) for what, stage in stages.items()}
     trainings = {**(manifest.get("blockwise") or {}), **{what: fitted for what, fitted in whole.items() if fitted}}
     return {name: noted["notes"] for name, noted in {**manifest["layers"], **trainings}.items()}
 

@@ -33,6 +33,7 @@ SEEN = 8
 
 def finetune(
     folder: Path,
+    change: Callable[[PreTrainedModel], object],
     weight: Callable[[str], Tensor],
     packed: Mapping[str, PackedWeight],
     outside: Mapping[str, PackedWeight],
@@ -47,11 +48,11 @@ def finetune(
     """Train the packed Linears of the model in `folder` on tokens [windows, length] and return those that are better
     for it, with how the training went.
 
-    weight: reads what the latent weight of a Linear starts from; outside: the packed embedding and head, with which the
-    student computes and which stay as they are; state: the file that a killed run goes on from; shards: the ranks that
-    train together and call this alike, all of which get the result.
+    change: done to that model once it is loaded; weight: reads what the latent weight of a Linear starts from; outside:
+    the packed embedding and head, with which the student computes and which stay as they are; state: the file that a
+    killed run goes on from; shards: the ranks that train together and call this alike, which all get the result.
     """
-    teacher = _teacher(folder, device, trust_remote_code)
+    teacher = _teacher(folder, change, device, trust_remote_code)
     student = _sharing(teacher, outside)
     if spec.is_checkpointed(sum(math.prod(p.shape) for p in packed.values())):
         checkpoint_blocks(student)
@@ -130,12 +131,15 @@ def _replace_weight(model: PreTrainedModel, weight: nn.Parameter, dense: Callabl
             module.weight = value
 
 
-def _teacher(folder: Path, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
-    """The model in `folder`, with its weights in the dtype of the files; it computes in fp32."""
+def _teacher(
+    folder: Path, change: Callable[[PreTrainedModel], object], device: torch.device, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The changed model in `folder`, with its weights in the dtype of the files; it computes in fp32."""
     dtypes = {spec.dtype for spec in Source(folder).specs.values() if spec.dtype and spec.dtype.is_floating_point}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     teacher = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
     )
+    change(teacher)
     compute_in_fp32(teacher)
     return teacher.to(device).eval().requires_grad_(False)
