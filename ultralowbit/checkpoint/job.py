@@ -31,6 +31,7 @@ from ultralowbit.checkpoint.storage import (
     raise_disk_full,
     read_json,
     sha256_file,
+    sha256_files,
     sync_folder,
     write_json,
     write_tensors,
@@ -158,8 +159,10 @@ class Job:
             path = self.work / name
             if not path.is_file() or path.stat().st_size != entry["bytes"]:
                 raise InputError(f"{path} is missing or cut, so the job cannot go on: begin again with --restart")
-            if sha256_file(path, progress.step) != entry["sha256"]:
-                raise InputError(f"{path} has changed since it was committed: begin again with --restart")
+        digests = sha256_files((self.work / name for name in files), progress.step)
+        for name, entry in files.items():
+            if digests[self.work / name] != entry["sha256"]:
+                raise InputError(f"{self.work / name} has changed since it was committed: begin again with --restart")
 
     def _is_finished(self, restart: bool, progress: Progress) -> bool:
         """Whether OUT already is what this job would write; `InputError` where it is something else."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from ultralowbit.checkpoint.storage import read_json, sha256_file
+from ultralowbit.checkpoint.storage import read_json, sha256_files
 from ultralowbit.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -90,13 +90,15 @@ def changed_files(
 
     `progress` gets the bytes of each read.
     """
-    problems = {}
-    for name, digest in sorted(manifest["files"].items()):
-        if not os.path.isfile(folder / name):  # unlike Path's, for any name
-            problems[name] = "is missing"
-        elif sha256_file(folder / name, progress) != digest:
-            problems[name] = "has changed since it was written"
-    return problems
+    names = sorted(manifest["files"])
+    there = [name for name in names if os.path.isfile(folder / name)]  # unlike Path's, for any name
+    digests = sha256_files((folder / name for name in there), progress)
+    changed = {name for name in there if digests[folder / name] != manifest["files"][name]}
+    return {
+        name: "has changed since it was written" if name in changed else "is missing"
+        for name in names
+        if name in changed or name not in there
+    }
 
 
 def _is_inside(name: str) -> bool:

@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
 
 import torch
@@ -32,6 +34,26 @@ def sha256_file(path: Path, progress: Callable[[int], object] | None = None) -> 
             if progress:
                 progress(len(chunk))
     return digest.hexdigest()
+
+
+def sha256_files(paths: Iterable[Path], progress: Callable[[int], object] | None = None) -> dict[Path, str]:
+    """Hex digests of files, several at a time, by their paths; `progress` gets the bytes of each read, one read at a
+    time. What one of them raises, and an interrupt, ends the others."""
+    paths, lock, ended = [*paths], Lock(), Event()
+
+    def step(nbytes: int) -> None:
+        if ended.is_set():
+            raise InterruptedError
+        if progress:
+            with lock:
+                progress(nbytes)
+
+    with ThreadPoolExecutor(max(1, min(len(paths), os.cpu_count() or 1))) as pool:
+        try:
+            return dict(zip(paths, pool.map(lambda path: sha256_file(path, step), paths), strict=True))
+        except BaseException:
+            ended.set()
+            raise
 
 
 def write_atomic(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -42,8 +43,10 @@ def measured_rates(dtype: torch.dtype, device: torch.device) -> Rates:
 
 def seconds(work: Workload, size: Size, rates: Rates) -> dict[str, float]:
     """Estimated seconds of one process, by part."""
-    folder = work.decoder.source.folder
-    hashed = size.total_bytes + sum((folder / file).stat().st_size for file in work.decoder.source.files)
+    folder, files = work.decoder.source.folder, work.decoder.source.files
+    # files are hashed at the same time, by a core each
+    together = min(len(files), os.cpu_count() or 1)
+    hashed = size.total_bytes + sum((folder / file).stat().st_size for file in files) / together
     single, own = rates.single, rates.own
     rounding = sum(
         m * per_column + n * m * per_weight

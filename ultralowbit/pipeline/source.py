@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultralowbit.checkpoint.storage import sha256_file
+from ultralowbit.checkpoint.storage import sha256_files
 from ultralowbit.data.calibration import Calibration, calibrate
 from ultralowbit.errors import InputError, naming_memory
 from ultralowbit.format.weight import Format
@@ -135,7 +135,8 @@ def hash_model(decoder: Decoder, progress: Progress) -> dict[str, str]:
     folder = decoder.source.folder
     names = ["config.json", *decoder.source.files]
     progress.start("hashing the model", sum((folder / name).stat().st_size for name in names))
-    return {name: sha256_file(folder / name, progress.step) for name in names}
+    digests = sha256_files((folder / name for name in names), progress.step)
+    return {name: digests[folder / name] for name in names}
 
 
 class TextReader:

@@ -14,7 +14,7 @@ from ultralowbit.checkpoint.files import INDEX
 from ultralowbit.checkpoint.job import EMBEDDINGS, LOCAL, Job
 from ultralowbit.checkpoint.manifest import MANIFEST
 from ultralowbit.checkpoint.merge import merge_tensors
-from ultralowbit.checkpoint.storage import sha256_file, write_atomic, write_json, write_tensors
+from ultralowbit.checkpoint.storage import sha256_files, write_atomic, write_json, write_tensors
 from ultralowbit.data.calibration import Calibration
 from ultralowbit.data.corpora import public_name
 from ultralowbit.format.weight import Format
@@ -69,7 +69,8 @@ def write_checkpoint(
     command = "# ultralowbit compress MODEL --recipe recipe.yaml --out DIR\n"  # no paths: the same run, the same bytes
     write_atomic(out / "recipe.yaml", (command + shown.to_yaml()).encode())
     manifest = _manifest(job, model, decoder, shown, data)
-    manifest["files"] = {name: sha256_file(out / name) for name in sorted(_files(out))}
+    digests = sha256_files(out / name for name in sorted(_files(out)))
+    manifest["files"] = {str(path.relative_to(out)): digest for path, digest in digests.items()}
     write_json(out / MANIFEST, manifest)
     paths = {public_name(source): str(Path(source).expanduser().absolute()) for source in recipe.sources}
     places = {name: path for name, path in paths.items() if Path(path).exists()}
