@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, DeepseekV3Config, LlamaConfig, PretrainedConfig
+from transformers import DeepseekV3Config, LlamaConfig, PretrainedConfig
 
 from ultralowbit.bench.models import write_headers
 from ultralowbit.nn.decoder import Decoder
+from ultralowbit.nn.original import read_config
 from ultralowbit.pipeline.embed import planned_embeddings
 from ultralowbit.pipeline.estimate import planned_size
 from ultralowbit.pipeline.memory import stage_memory
@@ -74,7 +75,7 @@ def scale_bench(
     """Seconds, memory and bytes received by each of so many processes, a card each, for the config.json in `model` or
     the shapes in `LARGE`. Returns, and writes to `json_file`, what `say` is told."""
     wanted = Recipe.load(recipe)
-    configs = {name: make() for name, make in LARGE.items()} if model is None else {model.name: _config(model)}
+    configs = {name: make() for name, make in LARGE.items()} if model is None else {model.name: read_config(model)}
     say(f"{recipe}, {wanted.calibration.samples} x {wanted.calibration.length} tokens, from rates: {card}")
     rows = []
     for name, config in configs.items():
@@ -94,10 +95,6 @@ def scale_bench(
     if json_file is not None:
         Path(json_file).write_text(json.dumps({"recipe": recipe, "card": asdict(card), "rows": rows}, indent=1) + "\n")
     return rows
-
-
-def _config(folder: Path) -> PretrainedConfig:
-    return AutoConfig.from_pretrained(folder)
 
 
 def _say(row: dict[str, Any], say: Callable[[str], object]) -> None:

@@ -93,12 +93,14 @@ def changed_files(
     names = sorted(manifest["files"])
     there = [name for name in names if os.path.isfile(folder / name)]  # unlike Path's, for any name
     digests = sha256_files((folder / name for name in there), progress)
-    changed = {name for name in there if digests[folder / name] != manifest["files"][name]}
-    return {
-        name: "has changed since it was written" if name in changed else "is missing"
-        for name in names
-        if name in changed or name not in there
-    }
+    problems = {}
+    for name in names:
+        digest = digests.get(folder / name)
+        if digest is None:
+            problems[name] = "is missing"
+        elif digest != manifest["files"][name]:
+            problems[name] = "has changed since it was written"
+    return problems
 
 
 def _is_inside(name: str) -> bool:

@@ -96,14 +96,14 @@ def _pack(
     read = None
     if tokens is not None and method.needs:
         read = _read_by_head(decoder, tokens, method.needs, block, progress, ranks)
+    stats = {name: read if ends.head in (None, name) else None for name in ends.names}
     parts = {(name, k): rows for name in ends.names for k, rows in enumerate(weights[f"{name}.weight"].split(ROWS))}
     progress.start("packing the embeddings", len(parts))
 
     def pack(part: str) -> tuple[PackedWeight, dict[str, Any]]:
         name, _, k = part.rpartition(" ")
-        stats = read if ends.head in (None, name) else None
         try:
-            return quantize_weight(parts[name, int(k)].to(device).float(), method, stats, block)
+            return quantize_weight(parts[name, int(k)].to(device).float(), method, stats[name], block)
         except FormatError as e:
             raise CheckpointError(f"{name} in {decoder.source.folder} cannot be packed: {e}") from e
         finally:
@@ -113,7 +113,7 @@ def _pack(
     packed, entries = {}, {}
     for name in ends.names:
         of_name = [(rows, *solved[f"{name} {k}"]) for (n, k), rows in parts.items() if n == name]
-        packed[name], entries[name] = _joined(of_name, read if ends.head in (None, name) else None)
+        packed[name], entries[name] = _joined(of_name, stats[name])
         if tokens is not None and name == ends.embedding:
             entries[name]["lookup_error"] = _lookup_error(weights[f"{name}.weight"], packed[name], tokens)
     return packed, entries
