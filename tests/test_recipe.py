@@ -7,6 +7,8 @@ from importlib.resources import files
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ultralowbit.errors import InputError
 from ultralowbit.methods import METHODS
@@ -252,6 +254,55 @@ def test_settings_replace_values_before_they_are_checked(write):
     assert recipe.calibration == CalibrationSpec(source="./text.txt", clip_tokens=0.999)
     assert recipe.ignore == ("*down_proj", "x.*")
     assert recipe.name == "other"
+
+
+def test_a_text_may_be_several_with_shares(write):
+    recipe = Recipe.load(write(BASE), ["calibration.source={wikitext2: 1, ./my.txt: 2.5, self: 1.5}"])
+    assert recipe.calibration.shares == {"wikitext2": 0.2, "./my.txt": 0.5, "self": 0.3}
+    assert recipe.calibration.named == "wikitext2 (20 %), ./my.txt (50 %) and self (30 %)"
+    assert recipe.sources == ["wikitext2", "./my.txt", "self"]
+    assert recipe.with_sources(str.upper).sources == ["WIKITEXT2", "./MY.TXT", "SELF"]
+    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+    one = CalibrationSpec(source={"c4": 3})
+    assert (one.named, one.dealt()) == ("c4 (100 %)", ["c4"] * 128)
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=5), st.integers(200, 400))
+def test_every_first_part_of_the_windows_has_each_text_by_its_share(shares, samples):
+    spec = CalibrationSpec(source={str(i): share for i, share in enumerate(shares)}, samples=samples)
+    counts = dict.fromkeys(spec.shares, 0)
+    for i, text in enumerate(spec.dealt(), 1):
+        counts[text] += 1
+        assert all(abs(counts[name] - share * i) < len(shares) for name, share in spec.shares.items())
+    assert sum(counts.values()) == samples and all(
+        abs(counts[n] - s * samples) < 1 + 1e-9 for n, s in spec.shares.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("5", "calibration.source: expected a text, or several with shares: {wikitext2: 1, c4: 3} (found 5)"),
+        ("{}", "expected a text, or several with shares"),
+        ("[c4]", "expected a text, or several with shares"),
+        ("{5: 1}", "expected a text, or several with shares"),
+        ("{c4: 0}", "the share of c4 should be a number above 0"),
+        ("{c4: .nan}", "the share of c4 should be a number above 0"),
+        ("{c4: true}", "the share of c4 should be a number above 0"),
+        ("{c4: 1, ptb: 9000}", "c4 would get none of 128 windows: give it a larger share, or more samples"),
+    ],
+)
+def test_shares_that_make_no_sense_are_refused(write, value, words):
+    refused(write(BASE), words, settings=(f"calibration.source={value}",))
+
+
+def test_texts_whose_reports_could_not_tell_them_apart_are_refused(write, tmp_path):
+    paths = [tmp_path / folder / "text.txt" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("words")
+    setting = f"calibration.source={{{paths[0]}: 1, {paths[1]}: 1}}"
+    refused(write(BASE), "two texts are called text.txt: rename one", settings=(setting,))
 
 
 def test_a_later_setting_wins_and_may_hold_an_equals_sign(write):

@@ -122,16 +122,15 @@ class Recipe(StrictModel):
     @property
     def sources(self) -> list[str]:
         """The texts that stages read, by name or path."""
-        return list(dict.fromkeys(spec.source for spec in self._texts()))
+        return list(dict.fromkeys(text for spec in self._texts() for text in spec.shares))
 
     def with_sources(self, rename: Callable[[str], str]) -> Recipe:
         """The recipe with each text's name or path replaced by what `rename` makes of it."""
-        renamed = lambda spec: spec.model_copy(update={"source": rename(spec.source)})  # noqa: E731
-        update: dict[str, Any] = {"calibration": renamed(self.calibration)}
+        update: dict[str, Any] = {"calibration": self.calibration.renamed(rename)}
         for name in ("preprocess", "finetune"):
             stage = getattr(self, name)
             if stage is not None and stage.data is not None:
-                update[name] = stage.model_copy(update={"data": renamed(stage.data)})
+                update[name] = stage.model_copy(update={"data": stage.data.renamed(rename)})
         return self.model_copy(update=update)
 
     def _texts(self) -> list[CalibrationSpec]:

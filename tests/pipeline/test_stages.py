@@ -19,9 +19,11 @@ from ultralowbit.errors import InputError, OutOfMemory
 from ultralowbit.hub import open_tokenizer
 from ultralowbit.nn.linear import PackedLinear
 from ultralowbit.pipeline.compress import compress
+from ultralowbit.pipeline.source import TextReader, open_decoder
 from ultralowbit.progress import Silent
 from ultralowbit.recipe import Recipe
 from ultralowbit.training.loop import fit
+from ultralowbit.training.specs import CalibrationSpec
 
 LLAMA = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -254,6 +256,17 @@ def test_another_text_to_train_on_is_another_run(source, recipe, tmp_path, text)
         compress(str(source), recipe(finetune=DISTILL | {"data": data}), tmp_path / "out")
     fingerprint = json.loads((tmp_path / "out/manifest.json").read_text())["fingerprint"]
     assert set(fingerprint["calibration"]) == {"sha256", "finetune sha256"}
+
+
+def test_windows_of_several_texts_are_those_of_each_in_turn(source, tmp_path, text):
+    other = tmp_path / "other.txt"
+    other.write_text(Path(text).read_text()[::-1])
+    reader = TextReader(source, open_decoder(source, torch.device("cpu")), False, Silent())
+    read = lambda texts, samples: reader.read(CalibrationSpec(source=texts, samples=samples, length=24))  # noqa: E731
+    mixed, first, second = read({text: 3, str(other): 1}, 8), read(text, 6), read(str(other), 2)
+    assert torch.equal(mixed.tokens[[0, 1, 3, 4, 5, 7]], first.tokens)
+    assert torch.equal(mixed.tokens[[2, 6]], second.tokens)
+    assert mixed.source == f"{text} (75 %) and {other} (25 %)"
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,8 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("rerun")
     model = write_model(root / "model", 1, Shape(hidden=64, inter=96, heads=4, kv_heads=2, vocab=96))
     (model / "eval.json").write_text("{}")  # of the original: not carried over
-    calibration = {"source": str(write_text(root / "text.txt", 400, 96)), "samples": 4, "length": 32}
+    texts = [str(write_text(root / name, 400, 96)) for name in ("text.txt", "more.txt")]
+    calibration = {"source": {texts[0]: 3, texts[1]: 1}, "samples": 4, "length": 32}
     quantize = {"method": "gptq", "bits": 2}
     recipe = Recipe.model_validate({"name": "g", "quantize": quantize, "calibration": calibration})
     return root, compress(str(model), recipe, root / "out").folder

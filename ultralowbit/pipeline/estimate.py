@@ -178,7 +178,7 @@ def estimate(
         notes.append("with this recipe the size depends on data: bits and bytes are expected ones, not exact")
     if work.tokens:
         notes.append(
-            f"getting and tokenising the calibration text ({recipe.calibration.source}) is not in the estimates"
+            f"getting and tokenising the calibration text ({recipe.calibration.named}) is not in the estimates"
         )
     return Estimate(
         model=model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -154,13 +154,18 @@ class TextReader:
         """The windows that a recipe asks for; `InputError` where text, tokenizer and model do not go together."""
         length = window_length(spec, self.decoder)
         if length < spec.length:
-            self.progress.say(f"windows of {spec.source} cut from {spec.length} to the model's {length} positions")
-        with naming_memory(f"reading {spec.samples} windows of {spec.source}"):
-            data = calibrate(
-                spec.source, self.tokenizer, samples=spec.samples, length=length, seed=spec.seed,
-                model_path=self.folder, device=self.decoder.device,
-                progress=self.progress.counter(f"tokens of {spec.source}"),
-            )  # fmt: skip
+            self.progress.say(f"windows of {spec.named} cut from {spec.length} to the model's {length} positions")
+        dealt = spec.dealt()
+        windows: dict[str, Iterator[Tensor]] = {}
+        for text in dict.fromkeys(dealt):
+            with naming_memory(f"reading {dealt.count(text)} windows of {text}"):
+                read = calibrate(
+                    text, self.tokenizer, samples=dealt.count(text), length=length, seed=spec.seed,
+                    model_path=self.folder, device=self.decoder.device,
+                    progress=self.progress.counter(f"tokens of {text}"),
+                )  # fmt: skip
+            windows[text] = iter(read.tokens)
+        data = Calibration(torch.stack([next(windows[text]) for text in dealt]), spec.named, spec.seed)
         rows = self.decoder.model.get_input_embeddings().num_embeddings
         if data.tokens.max() >= rows:
             raise InputError(

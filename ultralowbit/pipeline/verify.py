@@ -108,7 +108,7 @@ def rerun(
             ).manifest  # fmt: skip
     finally:
         torch.set_num_threads(before)
-    return _compared(manifest, second, recipe.calibration.source)
+    return _compared(manifest, second, recipe.calibration.named)
 
 
 def _compared(first: dict[str, Any], second: dict[str, Any], text: str) -> Rerun:

@@ -99,7 +99,7 @@ def _manifest(job: Job, model: str, decoder: Decoder, recipe: Recipe, data: Cali
     calibration = None
     if data is not None:
         windows = {"length": data.tokens.shape[1], "tokens": data.tokens.numel(), "sha256": data.sha256}
-        calibration = {**recipe.calibration.model_dump(), **windows}
+        calibration = {**recipe.calibration.model_dump(), "source": recipe.calibration.named, **windows}
     return {
         "fingerprint": job.state["fingerprint"],
         "model": public_name(model),

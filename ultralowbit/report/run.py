@@ -65,10 +65,10 @@ class Texts:
 
 
 def default_source(recipe: Recipe) -> str:
-    """The dataset of the calibration, if that is on the hub (its test split is read), else the text always there."""
-    source = recipe.calibration.source
-    hub = source not in ("python-docs", "self") and not Path(source).expanduser().exists()
-    return source if recipe.reads_text and hub and (source in SOURCES or "/" in source) else "python-docs"
+    """The first dataset of the calibration that is on the hub (its test split is read), else the text always there."""
+    texts = recipe.calibration.shares if recipe.reads_text else ()
+    away = [text for text in texts if text not in ("python-docs", "self") and not Path(text).expanduser().exists()]
+    return next((text for text in away if text in SOURCES or "/" in text), "python-docs")
 
 
 def compress_and_measure(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from ultralowbit.data.corpora import public_name
 from ultralowbit.methods.base import fields
 from ultralowbit.training.estimators import ESTIMATORS, STE
 from ultralowbit.training.objectives import BLOCK_OBJECTIVES, OBJECTIVES
@@ -41,8 +43,10 @@ class StrictModel(BaseModel):
 class CalibrationSpec(StrictModel):
     """Which text the statistics come from, and how much of it."""
 
-    source: str = Field(
-        "c4", description="local .txt/.jsonl/.parquet, wikitext2, c4, ptb, org/name, python-docs or self"
+    source: str | dict[str, float] = Field(
+        "c4",
+        description="local .txt/.jsonl/.parquet, wikitext2, c4, ptb, org/name, python-docs or self; or several with "
+        "their shares of the windows: {wikitext2: 1, self: 3}",
     )
     samples: int = Field(128, ge=1, le=MOST, description="windows drawn from the text")
     length: int = Field(2048, ge=2, le=MOST, description="tokens in a window; cut to the model's context")
@@ -53,6 +57,59 @@ class CalibrationSpec(StrictModel):
         lt=1,
         description="percentile (0.999) of the token norms that the Hessian scales larger tokens down to",
     )
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _is_one_or_several(cls, source: Any) -> Any:
+        """Names without folders differ: reports have these alone, and `verify` finds texts again by them."""
+        if not isinstance(source, str):
+            if not isinstance(source, dict) or not source or not all(isinstance(text, str) for text in source):
+                raise PydanticCustomError("source", "expected a text, or several with shares: {wikitext2: 1, c4: 3}")
+            names = [public_name(text) for text in source]
+            for name, share in zip(names, source.values(), strict=True):
+                if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= MOST:
+                    raise PydanticCustomError("source", f"the share of {name} should be a number above 0")
+                if names.count(name) > 1:
+                    raise PydanticCustomError("source", f"two texts are called {name}: rename one")
+        return source
+
+    @model_validator(mode="after")
+    def _reads_each(self) -> CalibrationSpec:
+        if left := [text for text in self.shares if text not in self.dealt()]:
+            raise PydanticCustomError(
+                "share", f"{left[0]} would get none of {self.samples} windows: give it a larger share, or more samples"
+            )
+        return self
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Each text, by name or path, and its share of the windows; they add up to 1."""
+        texts = self.source if isinstance(self.source, dict) else {self.source: 1.0}
+        return {text: share / sum(texts.values()) for text, share in texts.items()}
+
+    @property
+    def named(self) -> str:
+        """The text in words, such as "wikitext2 (25 %) and c4 (75 %)"."""
+        if isinstance(self.source, str):
+            return self.source
+        *first, last = [f"{text} ({100 * share:.3g} %)" for text, share in self.shares.items()]
+        return f"{', '.join(first)} and {last}" if first else last
+
+    def dealt(self) -> list[str]:
+        """The text of each window: in whatever first part of them, each text has its share within one window."""
+        counts = dict.fromkeys(self.shares, 0)
+        order = []
+        for i in range(1, self.samples + 1):
+            text = max(counts, key=lambda text: self.shares[text] * i - counts[text])
+            counts[text] += 1
+            order.append(text)
+        return order
+
+    def renamed(self, rename: Callable[[str], str]) -> CalibrationSpec:
+        """The same with each text's name or path replaced by what `rename` makes of it."""
+        texts = self.source
+        new = rename(texts) if isinstance(texts, str) else {rename(text): share for text, share in texts.items()}
+        return self.model_copy(update={"source": new})
 
 
 KINDS = ("scale", "offset", "row", "column", "latent")
