@@ -191,6 +191,7 @@ def test_a_model_that_repeats_a_token_is_called_collapsed(run, model, text, tmp_
         words = next(written)
         return Continuation("abc", "".join(words), max(map(words.count, words)) / len(words))
 
+    monkeypatch.setattr("ultralowbit.report.measure.PROMPTS", ())
     monkeypatch.setattr("ultralowbit.report.measure.continuation", repeat)
     result = run("compress", model, "--recipe", "rtn-4bit", *options(text))
     assert result.exit_code == 0 and "After 'abc' the packed model writes 'bbbbbbbb" in result.stdout

@@ -94,7 +94,7 @@ def llama():
 def test_a_continuation_takes_the_likeliest_token(llama):
     tokens = torch.randint(32, (100,), generator=torch.Generator().manual_seed(1))
     seen = []
-    continued = continuation(llama, Words(), tokens, prompt=8, length=6, progress=lambda *done: seen.append(done))
+    continued = continuation(llama, Words(), tokens[:8], length=6, progress=lambda *done: seen.append(done))
     ids = tokens[:8].tolist()
     with torch.no_grad():
         for _ in range(6):
@@ -110,6 +110,6 @@ def test_a_repeated_token_is_seen(llama):
     broken = LlamaForCausalLM(llama.config).eval()
     with torch.no_grad():
         broken.lm_head.weight.fill_(torch.nan)
-    continued = continuation(broken, Words(), torch.arange(20))
+    continued = continuation(broken, Words(), torch.arange(16))
     assert (continued.share, continued.repeats) == (1, True)
     assert not replace(continued, share=0.4).repeats and Continuation("", "", 0.5).repeats

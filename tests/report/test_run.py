@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import math
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -17,10 +19,14 @@ from ultralowbit.checkpoint.job import LOCAL
 from ultralowbit.cli.app import app
 from ultralowbit.cli.console import Pace
 from ultralowbit.cli.render import rows_table, show
+from ultralowbit.eval.runner import open_model
 from ultralowbit.eval.schema import read_file, write_file
+from ultralowbit.hub import open_tokenizer
 from ultralowbit.progress import Silent
 from ultralowbit.recipe import Recipe
 from ultralowbit.report.card import CARD, is_edited
+from ultralowbit.report.comparison import write_comparison
+from ultralowbit.report.gates import continuation
 from ultralowbit.report.run import default_source, write_texts
 from ultralowbit.report.schema import RunReport
 from ultralowbit.report.tables import grid
@@ -112,6 +118,41 @@ def test_a_kill_after_compressing_costs_no_figure(compress, monkeypatch, at):
     assert report.packed.metrics.keys() == {"perplexity", "fidelity"} and report.continuation
     assert (folder / CARD).exists() and not is_edited(folder / CARD)
     assert "edited" not in result.output and (folder / "report.md").exists()
+
+
+def test_both_models_write_after_the_same_prompts(compress, monkeypatch, tmp_path):
+    """In report.json, report.md and on the page of `compare`; prompts that the model has no words for are left out."""
+    monkeypatch.setattr("ultralowbit.report.measure.PROMPTS", ("abc", "", "a `b`\nc"))
+    result, folder = compress()
+    assert result.exit_code == 0, result.output
+    samples = read_file(folder / "report.json", RunReport, "").samples
+    assert [sample.prompt for sample in samples] == ["abc", "a `b`\nc"]
+    for name, label in (("deep/tiny", "original"), ("packed", "packed")):
+        model, tokenizer = (
+            open_model(tmp_path / name, torch.device("cpu"), torch.float32),
+            open_tokenizer(tmp_path / name),
+        )
+        for sample in samples:
+            ids = tokenizer(sample.prompt, return_tensors="pt")["input_ids"][0]
+            assert getattr(sample, label) == continuation(model, tokenizer, ids).text
+    write_comparison([folder], tmp_path / "page")
+    pages = [folder / "report.md", tmp_path / "page/report.md", tmp_path / "page/report.html"]
+    for page in map(Path.read_text, pages):
+        shown = " ".join(html.unescape(page).split())
+        for text in (text for s in samples for text in (s.prompt, s.original, s.packed)):
+            assert " ".join(json.dumps(text).split()) in shown
+    monkeypatch.setattr("ultralowbit.report.measure.open_model", lambda *a: pytest.fail("they write again"))
+    result, _ = compress()
+    assert result.exit_code == 0 and read_file(folder / "report.json", RunReport, "").samples == samples
+
+
+def test_a_packed_model_writes_alone_where_the_original_has_no_room(compress, monkeypatch):
+    monkeypatch.setattr("ultralowbit.report.measure.too_large", lambda models, device: "needs more")
+    result, folder = compress()
+    assert result.exit_code == 0, result.output
+    samples = read_file(folder / "report.json", RunReport, "").samples
+    assert samples and all(sample.original is None and sample.packed for sample in samples)
+    assert "- original:" not in (folder / "report.md").read_text()
 
 
 def test_calibrating_on_what_is_measured_is_told(compress, text, tmp_path):

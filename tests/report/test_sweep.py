@@ -11,11 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from ultralowbit.cli.app import app
+from ultralowbit.errors import InputError
 from ultralowbit.eval.schema import Evaluation, ModelResults, read_file, write_file
 from ultralowbit.eval.scores import Score
 from ultralowbit.eval.zeroshot import ZeroShot
 from ultralowbit.report import sweep_runs, sweep_tracks
 from ultralowbit.report.schema import Comparison, RunReport
+from ultralowbit.report.sweep_runs import Methods
 from ultralowbit.report.sweep_tracks import task_accuracies
 
 pytestmark = pytest.mark.slow
@@ -160,6 +162,20 @@ def test_what_cannot_be_told_apart_or_run_is_refused(bench, model, monkeypatch):
     ):
         result = bench(*options)
         assert result.exit_code == 2 and words in result.stderr, (options, result.output)
+
+
+def test_a_recipe_with_bits_is_what_compress_makes_of_them():
+    recipe = Methods(models=(), recipes=()).recipe("ulb-fast:1.6", 3)
+    assert (recipe.name, recipe.allocate.bits, recipe.calibration.seed) == ("ulb-fast-1.6bit", 1.6, 3)
+    asked = Methods(models=(), recipes=(), settings=("quantize.refine=1",)).recipe("ulb:2.05", 0, "my.txt")
+    assert (asked.quantize.refine, asked.finetune.data.source) == (1, "my.txt")
+    for entry, words in (
+        ("sign-2:1.6", "sign-2 does not share bits out among Linears: say sign-2"),
+        ("ulb:", "no recipe 'ulb:'"),
+        ("ulb:1.2.3", "allocate.bits"),
+    ):
+        with pytest.raises(InputError, match=words):
+            Methods(models=(), recipes=()).recipe(entry, 0)
 
 
 def test_an_interrupt_is_no_failure(bench, monkeypatch):

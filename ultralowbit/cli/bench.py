@@ -47,7 +47,11 @@ OriginalsArgument = Annotated[
 ]
 RecipeOption = Annotated[str, typer.Option(help="shipped recipe or .yaml file")]
 NamesOption = Annotated[
-    str | None, typer.Option(metavar="NAMES", help="recipes to run, with commas between them; all shipped by default")
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="recipes to run, with commas between them; all shipped by default; ulb-fast:1.6 is --bits 1.6 with it",
+    ),
 ]
 SeedsOption = Annotated[
     str, typer.Option(metavar="NUMBERS", help="seeds of the calibration windows, with commas between them")
@@ -222,6 +226,8 @@ def bench_methods(
     --json` left in a run's folder), robustness to corrupted text, cost, size and speed.
 
     [bold]ultralowbit bench methods model --recipes sign-2,gptq-2bit --calib wikitext2 --eval wikitext2 --out bench[/]
+
+    [bold]ultralowbit bench methods model --recipes ulb-fast:1.6,ulb-fast:2.05,pb-llm --seeds 0[/]
     """
     from ultralowbit.eval.evaluate import Wanted
     from ultralowbit.recipe import shipped

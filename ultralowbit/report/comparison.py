@@ -135,7 +135,8 @@ def _section(base: str, runs: list[Run], others: Sequence[Reference], out: Path)
     measured = {key: column for run in runs for key, (column, _) in run.readings.items()}
     first = runs[0].report
     size = first.original.size
-    rows = [_row(ORIGINAL, ORIGINAL, [_metrics(before, size)], size)]
+    written = {s.prompt: s.original for run in runs for s in run.report.samples if s.original is not None}
+    rows = [_row(ORIGINAL, ORIGINAL, [_metrics(before, size)], size, written=written)]
     labelled = zip(_labels(groups), groups, strict=True)
     run_rows = [_run_row(label, group, out) for label, group in labelled]
     rows += sorted(run_rows, key=lambda row: -row.mean("file_bytes"))
@@ -253,6 +254,7 @@ def _run_row(label: str, group: Sequence[Run], out: Path) -> ComparedRow:
         measured.append({**_metrics(run.readings, packed.size), **cost})
     return _row(
         label, "run", measured, group[0].report.packed.size, layers=_layers(group), by_depth=_by_depth(group),
+        written={sample.prompt: sample.packed for sample in group[0].report.samples},
         runs=[_provenance(run, out) for run in group],
     )  # fmt: skip
 
@@ -315,6 +317,11 @@ def front(points: dict[int, tuple[float, float]], higher: bool = False) -> list[
     ]
 
 
+def _prompts(section: Section) -> list[str]:
+    """What the models of a section were asked to continue."""
+    return list(dict.fromkeys(prompt for row in section.rows for prompt in row.written))
+
+
 def write(out: Path, comparison: Comparison) -> None:
     """Write the page, the Markdown, the JSON, and a folder of plots; report.html is whole in itself."""
     folder = out / "plots"
@@ -332,7 +339,7 @@ def write(out: Path, comparison: Comparison) -> None:
         section.plots = [f"plots/{figure['name']}.{suffix}" for figure in figures for suffix in ("png", "svg")]
     shown = {
         **dict(comparison), "drawn": drawn, "colours": style.COLOURS, "cell": cell, "sort_key": sort_key,
-        "header": header, "section_table": section_table,
+        "header": header, "section_table": section_table, "prompts": _prompts,
     }  # fmt: skip
     write_file(out / REPORT, comparison)
     write_atomic(out / "report.md", render("compare.md.j2", **shown).encode())

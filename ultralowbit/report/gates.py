@@ -85,13 +85,12 @@ def continuation(
     tokenizer: Any,
     tokens: Tensor,
     *,
-    prompt: int = 16,
     length: int = 24,
     progress: OnProgress | None = None,
 ) -> Continuation:
-    """Continue the first `prompt` of the tokens [n] by `length` more, also beyond an end token."""
+    """Continue tokens [n] by `length` more, also beyond an end token; fewer of them, where the context is short."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(tokens) + length
-    start = tokens[: min(prompt, max(1, positions - length))]
+    start = tokens[: max(1, positions - length)]
     ids = start.to(next(model.parameters()).device)[None]  # [1, length so far]
     for done in range(min(length, positions - len(start))):
         ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ultralowbit.checkpoint.files import Source
 from ultralowbit.checkpoint.packed import packed_weight
@@ -27,9 +28,21 @@ from ultralowbit.format.weight import Format
 from ultralowbit.hub import open_tokenizer
 from ultralowbit.progress import Progress
 from ultralowbit.report.gates import Continuation, continuation
-from ultralowbit.report.schema import RunReport, Written
+from ultralowbit.report.schema import RunReport, Sample, Written
 
 log = logging.getLogger(__name__)
+
+START = 16
+"""Tokens of a text that a model continues."""
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, there was a little girl who",
+    "Water boils when",
+    "Question: What is 7 plus 5?\nAnswer:",
+    "def factorial(n):",
+)
+"""What every model is asked to continue: a fact, a story, an explanation, arithmetic and code."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,8 @@ class Models:
         report.original.metrics = self._alone(self.folder, texts, before, "original") if room else {}
         if thorough and texts:
             self._measure_depth(report, texts[0])
-            report.continuation = report.continuation or self._continue(texts[0], room)
+            if report.continuation is None:
+                self._let_write(report, texts[0], room)
 
     def _known(self, known: Measured, text: EvalText, relative: bool = False) -> dict[str, Any]:
         names = [name for name, metric in METRICS.items() if metric.needs_original or not relative]
@@ -107,19 +121,35 @@ class Models:
                 trust_remote_code=self.trust_remote_code, progress=self.watch.counter("divergence by depth"),
             )  # fmt: skip
 
-    def _continue(self, text: EvalText, room: bool) -> Written:
-        """What the packed model writes; that it repeats a token is no collapse if the original does so too."""
+    def _let_write(self, report: RunReport, text: EvalText, room: bool) -> None:
+        """What the models write after the beginning of a text, and after each prompt; that the packed model repeats a
+        token is no collapse if the original does so too."""
+        packed = self._written(self.packed, text, self.recipe)
+        original = self._written(self.folder, text, "original") if room else {}
+        first, usual = packed.pop(None), original.pop(None, None)
+        repeats = first.repeats and not (usual is not None and usual.repeats)
+        report.continuation = Written(prompt=first.prompt, text=first.text, share=first.share, repeats=repeats)
+        report.samples = [
+            Sample(prompt=prompt, original=original[prompt].text if original else None, packed=written.text)
+            for prompt, written in packed.items()
+        ]
 
-        def write(folder: Path, label: str) -> Continuation:
-            model = open_model(folder, self.device, self.dtype, self.trust_remote_code)
-            tokenizer = open_tokenizer(folder, self.trust_remote_code)
-            return continuation(
-                model, tokenizer, text.tokens, progress=self.watch.counter(f"{label}: continuing a text")
+    def _written(self, folder: Path, text: EvalText, label: str) -> dict[str | None, Continuation]:
+        """Continuations by prompt, that of the text under None."""
+        model = open_model(folder, self.device, self.dtype, self.trust_remote_code)
+        tokenizer, rows = open_tokenizer(folder, self.trust_remote_code), model.get_input_embeddings().num_embeddings
+        starts: dict[str | None, Tensor] = {None: text.tokens[:START]}
+        for prompt in PROMPTS:
+            ids = tokenizer(prompt, return_tensors="pt")["input_ids"][0]
+            if len(ids) and ids.max() < rows:  # a tokenizer may have words that the model has not
+                starts[prompt] = ids.long()
+        counter = self.watch.counter(f"{label}: writing")
+        return {
+            prompt: continuation(
+                model, tokenizer, ids, progress=lambda done, each, i=i: counter(i * each + done, len(starts) * each)
             )
-
-        packed = write(self.packed, self.recipe)
-        usual = packed.repeats and room and write(self.folder, "original").repeats
-        return Written(prompt=packed.prompt, text=packed.text, share=packed.share, repeats=packed.repeats and not usual)
+            for i, (prompt, ids) in enumerate(starts.items())
+        }  # fmt: skip
 
 
 def _joined(first: Measured, second: Measured) -> Measured:

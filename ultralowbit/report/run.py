@@ -155,7 +155,7 @@ def _begin(
         report.original.metrics, report.packed.metrics = earlier.original.metrics, earlier.packed.metrics
         report.packed.divergence_by_depth = earlier.packed.divergence_by_depth
         report.packed.peak_memory_bytes = compressed.peak_memory_bytes or earlier.packed.peak_memory_bytes
-        report.continuation = earlier.continuation
+        report.continuation, report.samples = earlier.continuation, earlier.samples
     return report
 
 

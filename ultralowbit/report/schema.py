@@ -152,6 +152,15 @@ class Written(Record):
     """Whether it repeats itself where the original does not."""
 
 
+class Sample(Record):
+    """What both models write after a prompt, the likeliest token each time."""
+
+    prompt: str
+    original: str | None
+    """None where it was not run."""
+    packed: str
+
+
 class RunReport(File):
     """report.json of a folder that `compress` wrote. It names models, texts and folders without their paths."""
 
@@ -175,6 +184,7 @@ class RunReport(File):
     seen: dict[str, float] = Field(default_factory=dict)
     """Of each text that it is measured on, the share of the calibration text that stands in it, where there is any."""
     continuation: Written | None = None
+    samples: list[Sample] = Field(default_factory=list)
     limits: Limits = Limits()
     exceeded: list[str] = Field(default_factory=list)
     """A sentence for each limit that does not hold."""
@@ -252,6 +262,8 @@ class ComparedRow(Record):
     linear_weights: int
     layers: list[ComparedLayer] = Field(default_factory=list)
     by_depth: Depth | None = None
+    written: dict[str, str] = Field(default_factory=dict)
+    """Prompt -> what the model writes after it; of the first seed."""
     runs: list[Provenance] = Field(default_factory=list)
 
     def mean(self, key: str) -> float:

@@ -34,6 +34,7 @@ class Methods:
 
     models: tuple[str, ...]
     recipes: tuple[str, ...]
+    """By name or path; `ulb-fast:1.6` is one at so many bits."""
     seeds: tuple[int, ...] = (0,)
     settings: tuple[str, ...] = ()
     """Settings of every recipe, as `--set` takes them."""
@@ -47,11 +48,20 @@ class Methods:
     tasks: Wanted | None = None
     """Tasks of lm-eval, which the original and each recipe's first seed are asked."""
 
-    def recipe(self, name: str, seed: int, calibration: str | None = None) -> Recipe:
-        """A recipe with everything that was asked of it."""
+    def recipe(self, entry: str, seed: int, calibration: str | None = None) -> Recipe:
+        """A recipe with everything that was asked of it; `InputError` for bits where it does not share them out."""
         source = calibration or next(iter(self.calibrations), None)
         texts = {"seed": seed} | ({} if source is None else {"source": source})
-        return Recipe.load(name, self.settings, small=self.small, texts=texts)
+        name, bits = re.fullmatch(r"(.+?)(?::([\d.]+))?", entry).groups()
+        recipe = Recipe.load(name, self.settings, small=self.small, texts=texts)
+        if bits is None:
+            return recipe
+        if recipe.allocate is None:
+            raise InputError(
+                f"{entry} asks for {bits} bits, but {name} does not share bits out among Linears: say {name}"
+            )
+        settings = (*self.settings, f"allocate.bits={bits}", f"name={recipe.name}-{bits}bit")
+        return Recipe.load(name, settings, small=self.small, texts=texts)
 
     def runs(self, folder: Path) -> Iterator[tuple[int, str | None, Path]]:
         """Seed, other calibration text and folder of each run of one recipe on one model."""
