@@ -201,10 +201,11 @@ class Stop(Silent):
     [
         ({"blockwise": TUNE}, "blocks", (1, 5, 9)),
         ({"finetune": DISTILL}, "fine-tuning", (1, 7)),
+        ({"finetune": DISTILL | {"training": SCALES | {"lr": {"scale": 1e-2, "norm": 1e-2}}}}, "fine-tuning", (7,)),
         ({"preprocess": PREPARE}, "training adapters", (1, 7)),
         ({"preprocess": PREPARE}, "blocks", (2, 3)),
     ],
-    ids=["blockwise", "finetune", "adapters", "after-adapters"],
+    ids=["blockwise", "finetune", "norms", "adapters", "after-adapters"],
 )
 def test_an_interrupted_stage_ends_with_the_same_bytes(source, recipe, tmp_path, monkeypatch, stage, stop, steps):
     whole = compress(str(source), recipe(**stage), tmp_path / "whole")
@@ -315,6 +316,49 @@ def test_a_block_without_anything_to_train_is_passed_over(source, recipe, tmp_pa
     result = compress(str(source), recipe(blockwise=TUNE, finetune=DISTILL, **rest), tmp_path / "out")
     assert result.manifest["blockwise"].keys() == {"model.layers.0"}
     ultralowbit.load(result.folder)
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_light_form_trains_scales_norms_and_biases(config, dtype, save_model, recipe, tmp_path):
+    """What is stored is what was judged: values of the files' dtype; codes and all else stay as they are."""
+    kind = "llama" if config is LLAMA else "gpt2"
+    source = save_model(AutoConfig.for_model(kind, **config), tmp_path / "model", dtype=dtype)
+    rates = {"scale": 1e-2, "norm": 1e-2} | ({"bias": 1e-2} if config is GPT2 else {})
+    light = recipe(finetune=DISTILL | {"training": SCALES | {"lr": rates}})
+    plain = compress(str(source), recipe(), tmp_path / "plain")
+    result = compress(str(source), light, tmp_path / "out")
+    report = result.manifest["finetune"]
+    assert report["after"] < report["before"]
+    before, after = tensors(plain.folder), tensors(result.folder)
+    assert {name: t.dtype for name, t in before.items()} == {name: t.dtype for name, t in after.items()}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    vectors = {name for name in before if "norm" in name or ".ln_" in name or (name.endswith(".bias"))}
+    assert len(vectors) == (5 if config is LLAMA else 18) and vectors <= changed
+    assert all(name in vectors or name.endswith("_scale") for name in changed)
+    tokens = windows(source, light)[8:]
+    with torch.no_grad():
+        log_p, log_q = (
+            model(tokens).logits.log_softmax(-1)
+            for model in (
+                AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
+                ultralowbit.load(tmp_path / "out", dtype=torch.float32),
+            )
+        )
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    assert kl == pytest.approx(report["after"], rel=1e-4)
+
+
+def test_norms_alone_can_be_trained(source, recipe, tmp_path):
+    """Also under formats that have nothing to train, and with nothing of their own that a rate could be for."""
+    stage = DISTILL | {"training": SCALES | {"lr": {"norm": 1e-2}}}
+    packed_only = {"method": "billm", "block": 32}
+    result = compress(str(source), recipe(quantize=packed_only, finetune=stage), tmp_path / "out")
+    assert result.manifest["finetune"]["after"] < result.manifest["finetune"]["before"]
+    with pytest.raises(InputError, match=r"training\.lr has a rate for bias, of which the model has nothing to train"):
+        compress(str(source), recipe(finetune=DISTILL | {"training": {"lr": {"scale": 1, "bias": 1}}}), tmp_path / "no")
+    with pytest.raises(ValueError, match="lr names 'norm', expected some of scale"):
+        recipe(blockwise=TUNE | {"training": {"lr": {"norm": 1e-3}}})
 
 
 def test_training_that_makes_nothing_better_changes_nothing(source, recipe, tmp_path):

@@ -559,7 +559,9 @@ def tuned(method, train: set[str], lr: float, steps: int = 100, **options) -> tu
     teacher, student, x = block()
     for i in (0, 2):
         packed = method.quantize(teacher[i].weight, None) if hasattr(method, "quantize") else method(teacher[i].weight)
-        student[i] = FakeQuantLinear(packed, train, latent=teacher[i].weight, bias=teacher[i].bias, **options)
+        student[i] = FakeQuantLinear(
+            packed, train, latent=teacher[i].weight, bias=lambda i=i: teacher[i].bias, **options
+        )
     target = teacher(x)
     groups = parameter_groups(student)
     assert set(groups) == train and all(len(parameters) == 2 for parameters in groups.values())
@@ -572,7 +574,7 @@ def tuned(method, train: set[str], lr: float, steps: int = 100, **options) -> tu
         F.mse_loss(student(x), target).backward()
         optimizer.step()
     for i in (0, 2):
-        student[i] = FakeQuantLinear(student[i].pack(), {"scale"}, bias=teacher[i].bias)
+        student[i] = FakeQuantLinear(student[i].pack(), {"scale"}, bias=lambda i=i: teacher[i].bias)
     return before, F.mse_loss(student(x), target).item()
 
 
@@ -601,7 +603,9 @@ def test_the_loop_fits_what_is_packed(tmp_path):
     teacher, student, x = block()
     for i in (0, 2):
         packed = Sign(planes=2).quantize(teacher[i].weight, None)
-        student[i] = FakeQuantLinear(packed, {"scale", "latent"}, latent=teacher[i].weight, bias=teacher[i].bias)
+        student[i] = FakeQuantLinear(
+            packed, {"scale", "latent"}, latent=teacher[i].weight, bias=lambda i=i: teacher[i].bias
+        )
     target = teacher(x)
 
     def loss(rows: list[int]) -> Tensor:
@@ -631,7 +635,7 @@ def test_analytic_scales_train():
 
 def test_forward_follows_the_inputs_dtype_and_leads():
     weight, bias = 0.1 * normal(6, 40), normal(6)
-    linear = FakeQuantLinear(Sign(planes=2).quantize(weight, None), {"scale"}, bias=bias)
+    linear = FakeQuantLinear(Sign(planes=2).quantize(weight, None), {"scale"}, bias=lambda: bias)
     x = normal(2, 3, 40)
     for dtype in (torch.float32, torch.bfloat16):
         y = linear(x.to(dtype))

@@ -47,6 +47,7 @@ uploaded with the checkpoint."""
 EMBEDDINGS = "embeddings.safetensors"
 """The packed embedding and head, in the work folder."""
 
+_OUTSIDE = "finetuned/outside.safetensors"
 _MARK = {"made_by": "ultralowbit"}
 _FOLDERS = ("blocks", "checkpoint", "replaced", "finetuned", "preprocess")
 _FILES = ("job.json", "job.json.tmp", "lock")
@@ -211,6 +212,16 @@ class Job:
         write_tensors(path, tensors)
         self.record([path])
 
+    def write_outside(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors outside of the blocks that have changed; the next `commit` makes the file count."""
+        path = self.work / _OUTSIDE
+        write_tensors(path, tensors)
+        self.record([path])
+
+    def read_outside(self) -> dict[str, Tensor]:
+        """What of the tensors outside of the blocks has changed."""
+        return load_file(self.work / _OUTSIDE) if _OUTSIDE in self.state["files"] else {}
+
     def read_block(self, i: int) -> dict[str, Tensor]:
         with naming_memory(f"reading {self.block_file(i)}"):
             return load_file(self.block_file(i))
@@ -316,6 +327,8 @@ class Follower(Job):
         self.out, self.work, self.state = Path(place["out"]), Path(place["work"]), place["state"]
 
     def write_block(self, i: int, tensors: Mapping[str, Tensor], folder: str = "blocks") -> None: ...
+
+    def write_outside(self, tensors: Mapping[str, Tensor]) -> None: ...
 
     def commit(self) -> None: ...
 

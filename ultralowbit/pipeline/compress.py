@@ -239,7 +239,7 @@ def _finetune(
     blocks = {i: job.read_block(i) for i in range(len(decoder.blocks))}
     block_of = {name: i for i in blocks for name in decoder.linears(i)}
     packed = {name: packed_weight(name, entry, blocks[block_of[name]]) for name, entry in state["layers"].items()}
-    trained, fitted = finetune(
+    trained, plain, fitted = finetune(
         original.source.folder, partial(give_folded, decoder=original) if original.folding else lambda model: None,
         lambda name: decoder.read([f"{name}.weight"])[f"{name}.weight"], packed, outside, tokens,
         recipe.finetune, job.work / "finetune.safetensors", decoder.device, trust_remote_code, progress,
@@ -248,10 +248,14 @@ def _finetune(
     for name, p in trained.items():
         blocks[block_of[name]] |= named_tensors({name: p})
         state["layers"][name] |= {"error": None}
+    for i in blocks:
+        blocks[i] |= {name: plain.pop(name) for name in blocks[i].keys() & plain.keys()}
     if ranks.is_first:
         (job.work / "finetuned").mkdir(exist_ok=True)
     for i, tensors in blocks.items():
         job.write_block(i, tensors, "finetuned")
+    if plain:
+        job.write_outside(plain)
     state |= {"block_folder": "finetuned", "finetune": asdict(fitted)}
     state["seconds"]["finetune"] = round(time.perf_counter() - started, 3)
     job.commit()

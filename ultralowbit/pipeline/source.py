@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ultralowbit.checkpoint.storage import sha256_files
 from ultralowbit.data.calibration import Calibration, calibrate
@@ -22,7 +22,8 @@ from ultralowbit.nn.linear import linear_shape
 from ultralowbit.progress import Progress
 from ultralowbit.recipe import Recipe
 from ultralowbit.training.fake_quant.linear import FakeQuantLinear
-from ultralowbit.training.specs import Blockwise, CalibrationSpec, Finetune
+from ultralowbit.training.plain import plain_parameters
+from ultralowbit.training.specs import KINDS, Blockwise, CalibrationSpec, Finetune
 
 BATCH_TOKENS = 2048
 """Tokens that run through a block at a time: enough to keep the products busy, little enough to keep them in memory."""
@@ -96,18 +97,22 @@ def planned_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format,
         )
     for stage in ("blockwise", "finetune"):
         if getattr(recipe, stage) is not None:
-            _check_rates(stage, getattr(recipe, stage), recipe, formats)
+            _check_rates(stage, getattr(recipe, stage), recipe, formats, decoder.model)
     return formats
 
 
 def _check_rates(
-    stage: str, spec: Blockwise | Finetune, recipe: Recipe, formats: Mapping[str, tuple[Format, tuple[int, int]]]
+    stage: str,
+    spec: Blockwise | Finetune,
+    recipe: Recipe,
+    formats: Mapping[str, tuple[Format, tuple[int, int]]],
+    model: nn.Module,
 ) -> None:
-    """Raise `InputError` where a stage has a learning rate for what no packed Linear has.
+    """Raise `InputError` where a stage has a learning rate for what neither a packed Linear nor the model has.
 
     Seen by packing and making trainable a few random rows of each distinct Linear, as the stage will do.
     """
-    there: set[str] = set()
+    there: set[str] = {plain.kind for plain in plain_parameters(model) if plain.kind in spec.training.lr}
     nothing: InputError | None = None
     generator = torch.Generator().manual_seed(0)
     distinct = {(repr(recipe.method_for(name)), shape[1]): name for name, (_, shape) in formats.items()}
@@ -117,7 +122,7 @@ def _check_rates(
         packed, block = method.quantize(rows, None), recipe.hadamard(name, columns)
         packed = rotated_weight(packed, block) if block else packed
         try:
-            trained = FakeQuantLinear(packed, spec.training.lr, latent=rows, scales=spec.scales)
+            trained = FakeQuantLinear(packed, spec.training.lr.keys() & {*KINDS}, latent=rows, scales=spec.scales)
         except InputError as e:
             nothing = e
         else:
@@ -126,8 +131,8 @@ def _check_rates(
         raise InputError(f"{stage} has nothing to train: {nothing}") from nothing
     if missing := sorted(spec.training.lr.keys() - there):
         raise InputError(
-            f"{stage}.training.lr has a rate for {missing[0]}, of which the packed Linears have nothing to train (they "
-            f"have {', '.join(sorted(there))}): leave it out"
+            f"{stage}.training.lr has a rate for {missing[0]}, of which the model has nothing to train (it has "
+            f"{', '.join(sorted(there))}): leave it out"
         )
 
 

@@ -58,7 +58,7 @@ def write_checkpoint(
     outside = job.work / "outside.safetensors"
     embeddings = job.state.get("embeddings", {})
     plain = [name for name in decoder.names_outside_blocks() if name.removesuffix(".weight") not in embeddings]
-    write_tensors(outside, decoder.read(plain))
+    write_tensors(outside, decoder.read(plain) | job.read_outside())
     parts = [job.block_file(i) for i in range(len(decoder.blocks))]
     parts += [job.work / EMBEDDINGS] if embeddings else []
     merge_tensors([*parts, outside], out, {DIGEST: config_digest(config)})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from ultralowbit.nn.linear import PackedLinear, swap
 from ultralowbit.progress import Progress
 from ultralowbit.training.fake_quant.linear import FakeQuantLinear, parameter_groups, set_progress
 from ultralowbit.training.loop import Fitted, fit
-from ultralowbit.training.specs import Blockwise, Finetune
+from ultralowbit.training.specs import KINDS, Blockwise, Finetune
 
 
 class Streams(NamedTuple):
@@ -104,14 +105,17 @@ def fake_quantized(
             latent = weight(name).to(device)
             latent = latent.T if isinstance(module, Conv1D) else latent
             here = PackedWeight(stored.format, stored.shape, {n: t.to(device) for n, t in stored.tensors.items()})
+            bias = None if module.bias is None else partial(getattr, module, "bias")
             try:
                 linears[name] = linear = FakeQuantLinear(
-                    here, spec.training.lr, latent=latent, bias=module.bias,
+                    here, spec.training.lr.keys() & {*KINDS}, latent=latent, bias=bias,
                     estimator=spec.estimator, scales=spec.scales, dtype=dtype,
                 )  # fmt: skip
             except InputError:
-                linear = PackedLinear.replacing(module, stored.format)
+                linear = PackedLinear(*stored.shape, stored.format, None, isinstance(module, Conv1D))
                 linear.fill(here)
+                if bias is not None:
+                    linear.register_forward_hook(lambda _, args, y, bias=bias: y + bias().to(y.dtype))
             swap(model, name, linear)
             ready(name)
         yield linears

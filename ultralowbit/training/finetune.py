@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from ultralowbit.training.fake_quant.linear import FakeQuantLinear, parameter_gr
 from ultralowbit.training.loop import Fitted, fit
 from ultralowbit.training.memory import checkpoint_blocks, compute_in_fp32
 from ultralowbit.training.objectives import Outputs
+from ultralowbit.training.plain import Own, make_trainable
 from ultralowbit.training.shards import Shards, whole
 from ultralowbit.training.specs import Finetune
 
@@ -44,9 +46,9 @@ def finetune(
     trust_remote_code: bool,
     progress: Progress,
     shards: Shards,
-) -> tuple[dict[str, PackedWeight], Fitted]:
-    """Train the packed Linears of the model in `folder` on tokens [windows, length] and return those that are better
-    for it, with how the training went.
+) -> tuple[dict[str, PackedWeight], dict[str, Tensor], Fitted]:
+    """Train the packed Linears of the model in `folder`, and its norms and biases where the spec says so, on tokens
+    [windows, length]; return those that are better for it, by their names, with how the training went.
 
     change: done to that model once it is loaded; weight: reads what the latent weight of a Linear starts from; outside:
     the packed embedding and head, with which the student computes and which stay as they are; state: the file that a
@@ -58,9 +60,7 @@ def finetune(
         checkpoint_blocks(student)
     training, held_out = spec.split(range(len(tokens)))
 
-    def run(model: PreTrainedModel, batch: Tensor) -> Outputs:
-        output = model(batch, use_cache=False, output_hidden_states=spec.objective.needs_hidden)
-        return Outputs(output.logits, output.hidden_states or ())
+    run = partial(_outputs, hidden=spec.objective.needs_hidden)
 
     @torch.no_grad()
     def teach(batch: Tensor) -> Outputs | None:
@@ -78,19 +78,35 @@ def finetune(
         return sum(shards.map(lambda k: loss([k]).item(), held_out)) / len(held_out)
 
     units = _units(student, packed)
+    last = {names[-1]: unit for unit, names in units.items() if unit}
 
     def ready(name: str) -> None:
-        for unit, names in units.items():
-            if unit and name == names[-1]:
-                shards.shard(student.get_submodule(unit))
+        if name in last:
+            shards.shard(student.get_submodule(last[name]))
 
+    plain = make_trainable(student, spec.training.lr)
     with fake_quantized(student, packed, weight, spec, ready) as linears:
         shards.shard(student)
         fitted = fit(
-            parameter_groups(student), loss, spec.training, len(training), evaluate, state=state, progress=progress,
+            _groups(student, plain), loss, spec.training, len(training), evaluate, state=state, progress=progress,
             what="fine-tuning", on_progress=lambda share: set_progress(student, share), shards=shards,
         )  # fmt: skip
-        return _packed(student, units, linears) if fitted.accepted else {}, fitted
+        if not fitted.accepted:
+            return {}, {}, fitted
+        return _packed(student, units, linears), {name: own.stored for name, own in plain.items()}, fitted
+
+
+def _outputs(model: PreTrainedModel, batch: Tensor, hidden: bool) -> Outputs:
+    output = model(batch, use_cache=False, output_hidden_states=hidden)
+    return Outputs(output.logits, output.hidden_states or ())
+
+
+def _groups(student: PreTrainedModel, plain: Mapping[str, Own]) -> dict[str, list[nn.Parameter]]:
+    """All parameters that are trained, by kind."""
+    groups = parameter_groups(student)
+    for own in plain.values():
+        groups.setdefault(own.kind, []).append(own.parameter.requires_grad_())
+    return groups
 
 
 def _packed(

@@ -114,6 +114,8 @@ class CalibrationSpec(StrictModel):
 
 KINDS = ("scale", "offset", "row", "column", "latent")
 """What of a packed weight can be trained."""
+PLAIN_KINDS = ("norm", "bias")
+"""What can be trained beside packed weights."""
 
 
 class Trained(StrictModel):
@@ -195,7 +197,12 @@ class EndToEnd(Trained):
 
 
 class Finetune(FakeQuantized, EndToEnd):
-    """Fine-tuning: the packed model is trained end to end, against the original or on the text alone."""
+    """Fine-tuning: the packed model is trained end to end, against the original or on the text alone.
+
+    `training.lr` may name norm and bias too. Without latent there is the light form, for those who lack memory.
+    """
+
+    kinds = (*KINDS, *PLAIN_KINDS)
 
     objective: one_of(OBJECTIVES, "kind")
 

@@ -22,7 +22,7 @@ they are.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,7 @@ class FakeQuantLinear(nn.Module):
         Ints use it only where it is. A weight whose own code is not the packed one (the method has made up for the
         errors of other columns) is first moved to where it is: training starts from `packed`, unless that has three or
         more planes with levels that no serial code reaches.
-    bias [out]: added as it is, not trained.
+    bias: gives what is added [out], at every use; None for nothing.
     scales: "free" trains them; "analytic" takes mean |w - c| of a group's binarised latent weights at every step,
         without a gradient (PB-LLM). That is for -1/+1 planes with a trained latent weight.
     dtype: of the latent weight; all is computed in fp32.
@@ -63,7 +63,7 @@ class FakeQuantLinear(nn.Module):
         train: Collection[str],
         *,
         latent: Tensor | None = None,
-        bias: Tensor | None = None,
+        bias: Callable[[], Tensor] | None = None,
         estimator: Estimator | None = None,
         scales: Scales = "free",
         dtype: torch.dtype = torch.float32,
@@ -78,7 +78,7 @@ class FakeQuantLinear(nn.Module):
         format = packed.format
         self.packed, self.progress, self.device = packed, 0.0, packed.tensors["weight"].device
         self.out_features, self.in_features = packed.shape
-        self.bias = None if bias is None else bias.detach()
+        self.bias = bias
         self._outliers()
         self.input = FakeQuantTransform(packed, "column" in train)
         planes = any(isinstance(segment, Planes) for segment in format.segments)
@@ -129,7 +129,7 @@ class FakeQuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
+        bias = None if self.bias is None else self.bias().to(dtype)
         return F.linear(x.to(dtype), self.dense(dtype), bias)
 
     @torch.no_grad()

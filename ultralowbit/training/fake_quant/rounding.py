@@ -25,6 +25,18 @@ class StoreFp16(torch.autograd.Function):
         return grad, None
 
 
+class StoreAs(torch.autograd.Function):
+    """Rounding to the values of a dtype with the gradient passed straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, dtype: torch.dtype) -> Tensor:
+        return values.to(dtype).float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 class RoundSTE(torch.autograd.Function):
     """Rounding to whole numbers with the gradient passed straight through."""
 
