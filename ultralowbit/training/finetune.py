@@ -59,7 +59,6 @@ def finetune(
     if spec.is_checkpointed(sum(math.prod(p.shape) for p in packed.values())):
         checkpoint_blocks(student)
     training, held_out = spec.split(range(len(tokens)))
-
     run = partial(_outputs, hidden=spec.objective.needs_hidden)
 
     @torch.no_grad()
