@@ -40,7 +40,7 @@ def test_the_model_computes_with_what_will_be_stored(dtype):
     assert own.keys() == {"1.weight", "3.weight"} and torch.equal(student(x), expected)
     with torch.no_grad():
         for vector in own.values():
-            vector.parameter += 1 / 3  # of which 16 bits hold a rounded value
+            vector.parameter.add_(1 / 3)  # of which 16 bits hold a rounded value
     student(x).square().sum().backward()
     for name, vector in own.items():
         assert vector.dtype == vector.stored.dtype == dtype and vector.parameter.dtype == torch.float32
