@@ -12,7 +12,6 @@ from ultralowbit.methods.output_feedback import ROWS
 from ultralowbit.methods.statistics import Need
 from ultralowbit.nn.decoder import Decoder
 from ultralowbit.nn.inputs import shared_inputs
-from ultralowbit.nn.linear import linear_shape
 from ultralowbit.pipeline.experts import at_once
 from ultralowbit.pipeline.source import BATCH_TOKENS, window_length
 from ultralowbit.recipe import Recipe
@@ -29,6 +28,7 @@ class Workload:
         ranks: int = 1,
     ) -> None:
         self.decoder, self.ranks = decoder, ranks
+        self.chosen = getattr(decoder.config.get_text_config(), "num_experts_per_tok", None)  # experts of a token
         self.paired = recipe.error_correction is not None
         self.shapes = {name: shape for name, (_, shape) in formats.items()}
         self.methods = {name: recipe.method_for(name) for name in formats}
@@ -75,9 +75,7 @@ class Workload:
             self.solved.setdefault(together, {}).update({name: math.prod(self.shapes[name]) for name in names})
         # of all blocks, skipped Linears too: those run as well
         self.forward = {
-            name: math.prod(linear_shape(m))
-            for i in range(len(decoder.blocks))
-            for name, m in decoder.linears(i).items()
+            name: math.prod(shape) for i in range(len(decoder.blocks)) for name, shape in decoder.shapes(i).items()
         }
 
     @property
@@ -86,9 +84,9 @@ class Workload:
         a run through the block up to them for every few experts, of each projection."""
         total = 0
         for i in range(len(self.decoder.blocks)):
-            linears = self.decoder.linears(i)
-            widths = {expert_of(name): linear_shape(m)[1] for name, m in linears.items() if expert_of(name)}
-            before = sum(math.prod(linear_shape(m)) for name, m in linears.items() if expert_of(name) is None)
+            shapes = {name: (expert_of(name), shape) for name, shape in self.decoder.shapes(i).items()}
+            widths = {place: width for place, (_, width) in shapes.values() if place}
+            before = sum(math.prod(shape) for place, shape in shapes.values() if place is None)
             for (mixture, _), width in widths.items():
                 runs = math.ceil(self.decoder.experts[mixture].count / at_once(width, self.paired))
                 total += runs * (2 if self.paired else 1) * before
@@ -100,4 +98,4 @@ class Workload:
         if place is None:
             return 1.0
         count = self.decoder.experts[place[0]].count
-        return min(1.0, (getattr(self.decoder.config.get_text_config(), "num_experts_per_tok", None) or count) / count)
+        return min(1.0, (self.chosen or count) / count)
