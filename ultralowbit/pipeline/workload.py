@@ -47,6 +47,8 @@ class Workload:
         self.activations = self.tokens * self.hidden * decoder.dtype.itemsize  # bytes of one activation file
         # two for the packed model, two for the original, the targets
         self.files = 5 if recipe.blockwise is not None else 4 if self.paired else 2
+        if decoder.experts:  # what the experts of one block are given, in the original too
+            self.files += 2 if self.paired else 1
         heard = [] if recipe.output_feedback is None else [n for n, _ in self.shapes.values()]
         self.kept_outputs = sum(4 * n * min(n, ROWS) for n in heard)  # bytes of what output feedback needs
         self.costed, self.heard = (  # tokens on which it is measured what Linears cost, and what outputs say
@@ -80,16 +82,14 @@ class Workload:
 
     @property
     def again(self) -> int:
-        """Weights outside experts that a token is multiplied by once more, while statistics of experts are gathered:
-        a run through the block up to them for every few experts, of each projection."""
+        """Weights outside experts that a token is multiplied by once more, to see what the experts are given: those of
+        blocks that have some."""
         total = 0
         for i in range(len(self.decoder.blocks)):
-            shapes = {name: (expert_of(name), shape) for name, shape in self.decoder.shapes(i).items()}
-            widths = {place: width for place, (_, width) in shapes.values() if place}
-            before = sum(math.prod(shape) for place, shape in shapes.values() if place is None)
-            for (mixture, _), width in widths.items():
-                runs = math.ceil(self.decoder.experts[mixture].count / at_once(width, self.paired))
-                total += runs * (2 if self.paired else 1) * before
+            shapes = self.decoder.shapes(i)
+            outside = [name for name in shapes if expert_of(name) is None]
+            if len(outside) < len(shapes):
+                total += (2 if self.paired else 1) * sum(math.prod(shapes[name]) for name in outside)
         return total
 
     def reached(self, name: str) -> float:
