@@ -14,9 +14,11 @@ from ultralowbit.format.planes import Planes
 from ultralowbit.format.testing import random_packed
 from ultralowbit.format.weight import Format
 from ultralowbit.kernels import packed_matmul as products
-from ultralowbit.nn.experts import Experts, routing_linears, separate_experts
+from ultralowbit.nn.decoder import Decoder
+from ultralowbit.nn.experts import ExpertLinear, Experts, routing_linears, separate_experts
 from ultralowbit.nn.hf import pack_model
 from ultralowbit.nn.hf_names import experts_layout
+from ultralowbit.nn.linear import linear_shape
 
 
 @pytest.fixture
@@ -127,6 +129,23 @@ def test_experts_of_which_some_are_not_packed_are_refused(mixture_config):
     name = "model.layers.0.mlp.experts.1.packed_down_proj"
     with pytest.raises(CheckpointError, match="expert 0 of 4 is not packed in down_proj, others are"):
         pack_model(model, {name: random_packed(Format((Planes(96, 1),)), 64, seed=0)})
+
+
+def test_the_linears_of_experts_are_there_while_their_block_is(save_model, mixture_config, mixture_kind, tmp_path):
+    folder = save_model(mixture_config(mixture_kind), tmp_path, dtype=torch.bfloat16)
+    decoder = Decoder(folder, None, torch.device("cpu"))
+    assert decoder.dtype == torch.bfloat16
+
+    def made() -> list[str]:
+        return [name for name, module in decoder.model.named_modules() if isinstance(module, ExpertLinear)]
+
+    assert not made()
+    with decoder.filled_block(1):
+        linears = decoder.linears(1)
+        assert made() == [name for name in linears if expert_of(name)] and len(made()) == 8
+        assert {name: linear_shape(module) for name, module in linears.items()} == decoder.shapes(1)
+        assert all(module.weight.any() for module in linears.values())
+    assert not made() and [*decoder.shapes(1)] == [*linears]
 
 
 def test_routers_are_no_weights_to_pack(model):

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PhiConfig
 
-from ultralowbit.bench.models import Shape, write_model, write_text
+from ultralowbit.bench.models import Shape, write_headers, write_model, write_text
+from ultralowbit.bench.scale import Card
 from ultralowbit.checkpoint.size import measure_size
 from ultralowbit.errors import InputError
+from ultralowbit.nn.experts import ExpertLinear
 from ultralowbit.nn.inputs import shared_inputs
 from ultralowbit.pipeline.compress import compress
 from ultralowbit.pipeline.estimate import estimate
@@ -235,3 +239,39 @@ def test_refuses_what_compress_refuses(model):
         estimate(str(model), recipe(model).model_copy(update={"ignore": ("*",)}), device="cpu")
     with pytest.raises(InputError, match="no such folder"):
         estimate("./nowhere", recipe(model))
+
+
+def calls(f) -> int:
+    """How many functions, Python's own among them, `f` calls."""
+    count = 0
+
+    def note(frame, event, arg):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        f()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("grown", ["blocks", "experts"])
+def test_planning_takes_as_long_for_every_tensor(grown, tmp_path, mixture_config, monkeypatch):
+    """However many there are: work is counted, so that what is done for every two of them shows. No expert's Linear is
+    made, of which a large model has tens of thousands."""
+    made = []
+    monkeypatch.setattr(ExpertLinear, "__init__", lambda self, *args: made.append(args))
+    plan = Recipe.model_validate(RECIPES["gptq"] | {"name": "gptq", "ignore": ["*.layers.0.self_attn.*"]})
+    monkeypatch.setattr("ultralowbit.pipeline.estimate.measured_rates", lambda *_: Card().rates)
+    counted = []
+    for n in (16, 32, 64):
+        sizes = {"num_hidden_layers": n} if grown == "blocks" else {"num_experts": n}
+        folder = write_headers(tmp_path / str(n), mixture_config("qwen3_moe", **sizes))
+        run = partial(estimate, str(folder), plan, device="cpu")
+        run()  # what is imported and kept from the first time
+        counted.append(calls(run))
+    first, second = counted[1] - counted[0], counted[2] - counted[1]  # of 16 and of 32 more
+    assert second < 2.01 * first
+    assert not made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -14,20 +15,24 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import ultralowbit
+from ultralowbit.checkpoint.activations import Activations
 from ultralowbit.checkpoint.config import TENSORS_DIGEST
 from ultralowbit.checkpoint.files import Source, read_metadata
 from ultralowbit.checkpoint.names import expert_linear, expert_of
 from ultralowbit.checkpoint.size import measure_size
-from ultralowbit.checkpoint.storage import sha256_file
+from ultralowbit.checkpoint.storage import raise_disk_full, sha256_file
 from ultralowbit.cli.app import app
 from ultralowbit.data.calibration import calibrate
-from ultralowbit.errors import CheckpointError, InputError
+from ultralowbit.errors import CheckpointError, DiskFull, InputError
 from ultralowbit.export.base import export
 from ultralowbit.hub import open_tokenizer
 from ultralowbit.nn.experts import Experts
 from ultralowbit.nn.hf_names import experts_layout
-from ultralowbit.pipeline import stream
+from ultralowbit.pipeline import experts, stream
+from ultralowbit.pipeline.estimate import estimate
+from ultralowbit.pipeline.source import open_decoder, planned_formats
 from ultralowbit.pipeline.verify import verify
+from ultralowbit.pipeline.workload import Workload
 from ultralowbit.progress import Silent
 from ultralowbit.recipe import Recipe
 
@@ -212,15 +217,115 @@ def test_a_killed_job_goes_on_to_the_same_bytes(source, recipe, tmp_path, monkey
     assert sha256_file(again / "model.safetensors") == sha256_file(whole / "model.safetensors")
 
 
+STAGES = {
+    "plain": {},
+    "corrected": {"error_correction": {}},
+    "allocated": {"quantize": {"method": "sign", "planes": 2}, "allocate": {"bits": 2.5, "windows": 4}},
+}
+"""What else reads what experts are given."""
+
+
+@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_a_few_at_a_time_become_the_bytes_of_all_at_once(
+    save_model, mixture_config, recipe, tmp_path, monkeypatch, kind, stages
+):
+    folder, spec = save_model(mixture_config(kind), tmp_path / "source"), recipe(**STAGES[stages])
+    monkeypatch.setattr("ultralowbit.pipeline.source.BATCH_TOKENS", 64)  # three batches, a lane each
+    whole = ultralowbit.compress(str(folder), spec, tmp_path / "whole").folder
+    groups, runs = [], []
+    sums, run = experts.Mixture.statistics, experts.run_block
+
+    def counted(self, members, *rest):
+        for stats in sums(self, members, *rest):
+            groups.append([*stats])
+            yield stats
+
+    monkeypatch.setattr(experts, "AT_ONCE", 1)
+    monkeypatch.setattr(experts.Mixture, "statistics", counted)
+    monkeypatch.setattr(experts, "run_block", lambda *args: runs.append(args) or run(*args))
+    few = ultralowbit.compress(str(folder), spec, tmp_path / "few").folder
+    assert groups == [[e] for e in range(4)] * (len(groups) // 4)
+    mixtures = len(groups) // 8  # each with two projections
+    # a run of the block for each batch of each mixture, in the original too; sensitivities have windows for batches
+    assert len(runs) == {"plain": 3, "corrected": 6, "allocated": (3 + 4) / 2}[stages] * mixtures
+    assert mixtures == {"plain": 2, "corrected": 2, "allocated": 4}[stages]
+    assert sha256_file(few / "model.safetensors") == sha256_file(whole / "model.safetensors")
+
+
+def test_a_job_that_is_killed_between_experts_goes_on_to_the_same_bytes(mixtral, recipe, tmp_path, monkeypatch):
+    whole = ultralowbit.compress(str(mixtral), recipe(), tmp_path / "whole").folder
+    monkeypatch.setattr(experts, "AT_ONCE", 1)
+    done = []
+    remove = experts.Given.remove
+
+    def killed_in_the_second_block(self):
+        done.append(self)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        remove(self)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(experts.Given, "remove", killed_in_the_second_block)
+        ultralowbit.compress(str(mixtral), recipe(), tmp_path / "killed")
+    left = [path.name for path in (tmp_path / "killed.work").glob("experts.*")]
+    assert left == ["experts.0.bin"]
+    again = ultralowbit.compress(str(mixtral), recipe(), tmp_path / "killed").folder
+    assert sha256_file(again / "model.safetensors") == sha256_file(whole / "model.safetensors")
+    assert not (tmp_path / "killed.work").exists()
+
+
+def test_no_room_for_what_experts_are_given_is_one_sentence(mixtral, recipe, tmp_path, monkeypatch):
+    reserve = Activations._reserve
+
+    def full(self, lane):
+        if self.path.name != "experts":
+            return reserve(self, lane)
+        raise_disk_full(OSError(errno.ENOSPC, "full"), self.file(lane))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Activations, "_reserve", full)
+        with pytest.raises(DiskFull, match=r"no space left to write .*experts.0.bin: make room, then run the same"):
+            ultralowbit.compress(str(mixtral), recipe(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert ultralowbit.compress(str(mixtral), recipe(), tmp_path / "out").folder.exists()
+
+
+def test_the_plan_counts_what_experts_are_given(save_model, mixture_config, tiny_config, mixtral, recipe, tmp_path):
+    dense = save_model(tiny_config(num_hidden_layers=2), tmp_path / "dense")
+    activations = 6 * 32 * 64 * 4
+    files = {"plain": (2, 3), "corrected": (4, 6)}
+    for stages, counts in files.items():
+        planned = [estimate(str(folder), recipe(**STAGES[stages]), device="cpu") for folder in (dense, mixtral)]
+        assert [p.disk["activation files"] for p in planned] == [n * activations for n in counts]
+    # of each of the two blocks q, k, v and o once more, however few experts are measured at a time
+    decoder = open_decoder(mixtral, torch.device("cpu"))
+    work = Workload(decoder, recipe(), planned_formats(decoder, recipe()))
+    assert work.again == 2 * (2 * 64 * 64 + 2 * 32 * 64)
+
+
+FEW = """
+import sys
+from ultralowbit.cli.app import main
+from ultralowbit.pipeline import experts
+
+experts.AT_ONCE = int(sys.argv.pop(1))
+main()
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_write_the_bytes_of_one(save_model, mixture_config, text, tmp_path):
+    """However many experts are measured at a time."""
     folder = save_model(mixture_config("qwen3_moe", num_experts=6), tmp_path / "source")
+    script = tmp_path / "few.py"
+    script.write_text(FEW)
     digests = set()
-    for n in (1, 2):
+    for n, at_once in ((1, experts.AT_ONCE), (2, 3 * 8 * 64**2)):
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] * (n > 1)
         texts = ["--calib", text, "--samples", "12", "--length", "24", "--eval", "none", "--quiet", "--device", "cpu"]
         out = tmp_path / str(n)
-        command = ["-m", "ultralowbit", "compress", str(folder), "--recipe", "sign-2", "--out", str(out), *texts]
+        command = [str(script), str(at_once), "compress", str(folder), "--recipe", "sign-2", "--out", str(out), *texts]
         done = subprocess.run([sys.executable, *start, *command], capture_output=True, text=True, timeout=300)
         assert done.returncode in (0, 3), done.stderr[-2000:]
         digests.add(sha256_file(out / "model.safetensors"))

@@ -29,6 +29,7 @@ from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.methods.pb_llm import PBLLM
 from ultralowbit.methods.ptq161 import PTQ161
 from ultralowbit.nn.fused import fuse
+from ultralowbit.nn.hf_names import stored_tensors
 from ultralowbit.nn.linear import PackedLinear, swap
 from ultralowbit.nn.original import build_on_meta
 from ultralowbit.nn.quantizer import UltraLowBitConfig
@@ -128,14 +129,14 @@ def write_model(
 
 def write_headers(folder: Path, config: PretrainedConfig, most: int = 1 << 32) -> Path:
     """Write the checkpoint that a config describes, in bf16, of which the headers alone are real: its values are holes
-    in files of at most `most` bytes each, one tensor at least. What is planned from headers can be tried so for models
-    that no disk here holds."""
+    in files of at most `most` bytes each, one tensor at least. Its tensors are those that transformers would save. What
+    is planned from headers can be tried so for models that no disk here holds."""
     folder.mkdir(parents=True, exist_ok=True)
     config.dtype = "bfloat16"
     config.save_pretrained(folder)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     room = most
-    for name, tensor in build_on_meta(config, torch.bfloat16).state_dict().items():
+    for name, tensor in stored_tensors(build_on_meta(config, torch.bfloat16)).items():
         if 2 * tensor.numel() > room and shards[-1]:
             shards.append({})
             room = most

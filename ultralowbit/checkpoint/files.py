@@ -40,14 +40,15 @@ def weight_files(folder: Path) -> list[Path]:
         )
     stored = read_json(index, "copy or download it again")
     weight_map = stored.get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+    names = [*weight_map.values()] if isinstance(weight_map, dict) else []
+    names = sorted({*names}) if all(isinstance(name, str) for name in names) else []
+    if not names or not all(Path(name).name == name for name in names):
         raise CheckpointError(
             f"weight_map in {index} does not name a file of this folder for each tensor: copy or download it again"
         )
     if not isinstance(stored.get("metadata"), dict):
         raise CheckpointError(f"metadata in {index} is no object, as transformers needs: copy or download it again")
-    files = [folder / name for name in sorted(set(names))]
+    files = [folder / name for name in names]
     for file in files:
         if not os.path.isfile(file):  # unlike Path's, for any name
             raise CheckpointError(f"{file} is missing, though {INDEX} names it: copy or download it again")

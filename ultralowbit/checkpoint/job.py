@@ -52,8 +52,8 @@ _MARK = {"made_by": "ultralowbit"}
 _FOLDERS = ("blocks", "checkpoint", "replaced", "finetuned", "preprocess")
 _FILES = ("job.json", "job.json.tmp", "lock")
 _PREFIXES = (
-    "activations-", "original-", "targets-", "allocation.", "outputs-", EMBEDDINGS, "blockwise-", "finetune.",
-    "outside.",
+    "activations-", "original-", "targets-", "experts.", "allocation.", "outputs-", EMBEDDINGS, "blockwise-",
+    "finetune.", "outside.",
 )  # fmt: skip
 _BESIDE = {MANIFEST, LOCAL, "README.md", "report.md", "report.json"}  # what is ours in a finished OUT, and not listed
 

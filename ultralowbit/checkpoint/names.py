@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+_NUMBERS = re.compile(r"(\d+)")
+
 
 def expert_linear(expert: int, projection: str) -> str:
     """The name of an expert's Linear within the module of all experts: `3.packed_down_proj`."""
@@ -17,13 +19,17 @@ def expert_linear(expert: int, projection: str) -> str:
 def expert_of(linear: str) -> tuple[str, str] | None:
     """The name of the module of all experts that a Linear of this name is in, and its projection; None for any other
     Linear."""
+    if ".packed_" not in linear:  # models have a hundred thousand names
+        return None
     match = re.fullmatch(r"(.+)\.\d+\.packed_(\w+)", linear)
     return match and (match[1], match[2])
 
 
 def natural(name: str) -> list[str | int]:
     """A key that sorts block 2 before block 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    parts: list[str | int] = [*_NUMBERS.split(name)]
+    parts[1::2] = map(int, parts[1::2])
+    return parts
 
 
 def weight_name(linear: str) -> str:

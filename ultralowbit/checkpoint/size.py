@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +159,12 @@ class Size:
         Raises `CheckpointError` where a packed weight lacks a tensor, or has one of another shape or dtype.
         """
         modules = by_module(tensors)
-        packed_weights = [_layer(name, formats[name], modules.get(name, {})) for name in sorted(formats, key=natural)]
+        names = sorted(formats, key=natural)
+        packed_weights = _layers({name: (formats[name], modules.get(name, {})) for name in names})
         layers = tuple(layer for layer in packed_weights if is_in_block(layer.name))
         outside = tuple(layer for layer in packed_weights if not is_in_block(layer.name))
-        packed = {f"{name}.{tensor}" for name, format in formats.items() for tensor in format.row_axes}
+        suffixes = {format: tuple(format.row_axes) for format in {*formats.values()}}
+        packed = {f"{name}.{tensor}" for name, format in formats.items() for tensor in suffixes[format]}
         rest = {name: spec for name, spec in tensors.items() if name not in packed}
         other = dict.fromkeys(KINDS, 0)
         for name, spec in rest.items():
@@ -198,6 +200,19 @@ def measure_size(folder: Path | str) -> Size:
         header_bytes += header
     vocabulary = text_config(config).get("vocab_size")
     return Size.of(tensors, packed_formats(config), vocabulary if isinstance(vocabulary, int) else None, header_bytes)
+
+
+def _layers(packed: Mapping[str, tuple[Format, Mapping[str, TensorSpec]]]) -> list[LayerSize]:
+    """Of each packed weight, by its name, given its format and its own tensors; those that are alike are counted once,
+    such as all experts."""
+    counted: dict[Any, LayerSize] = {}
+    layers = []
+    for name, (format, own) in packed.items():
+        alike = format, tuple(own.items())
+        if alike not in counted:
+            counted[alike] = _layer(name, format, own)
+        layers.append(replace(counted[alike], name=name))
+    return layers
 
 
 def _layer(name: str, format: Format, own: Mapping[str, TensorSpec]) -> LayerSize:

@@ -6,7 +6,8 @@ embedding, a row is read as it is: E = sum_t n_t |w_t - q_t|^2, token t occurrin
 codes of its own, so that n_t changes nothing in what is best for it. Where one weight is both, E is the sum, and the
 embedding's part is a share of the identity in H: `damp`. On SmolLM2-135M (tied, WikiText-2, 4 bits in groups of 64,
 rotated) rounding to nearest costs 12 % of perplexity, H with 0.01 of the identity 2.5 %, with 0.003 2.2 %; with a share
-that follows n_t it is 2.2 % too, which is why rows are not told apart.
+that follows n_t it is 2.2 % too, which is why rows are not told apart. On novel-4m, tied and not rotated, the same 4
+bits cost at most 1 %, four planes 2 %, 8 bits nothing (recipes/README.md).
 """
 
 from __future__ import annotations

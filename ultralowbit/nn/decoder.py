@@ -27,10 +27,10 @@ from ultralowbit.checkpoint.files import Source
 from ultralowbit.checkpoint.names import weight_name
 from ultralowbit.errors import CheckpointError, InputError, reason
 from ultralowbit.format.words import TensorSpec
-from ultralowbit.nn.experts import ExpertLinear, routing_linears, separate_experts
+from ultralowbit.nn.experts import Experts, routing_linears, separate_experts
 from ultralowbit.nn.folding import Folding, why_not_foldable
-from ultralowbit.nn.hf_names import match_keys, match_parts, tied_names
-from ultralowbit.nn.linear import PackedLinear
+from ultralowbit.nn.hf_names import match_stored, tied_names
+from ultralowbit.nn.linear import PackedLinear, linear_shape
 from ultralowbit.nn.original import build_on_meta, read_config, refuse_adapters, refuse_codes
 
 MAX_UNQUANTIZED = 0.05
@@ -48,39 +48,45 @@ class BlockCall:
 class Decoder:
     """A causal LM on meta whose blocks can be filled from `source` one at a time, with a Linear for each expert.
 
-    dtype: the compute dtype; device: where blocks run. specs: dtype and shape of the model's tensors by their names, as
-    the source has them; key_of: the name there of each but those that are `joined` of several.
+    dtype: the compute dtype, None for the checkpoint's; device: where blocks run. specs: dtype and shape of the model's
+    tensors by their names, as the source has them; key_of: the name there of each but those that are `joined` of
+    several.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype | None, device: torch.device, trust_remote_code: bool = False
+    ) -> None:
         refuse_adapters(folder)
         self.config = read_config(folder, trust_remote_code)
         self.source = Source(folder)
         refuse_codes(self.source)
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device = dtype or self.config.dtype or torch.float32, device
         self.folding: Folding | None = None
         try:
-            self.model = build_on_meta(self.config, dtype, trust_remote_code)
+            self.model = build_on_meta(self.config, self.dtype, trust_remote_code)
         except Exception as e:  # as above: sizes that do not fit together fail anywhere
             raise InputError(f"transformers cannot build a causal LM from {folder}/config.json ({reason(e)})") from e
         self.blocks_name, self.blocks = find_blocks(self.model, self.config)
         self.experts = separate_experts(self.model)
         self.refuse_unquantizable()  # before the names: other experts are stored under others, in other shapes
         self.key_of: dict[str, str] = {}
-        self.joined = match_parts(self.model, self.source.specs)
-        self.specs = self._match_specs()
+        stored_as, self.joined = match_stored(self.model, self.source.specs)
+        self.specs = self._match_specs(stored_as)
+        start, self._of_block = f"{self.blocks_name}.", [[] for _ in self.blocks]
+        for name in self.specs:
+            if name.startswith(start):
+                self._of_block[int(name.removeprefix(start).partition(".")[0])].append(name)
 
-    def _match_specs(self) -> dict[str, TensorSpec]:
+    def _match_specs(self, key_of: Mapping[str, str]) -> dict[str, TensorSpec]:
         """Name of each tensor of the model -> what the source has for it; tied ones that the source leaves out are
         absent."""
         tied = tied_names(self.model)
-        key_of = match_keys(self.model, self.source.specs)
-        specs, missing = {}, []
+        specs, missing, joins = {}, [], {}
         for name, tensor in self.model.state_dict().items():
             key = key_of.get(name)
             if name in tied and tied[name] != name and self._stored_alike(key, key_of.get(tied[name])):
                 continue  # stored once, under the name it is tied to
-            spec = self._joined_spec(name) if key is None else self.source.specs[key]
+            spec = self._joined_spec(name, joins) if key is None else self.source.specs[key]
             if spec is None:
                 missing.append(name)
                 continue
@@ -100,21 +106,22 @@ class Decoder:
             )
         return specs
 
-    def _joined_spec(self, name: str) -> TensorSpec | None:
-        """What a tensor would be that the source holds in parts; None where it does not."""
+    def _joined_spec(self, name: str, joins: dict[Any, TensorSpec]) -> TensorSpec | None:
+        """What a tensor would be that the source holds in parts; None where it does not. joins: by the parts, what is
+        known of tensors of other blocks."""
         if name not in self.joined:
             return None
-        parts = {key: self.source.specs[key] for key in self.joined[name].keys}
-        try:
-            joined = self.joined[name].join(
-                {key: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for key, spec in parts.items()}
-            )
-        except Exception as e:  # parts that are missing or do not fit fail anywhere in transformers' operations
-            raise CheckpointError(
-                f"the {len(parts)} tensors of {self.source.folder} that make {name} do not fit together ({reason(e)}): "
-                "copy or download the model again"
-            ) from e
-        return TensorSpec(joined.dtype, tuple(joined.shape))
+        joined, stored = self.joined[name], self.source.specs
+        alike = id(joined.converter), tuple((p, *map(stored.get, keys)) for p, keys in joined.parts.items())
+        if alike not in joins:
+            try:
+                joins[alike] = joined.spec(stored)
+            except Exception as e:  # parts that are missing or do not fit fail anywhere in transformers' operations
+                raise CheckpointError(
+                    f"the {len(joined.keys)} tensors of {self.source.folder} that make {name} do not fit together "
+                    f"({reason(e)}): copy or download the model again"
+                ) from e
+        return joins[alike]
 
     def _stored_alike(self, tied: str | None, key: str | None) -> bool:
         """Whether a tied tensor needs no place of its own; where the two differ, transformers does not tie them."""
@@ -140,8 +147,7 @@ class Decoder:
         return [name for name in self.specs if not name.startswith(f"{self.blocks_name}.")]
 
     def names_of_block(self, i: int) -> list[str]:
-        prefix = f"{self.block_name(i)}."
-        return [name for name in self.specs if name.startswith(prefix)]
+        return self._of_block[i]
 
     def fold(self, seed: int, untie: bool = True) -> str | None:
         """Fold rotations into all that is read from here on; why that cannot be, as the end of a sentence, where the
@@ -197,18 +203,29 @@ class Decoder:
         finally:
             block.to("meta")
             _set_buffers(block, computed)
+            for module in block.modules():
+                if isinstance(module, Experts):
+                    module.drop_linears()
 
     def linears(self, i: int, ignore: Sequence[str] = ()) -> dict[str, nn.Module]:
-        """Full name -> Linear, Conv1D or `ExpertLinear` of block i, but routers and those whose full name matches a
-        pattern in `ignore`; `InputError` where that leaves out some of a projection's experts, and not all."""
-        routing = routing_linears(self.blocks[i])
-        named = {
-            f"{self.block_name(i)}.{name}": module
-            for name, module in self.blocks[i].named_modules()
-            if isinstance(module, nn.Linear | Conv1D | ExpertLinear) and name not in routing
-        }
-        kept = {name: module for name, module in named.items() if not any(fnmatch(name, p) for p in ignore)}
-        packed = {weight_name(name) for name in kept}
+        """Full name -> Linear, Conv1D or `ExpertLinear` of block i, those that `shapes` names."""
+        for module in [*self.blocks[i].modules()]:
+            if isinstance(module, Experts):
+                module.make_linears()
+        return {name: self.model.get_submodule(name) for name in self.shapes(i, ignore)}
+
+    def shapes(self, i: int, ignore: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
+        """Full name -> (out, in) of the Linears of block i, but routers and those whose full name matches a pattern in
+        `ignore`; `InputError` where that leaves out some of a projection's experts, and not all."""
+        routing, named = routing_linears(self.blocks[i]), {}
+        for name, module in self.blocks[i].named_modules():
+            full = f"{self.block_name(i)}.{name}"
+            if isinstance(module, Experts):
+                named |= {f"{full}.{linear}": shape for linear, shape in module.linear_shapes().items()}
+            elif isinstance(module, nn.Linear | Conv1D) and name not in routing:
+                named[full] = linear_shape(module)
+        kept = {name: shape for name, shape in named.items() if not any(fnmatch(name, p) for p in ignore)}
+        packed = {weight_name(name) for name in kept} if len(kept) < len(named) else set()
         for name in named:
             if name not in kept and weight_name(name) in packed:
                 raise InputError(f"ignore leaves out {name} but not all experts of its layer: give a pattern for all")
@@ -218,7 +235,7 @@ class Decoder:
         """Raise `InputError` where more than `MAX_UNQUANTIZED` of the blocks' weights lie outside Linears."""
         total, outside = 0, {}
         for i, block in enumerate(self.blocks):
-            inside = {weight_name(name) for name in self.linears(i)}
+            inside = {weight_name(name) for name in self.shapes(i)}
             for name, p in block.named_parameters():
                 full = f"{self.block_name(i)}.{name}"
                 total += p.numel()

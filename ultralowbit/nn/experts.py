@@ -27,8 +27,7 @@ class ExpertLinear(nn.Module):
     def __init__(self, experts: Experts, expert: int, projection: str) -> None:
         super().__init__()
         self._place = (experts, expert, projection)  # in a tuple `experts` is no submodule
-        shape = getattr(experts, projection).shape[1:]
-        self.out_features, self.in_features = reversed(shape) if experts.transposed else shape
+        self.out_features, self.in_features = experts.linear_shape(projection)
 
     @property
     def experts(self) -> Experts:
@@ -55,7 +54,8 @@ class Experts(nn.Module):
     """Stands for a module of fused experts: hidden [tokens, d], the experts of each token [tokens, k] and their weights
     [tokens, k] -> [tokens, d].
 
-    Takes over the parameters of `original` under their names; the experts' Linears have those of `expert_linear`.
+    Takes over the parameters of `original` under their names; the experts' Linears have those of `expert_linear`. They
+    are made when one is asked for: a large model has tens of thousands, and is planned without them.
     """
 
     def __init__(self, original: nn.Module) -> None:
@@ -66,13 +66,32 @@ class Experts(nn.Module):
         for name in list(original._parameters):
             self.register_parameter(name, original._parameters.pop(name))
         self.count = len(self.down_proj)
-        for expert in range(self.count):
+
+    def make_linears(self) -> None:
+        """Make the experts' Linears, where they are not there: they are then submodules."""
+        for expert in range(0 if self._modules else self.count):
             self.add_module(str(expert), nn.ModuleDict())
             for projection in self.projections:
                 swap(self, expert_linear(expert, projection), ExpertLinear(self, expert, projection))
 
+    def drop_linears(self) -> None:
+        """Undo `make_linears`, where nothing is packed."""
+        self._modules.clear()
+
     def linear(self, expert: int, projection: str) -> ExpertLinear | PackedLinear:
+        self.make_linears()
         return self.get_submodule(expert_linear(expert, projection))
+
+    def linear_shape(self, projection: str) -> tuple[int, int]:
+        """(out, in) of a projection of each expert, of which not all are packed yet."""
+        _, *shape = getattr(self, projection).shape
+        out, width = reversed(shape) if self.transposed else shape
+        return out, width
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Name of each expert's Linear within this module -> (out, in)."""
+        shapes = {projection: self.linear_shape(projection) for projection in self.projections}
+        return {expert_linear(e, p): shape for e in range(self.count) for p, shape in shapes.items()}
 
     def entering(self, expert: int, projection: str, x: Tensor) -> Tensor:
         """What a projection of an expert is given, for x [tokens, d] that the expert is given."""

@@ -91,7 +91,7 @@ class Folding:
         self.kv_rows = self.head_size * (getattr(config, "num_key_value_heads", None) or heads)
         self.residual, self.values = Rotation(config.hidden_size, seed), Rotation(self.head_size, seed + 1)
         self.untied = _untie(decoder, self.head, self.embedding)
-        linears = (name for i in range(len(decoder.blocks)) for name in decoder.linears(i))
+        linears = (name for i in range(len(decoder.blocks)) for name in decoder.shapes(i))
         self.folded = frozenset([self.embedding, self.head, *(name for name in linears if self._reads_rotated(name))])
 
     def norm_of(self, name: str) -> str | None:

@@ -30,6 +30,8 @@ def pack_model(
     config = UltraLowBitConfig.of({name: p.format for name, p in packed.items()}, recipe)
     mixtures = {place[0] for place in map(expert_of, packed) if place is not None}
     experts = separate_experts(model, mixtures.__contains__)
+    for mixture in experts.values():
+        mixture.make_linears()
     for name, weight in packed.items():
         pack_module(model, name, weight.format).fill(weight)
     for mixture in experts.values():

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import CompileConfig
 
 from ultralowbit.checkpoint.names import natural
+from ultralowbit.format.words import TensorSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +25,18 @@ if TYPE_CHECKING:
 def match_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """Name of each tensor of the model that a checkpoint holds -> its key there: with transformers' own renamings
     (GPT-NeoX's `embed_out` is `lm_head` to it), and with or without the base model's prefix."""
-    renamed = {name: key for key, name in _renamed(model, keys).items()}
+    return _match_names(model, _renamed(model, keys))
+
+
+def match_stored(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], dict[str, Joined]]:
+    """What `match_keys` gives, and the name of each tensor of the model that transformers makes of several tensors of a
+    checkpoint -> how."""
+    renamed = _renamed(model, keys)
+    return _match_names(model, renamed), _match_parts(model, renamed)
+
+
+def _match_names(model: PreTrainedModel, renamed: Mapping[str, str]) -> dict[str, str]:
+    renamed = {name: key for key, name in renamed.items()}
     key_of = {}
     for name in model.state_dict():
         key = next((k for k in _with_and_without_prefix(model, name) if k in renamed), None)
@@ -44,6 +57,12 @@ class Joined(NamedTuple):
     def keys(self) -> list[str]:
         return [key for keys in self.parts.values() for key in keys]
 
+    def spec(self, specs: Mapping[str, TensorSpec]) -> TensorSpec:
+        """Dtype and shape of the tensor, of those of its parts by key."""
+        parts = {key: torch.empty(specs[key].shape, dtype=specs[key].dtype, device="meta") for key in self.keys}
+        joined = self.join(parts)
+        return TensorSpec(joined.dtype, tuple(joined.shape))
+
     def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The tensor of the model, of its parts by key."""
         converter = deepcopy(self.converter)
@@ -54,15 +73,14 @@ class Joined(NamedTuple):
         return joined[0] if isinstance(joined, list) else joined
 
 
-def match_parts(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, Joined]:
-    """Name of each tensor of the model that transformers makes of several tensors of a checkpoint -> how."""
+def _match_parts(model: PreTrainedModel, renamed: Mapping[str, str]) -> dict[str, Joined]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
     converters = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
     converters = [t for t in converters if len(t.target_patterns) == 1]
     joined: dict[str, Joined] = {}
-    for key, name in sorted(_renamed(model, keys).items(), key=lambda item: natural(item[1])):
+    for key, name in sorted(renamed.items(), key=lambda item: natural(item[1])) if converters else ():
         for converter in converters:
             target, pattern = converter.rename_source_key(name)
             if pattern is not None:
@@ -91,6 +109,13 @@ def _with_and_without_prefix(model: PreTrainedModel, name: str) -> tuple[str, st
     """The names that a tensor of the model may have, its own first."""
     prefix = f"{model.base_model_prefix}."
     return name, name.removeprefix(prefix), prefix + name
+
+
+def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What transformers would save of a model, by the keys that it would have: each expert's weights are its own."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, model.state_dict())
 
 
 class ExpertsLayout(NamedTuple):

@@ -60,7 +60,9 @@ def input_groups(block: nn.Module, linears: dict[str, nn.Module], call: BlockCal
 
 def shared_inputs(decoder: Decoder) -> dict[str, str] | None:
     """Linear -> the first one of its group, seen by a forward pass on meta; None for a model whose forward needs
-    values."""
+    values, as that of a mixture of experts does: where a token goes depends on them."""
+    if decoder.experts:
+        return None
     linears = {name: module for i in range(len(decoder.blocks)) for name, module in decoder.linears(i).items()}
     ids = torch.zeros(1, 8, dtype=torch.int64, device="meta")
     # most models read their mask's values unless it comes ready made

@@ -39,7 +39,7 @@ from ultralowbit.format.weight import Format
 from ultralowbit.format.words import TensorSpec
 from ultralowbit.nn.embedding import PackedEmbedding, pack_embedding, unpack_embedding
 from ultralowbit.nn.experts import ExpertLinear, Experts, separate_experts
-from ultralowbit.nn.hf_names import match_keys, match_parts, tied_names
+from ultralowbit.nn.hf_names import match_stored, tied_names
 from ultralowbit.nn.linear import PackedLinear, PackedModule, swap
 
 if TYPE_CHECKING:
@@ -100,6 +100,8 @@ class UltraLowBitQuantizer(HfQuantizer):
         prefix = f"{model.base_model_prefix}."
         mixtures = {place[0].removeprefix(prefix) for place in map(expert_of, formats) if place is not None}
         experts = separate_experts(model, lambda name: name.removeprefix(prefix) in mixtures)
+        for module in experts.values():
+            module.make_linears()
         modules = dict(model.named_modules())
         kinds = nn.Linear | Conv1D | nn.Embedding | ExpertLinear
         for name, format in formats.items():
@@ -181,7 +183,7 @@ def check_config(files: Sequence[Path]) -> None:
 def check_files(model: PreTrainedModel, files: Sequence[str | Path]) -> None:
     """Raise `CheckpointError` unless every tensor of the model is in the files, as the model expects it."""
     stored = read_headers(files)
-    key_of, joined = match_keys(model, stored), match_parts(model, stored)
+    key_of, joined = match_stored(model, stored)
     modules, problems, packed = by_module(stored), [], set()
     for name, module in model.named_modules():
         if isinstance(module, PackedModule):

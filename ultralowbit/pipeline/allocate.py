@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -63,11 +64,12 @@ def _within_budget(decoder: Decoder, recipe: Recipe, losses: Mapping[str, float]
         if not recipe.is_allocated(name)
     )
 
-    def takes(name: str, planes: int) -> int:
-        n, m = shapes[name]
+    @cache  # experts are alike
+    def takes(shape: tuple[int, int], planes: int) -> int:
+        n, m = shape
         return replace(recipe.quantize, planes=planes).format(m).nbytes(n, m)
 
-    nbytes = torch.tensor([[sum(takes(name, K) for name in names) for K in PLANES] for names in free.values()])
+    nbytes = torch.tensor([[sum(takes(shapes[name], K) for name in names) for K in PLANES] for names in free.values()])
     least = 8 * (fixed + int(nbytes[:, 0].sum())) / weights
     if least > recipe.allocate.bits:
         raise InputError(

@@ -237,7 +237,7 @@ def _finetune(
     if "finetune" in state:
         return
     blocks = {i: job.read_block(i) for i in range(len(decoder.blocks))}
-    block_of = {name: i for i in blocks for name in decoder.linears(i)}
+    block_of = {name: i for i in blocks for name in decoder.shapes(i)}
     packed = {name: packed_weight(name, entry, blocks[block_of[name]]) for name, entry in state["layers"].items()}
     trained, plain, fitted = finetune(
         original.source.folder, partial(give_folded, decoder=original) if original.folding else lambda model: None,

@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -230,8 +231,9 @@ def planned_size(decoder: Decoder, formats: dict[str, tuple[Format, tuple[int, i
     """What the packed checkpoint will hold: the packed tensors of each Linear, all else as it is stored now."""
     packed = {weight_name(name) for name in formats}
     tensors = {name: spec for name, spec in decoder.specs.items() if name not in packed}
+    stored = cache(Format.tensors)
     for name, (format, shape) in formats.items():
-        tensors |= {f"{name}.{suffix}": spec for suffix, spec in format.tensors(*shape).items()}
+        tensors |= {f"{name}.{suffix}": spec for suffix, spec in stored(format, *shape).items()}
     vocabulary = getattr(decoder.config.get_text_config(), "vocab_size", None)
     return Size.of(tensors, {name: format for name, (format, _) in formats.items()}, vocabulary)
 

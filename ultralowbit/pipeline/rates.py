@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
@@ -48,10 +49,11 @@ def seconds(work: Workload, size: Size, rates: Rates) -> dict[str, float]:
     together = min(len(files), os.cpu_count() or 1)
     hashed = size.total_bytes + sum((folder / file).stat().st_size for file in files) / together
     single, own = rates.single, rates.own
+    alike = Counter((work.methods[name], shape) for name, shape in work.shapes.items())
     rounding = sum(
-        m * per_column + n * m * per_weight
-        for name, (n, m) in work.shapes.items()
-        for per_column, per_weight in [rates.rounding(work.methods[name])]
+        count * (m * per_column + n * m * per_weight)
+        for (method, (n, m)), count in alike.items()
+        for per_column, per_weight in [rates.rounding(method)]
     )
     parts = {"hashing": hashed / rates.hashing, "rounding": rounding}
     if not (work.tokens or work.recipe.finetune or work.recipe.preprocess):

@@ -34,12 +34,12 @@ from ultralowbit.format.weight import PackedWeight
 from ultralowbit.methods.base import Method
 from ultralowbit.methods.output_feedback import ROWS
 from ultralowbit.methods.statistics import InputStats, Need, SingularHessian
-from ultralowbit.nn.decoder import BlockCall, Decoder
+from ultralowbit.nn.decoder import Decoder
 from ultralowbit.nn.inputs import input_groups
 from ultralowbit.nn.linear import linear_shape, linear_weight
 from ultralowbit.pipeline.collect import collect
 from ultralowbit.pipeline.experts import Mixture
-from ultralowbit.pipeline.gradients import Backwards, Depth, backwards
+from ultralowbit.pipeline.gradients import Backwards, backwards
 from ultralowbit.pipeline.ranks import Ranks
 from ultralowbit.pipeline.source import packed_linears
 from ultralowbit.progress import OnProgress, Progress
@@ -128,7 +128,7 @@ def sensitivities(
     for one in backwards(decoder, tokens, scratch, step, ranks):
         linears, prefix = decoder.linears(one.index, recipe.ignore), f"{decoder.block_name(one.index)}."
         wanted = {name: m for name, m in linears.items() if name in methods}
-        lost = _lost(one, prefix, wanted, methods, recipe, ranks) if wanted else {}
+        lost = _lost(one, prefix, wanted, methods, recipe, scratch, ranks) if wanted else {}
         heard = {n: linear_shape(m)[0] for n, m in linears.items() if outputs is not None and n in outputs.names}
         gathered = _Gathered(one, prefix, lost, len(counted), heard, 0 if outputs is None else outputs.windows, {})
         totals = ranks.sum_lanes(lanes, gathered.new, gathered.gather)
@@ -186,12 +186,12 @@ class _Gathered(NamedTuple):
 @torch.no_grad()
 def _lost(
     one: Backwards, prefix: str, linears: Mapping[str, nn.Module], methods: Mapping[str, Method], recipe: Recipe,
-    ranks: Ranks,
+    scratch: Path, ranks: Ranks,
 ) -> dict[str, Tensor]:  # fmt: skip
     """D [out, in] of each Linear of a block, whose full names begin with `prefix`: what its method loses of the weight,
     in the basis of the inputs as they are."""
     lost = {}
-    for stats in _statistics(one.block, prefix, linears, one.call, one.entering, recipe, one.device, ranks):
+    for stats in _statistics(one, prefix, linears, recipe, scratch, ranks):
         rotated = {name: _rotated(linear_weight(linears[name]), s.hadamard) for name, s in stats.items()}
 
         def pack(
@@ -209,10 +209,10 @@ def _lost(
 
 
 def _statistics(
-    block: nn.Module, prefix: str, linears: Mapping[str, nn.Module], call: BlockCall, entering: Depth, recipe: Recipe,
-    device: torch.device, ranks: Ranks,
-) -> Iterator[dict[str, InputStats]]:  # fmt: skip
+    one: Backwards, prefix: str, linears: Mapping[str, nn.Module], recipe: Recipe, scratch: Path, ranks: Ranks
+) -> Iterator[dict[str, InputStats]]:
     """The inputs of a block's Linears, for those that share one at a time, or for experts."""
+    block, call, entering, device = one.block, one.call, one.entering, one.device
     lanes = entering.hidden.lanes
 
     def of(name: str) -> InputStats:
@@ -229,11 +229,14 @@ def _statistics(
             (stats,) = ranks.sum_lanes(lanes, lambda name=names[0]: [of(name)], gather)
             yield dict.fromkeys(names, stats)
             continue
-        mixture = Mixture(block, local, call, entering, lanes, ranks, device)
+        mixture = Mixture(
+            block, local, call, entering, lanes, ranks, device, scratch.with_name(f"{scratch.name}.experts")
+        )
         for projection in mixture.experts.projections:
             members = mixture.members(projection, names[0], linears)
-            for each in mixture.statistics(list(members), projection, lambda e, n=members: of(n[e]), None):
-                yield {members[expert]: one for expert, one in each.items()}
+            for each in mixture.statistics(list(members), projection, lambda e, n=members: of(n[e])):
+                yield {members[expert]: stats for expert, stats in each.items()}
+        mixture.remove()
 
 
 def _rotated(weight: Tensor, hadamard: int | None) -> Tensor:

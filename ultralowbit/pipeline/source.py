@@ -18,7 +18,6 @@ from ultralowbit.hub import open_tokenizer
 from ultralowbit.methods.rotation import rotated_format, rotated_weight
 from ultralowbit.nn.decoder import Decoder
 from ultralowbit.nn.embedding import find_ends
-from ultralowbit.nn.linear import linear_shape
 from ultralowbit.progress import Progress
 from ultralowbit.recipe import Recipe
 from ultralowbit.training.fake_quant.linear import FakeQuantLinear
@@ -31,10 +30,7 @@ BATCH_TOKENS = 2048
 
 def open_decoder(folder: Path, device: torch.device, trust_remote_code: bool = False) -> Decoder:
     """The model on meta, ready to stream; blocks run in fp32 on a CPU and in the checkpoint's dtype elsewhere."""
-    decoder = Decoder(folder, torch.float32, device, trust_remote_code)
-    if device.type != "cpu":
-        decoder = Decoder(folder, decoder.config.dtype or torch.float32, device, trust_remote_code)
-    return decoder
+    return Decoder(folder, torch.float32 if device.type == "cpu" else None, device, trust_remote_code)
 
 
 def open_folded(
@@ -63,8 +59,8 @@ def window_length(spec: CalibrationSpec, decoder: Decoder) -> int:
 
 def packed_linears(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[int, int]]:
     """(out, in) of every Linear that the recipe packs, by their full names in the order of the blocks."""
-    blocks = (decoder.linears(i, recipe.ignore) for i in range(len(decoder.blocks)))
-    return {name: linear_shape(module) for linears in blocks for name, module in linears.items()}
+    blocks = (decoder.shapes(i, recipe.ignore) for i in range(len(decoder.blocks)))
+    return {name: shape for shapes in blocks for name, shape in shapes.items()}
 
 
 def planned_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format, tuple[int, int]]]:
@@ -78,10 +74,12 @@ def planned_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format,
                 f"the stage {stage} of recipe {recipe.name} cannot run on a mixture of experts yet, which "
                 f"{decoder.config.model_type} is: leave it out with --set {stage}=null, or give a recipe without it"
             )
-    formats = {}
+    formats, made = {}, {}
     for name, shape in packed_linears(decoder, recipe).items():
-        format, block = recipe.method_for(name).format(shape[1]), recipe.hadamard(name, shape[1])
-        formats[name] = (rotated_format(format, block) if block else format, shape)
+        alike = method, columns, block = recipe.method_for(name), shape[1], recipe.hadamard(name, shape[1])
+        if alike not in made:
+            made[alike] = rotated_format(method.format(columns), block) if block else method.format(columns)
+        formats[name] = (made[alike], shape)
     if not formats:
         raise InputError(f"recipe {recipe.name} skips every Linear of the model: nothing would be compressed")
     for override in recipe.overrides:

@@ -301,7 +301,10 @@ class BlockStream:
         beside: Original | None,
     ) -> Iterator[Statistics]:
         """The same of the experts `name` of a block, a projection at a time."""
-        mixture = Mixture(block, self._local(i, name), call, inputs, self.lanes, self.ranks, self.decoder.device)
+        mixture = Mixture(
+            block, self._local(i, name), call, inputs, self.lanes, self.ranks, self.decoder.device,
+            self.job.work / "experts", beside,
+        )  # fmt: skip
         if starved := [expert for expert in range(mixture.experts.count) if mixture.is_starved(expert)]:
             self.progress.say(f"{name}: too few tokens for {_listed(starved)}, measured on all tokens")
         for projection in mixture.experts.projections:
@@ -319,8 +322,9 @@ class BlockStream:
                 )  # fmt: skip
 
             measured = [e for e in names if needs[e]]
-            for stats in mixture.statistics(measured, projection, new, beside):
+            for stats in mixture.statistics(measured, projection, new):
                 yield {names[e]: one for e, one in stats.items()}
+        mixture.remove()
 
     def _groups(
         self, block: nn.Module, linears: dict[str, nn.Module], call: BlockCall, inputs: Activations

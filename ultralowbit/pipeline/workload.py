@@ -12,7 +12,6 @@ from ultralowbit.methods.output_feedback import ROWS
 from ultralowbit.methods.statistics import Need
 from ultralowbit.nn.decoder import Decoder
 from ultralowbit.nn.inputs import shared_inputs
-from ultralowbit.nn.linear import linear_shape
 from ultralowbit.pipeline.experts import at_once
 from ultralowbit.pipeline.source import BATCH_TOKENS, window_length
 from ultralowbit.recipe import Recipe
@@ -29,6 +28,7 @@ class Workload:
         ranks: int = 1,
     ) -> None:
         self.decoder, self.ranks = decoder, ranks
+        self.chosen = getattr(decoder.config.get_text_config(), "num_experts_per_tok", None)  # experts of a token
         self.paired = recipe.error_correction is not None
         self.shapes = {name: shape for name, (_, shape) in formats.items()}
         self.methods = {name: recipe.method_for(name) for name in formats}
@@ -47,6 +47,8 @@ class Workload:
         self.activations = self.tokens * self.hidden * decoder.dtype.itemsize  # bytes of one activation file
         # two for the packed model, two for the original, the targets
         self.files = 5 if recipe.blockwise is not None else 4 if self.paired else 2
+        if decoder.experts:  # what the experts of one block are given, in the original too
+            self.files += 2 if self.paired else 1
         heard = [] if recipe.output_feedback is None else [n for n, _ in self.shapes.values()]
         self.kept_outputs = sum(4 * n * min(n, ROWS) for n in heard)  # bytes of what output feedback needs
         self.costed, self.heard = (  # tokens on which it is measured what Linears cost, and what outputs say
@@ -75,23 +77,19 @@ class Workload:
             self.solved.setdefault(together, {}).update({name: math.prod(self.shapes[name]) for name in names})
         # of all blocks, skipped Linears too: those run as well
         self.forward = {
-            name: math.prod(linear_shape(m))
-            for i in range(len(decoder.blocks))
-            for name, m in decoder.linears(i).items()
+            name: math.prod(shape) for i in range(len(decoder.blocks)) for name, shape in decoder.shapes(i).items()
         }
 
     @property
     def again(self) -> int:
-        """Weights outside experts that a token is multiplied by once more, while statistics of experts are gathered:
-        a run through the block up to them for every few experts, of each projection."""
+        """Weights outside experts that a token is multiplied by once more, to see what the experts are given: those of
+        blocks that have some."""
         total = 0
         for i in range(len(self.decoder.blocks)):
-            linears = self.decoder.linears(i)
-            widths = {expert_of(name): linear_shape(m)[1] for name, m in linears.items() if expert_of(name)}
-            before = sum(math.prod(linear_shape(m)) for name, m in linears.items() if expert_of(name) is None)
-            for (mixture, _), width in widths.items():
-                runs = math.ceil(self.decoder.experts[mixture].count / at_once(width, self.paired))
-                total += runs * (2 if self.paired else 1) * before
+            shapes = self.decoder.shapes(i)
+            outside = [name for name in shapes if expert_of(name) is None]
+            if len(outside) < len(shapes):
+                total += (2 if self.paired else 1) * sum(math.prod(shapes[name]) for name in outside)
         return total
 
     def reached(self, name: str) -> float:
@@ -100,4 +98,4 @@ class Workload:
         if place is None:
             return 1.0
         count = self.decoder.experts[place[0]].count
-        return min(1.0, (getattr(self.decoder.config.get_text_config(), "num_experts_per_tok", None) or count) / count)
+        return min(1.0, (self.chosen or count) / count)
