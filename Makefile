@@ -2,7 +2,9 @@
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+# Whole files for each worker: what the tests of one share is made once.
+XDIST = -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest $(XDIST)
 VERSION ?= 5.10.1
 OTHER = build/transformers-$(VERSION)
 PURELIB = import sysconfig; print(sysconfig.get_path('purelib'))
@@ -25,7 +27,7 @@ test-transformers: $(VENV)/.installed # an environment of its own on all else th
 	$(BIN)/python -m venv $(OTHER)
 	echo "import site; site.addsitedir('$$($(BIN)/python -c "$(PURELIB)")')" > "$$($(OTHER)/bin/python -c "$(PURELIB)")/shared.pth"
 	$(OTHER)/bin/python -m pip install --quiet transformers==$(VERSION)
-	PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest -n 2 tests/nn/test_hf.py tests/nn/test_hf_names.py
+	PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest $(XDIST) tests/nn/test_hf.py tests/nn/test_hf_names.py
 
 test-llama: $(VENV)/.installed # builds llama.cpp with cmake, which takes some minutes the first time
 	$(BIN)/python -m pip install --quiet llama-cpp-python==0.3.36

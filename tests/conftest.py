@@ -30,6 +30,12 @@ def pytest_make_parametrize_id(config: Any, val: Any, argname: str) -> str | Non
     return getattr(val, "__name__", None) if callable(val) else None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: a worker gets whole files, and none shall be left with a long one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_collection_finish() -> None:
     """What was imported stays: `compress` collects garbage after every block, and would look at all of it each time."""
     gc.freeze()
