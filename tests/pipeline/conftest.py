@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -12,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import ultralowbit
 from ultralowbit.recipe import Recipe, shipped
 
 TRAINED = ("preprocess", "blockwise", "finetune")
@@ -118,3 +124,23 @@ def second_device() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory) -> Iterator[Callable[..., tuple[int, str]]]:
+    """forked(n, arguments, **changes): Python with these arguments as n ranks; an exit code that is not 0, if one is
+    not, and what they print. Nothing is imported anew: that takes longer than most compressions here."""
+    folder, runs = tmp_path_factory.mktemp("forked"), itertools.count()
+    here = str(Path(ultralowbit.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("forks.py"))]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+
+        def run(n: int, arguments: list[str], **changes: str) -> tuple[int, str]:
+            out = folder / f"{next(runs)}.txt"
+            wanted = {"arguments": arguments, "size": n, "changes": changes, "out": str(out)}
+            print(json.dumps(wanted), file=server.stdin, flush=True)
+            codes = json.loads(server.stdout.readline())
+            return next(filter(None, codes), 0), out.read_text()
+
+        yield run

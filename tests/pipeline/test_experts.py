@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -315,19 +313,18 @@ main()
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_bytes_of_one(save_model, mixture_config, text, tmp_path):
+def test_two_processes_write_the_bytes_of_one(forked, save_model, mixture_config, text, tmp_path):
     """However many experts are measured at a time."""
     folder = save_model(mixture_config("qwen3_moe", num_experts=6), tmp_path / "source")
     script = tmp_path / "few.py"
     script.write_text(FEW)
     digests = set()
     for n, at_once in ((1, experts.AT_ONCE), (2, 3 * 8 * 64**2)):
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] * (n > 1)
         texts = ["--calib", text, "--samples", "12", "--length", "24", "--eval", "none", "--quiet", "--device", "cpu"]
         out = tmp_path / str(n)
         command = [str(script), str(at_once), "compress", str(folder), "--recipe", "sign-2", "--out", str(out), *texts]
-        done = subprocess.run([sys.executable, *start, *command], capture_output=True, text=True, timeout=300)
-        assert done.returncode in (0, 3), done.stderr[-2000:]
+        code, printed = forked(n, command)
+        assert code in (0, 3), printed[-2000:]
         digests.add(sha256_file(out / "model.safetensors"))
     assert len(digests) == 1
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from ultralowbit.checkpoint.activations import LANES, lanes_of
 from ultralowbit.checkpoint.storage import sha256_file
 from ultralowbit.pipeline.ranks import ConnectionLost, Ranks
 
-BLOCKS = 8
+BLOCKS = 6
 
 
 @pytest.mark.parametrize("batches", [1, 2, 7, 8, 9, 63, 64])
@@ -68,19 +71,17 @@ PTQ161 = ("--recipe", "ptq161-gptq", "--small", "--set", "embeddings={method: in
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [FOLDED, PTQ161], ids=["ulb-fast, folded", "ptq161-gptq"])
-def test_any_number_of_processes_writes_the_same_bytes(options, deep, text, tmp_path):
+def test_any_number_of_processes_writes_the_same_bytes(options, forked, deep, text, tmp_path):
     for n in (1, 2, 4):
-        code, errors = run(n, command(deep, tmp_path / str(n), text, *options))
+        code, errors = forked(n, command(deep, tmp_path / str(n), text, *options))
         assert code in (0, 3), errors
         assert (tmp_path / str(n) / "report.json").exists()
     assert weights(tmp_path / "1") == weights(tmp_path / "2") == weights(tmp_path / "4")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("then", [1, 3])
-def test_a_killed_rank_ends_the_others_and_any_number_goes_on(then, deep, text, tmp_path):
-    arguments = command(deep, tmp_path / "killed", text, *FAST)
-    process = ranks(2, arguments)
+def test_a_killed_rank_ends_the_others_and_any_number_goes_on(forked, deep, text, tmp_path):
+    process = ranks(2, command(deep, tmp_path / "killed", text, *FAST))
     job, committed = tmp_path / "killed.work" / "job.json", 0
     while committed < 2 and process.poll() is None:
         time.sleep(0.01)
@@ -90,10 +91,14 @@ def test_a_killed_rank_ends_the_others_and_any_number_goes_on(then, deep, text, 
     _, errors = process.communicate(timeout=60)
     assert process.returncode and not (tmp_path / "killed").exists(), errors
     assert 2 <= json.loads(job.read_text())["blocks"] < BLOCKS
-    code, errors = run(then, arguments)
-    assert code == 0, errors
-    assert run(1, command(deep, tmp_path / "whole", text, *FAST))[0] == 0
-    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    assert forked(1, command(deep, tmp_path / "whole", text, *FAST))[0] == 0
+    for then in (1, 3):
+        shutil.copytree(job.parent, tmp_path / f"{then}.work")
+        arguments = command(deep, tmp_path / str(then), text, *FAST)
+        arguments.remove("--quiet")
+        code, errors = forked(then, arguments)
+        assert code == 0 and "going on after block" in errors, errors
+        assert weights(tmp_path / str(then)) == weights(tmp_path / "whole")
 
 
 STEPS = 24
@@ -122,13 +127,17 @@ def shallow(save_model, tiny_config, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(shallow, text, tmp_path_factory) -> dict[str, dict[str, Any]]:
-    """How one process trains, by the dtype of the latent weights."""
-    folder = tmp_path_factory.mktemp("alone")
-    for latents in ("fp32", "bf16"):
-        code, errors = run(1, command(shallow, folder / latents, text, *distilled(folder, latents)))
+def trained(forked, shallow, text, tmp_path_factory) -> Callable[[str, int], Path]:
+    """trained(latents, n): what n processes write that train latent weights of this dtype, once."""
+
+    @cache
+    def train(latents: str, n: int) -> Path:
+        folder = tmp_path_factory.mktemp("trained")
+        code, errors = forked(n, command(shallow, folder / "out", text, *distilled(folder, latents)))
         assert code == 0, errors
-    return {latents: finetuned(folder / latents) for latents in ("fp32", "bf16")}
+        return folder / "out"
+
+    return train
 
 
 def assert_near(together: dict[str, Any], one: dict[str, Any], latents: str) -> None:
@@ -148,14 +157,13 @@ def assert_near(together: dict[str, Any], one: dict[str, Any], latents: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("latents", "n"), [("fp32", 2), ("fp32", 3), ("bf16", 2)])
-def test_ranks_that_train_together_come_near_one(latents, n, alone, shallow, text, tmp_path):
-    code, errors = run(n, command(shallow, tmp_path / "out", text, *distilled(tmp_path, latents)))
-    assert code == 0, errors
-    fitted = finetuned(tmp_path / "out")
-    assert_near(fitted, alone[latents], latents)
+def test_ranks_that_train_together_come_near_one(latents, n, trained):
+    alone, out = finetuned(trained(latents, 1)), trained(latents, n)
+    fitted = finetuned(out)
+    assert_near(fitted, alone, latents)
     (note,) = fitted["notes"]
-    assert note.startswith(f"trained by {n} processes together") and not alone[latents]["notes"]
-    assert note in (tmp_path / "out" / "report.md").read_text()
+    assert note.startswith(f"trained by {n} processes together") and not alone["notes"]
+    assert note in (out / "report.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -181,19 +189,19 @@ def killing(tmp_path_factory) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("latents", ["fp32", "bf16"])
-def test_any_number_goes_on_with_a_training_that_was_killed(latents, killing, alone, shallow, text, tmp_path):
-    recipe, out = distilled(tmp_path, latents), {}
-    for then in (1, 2, 3):
-        out[then] = tmp_path / str(then)
-        arguments = [killing, *command(shallow, out[then], text, *recipe)[2:]]
-        code, errors = run(2, arguments, KILLED="1")
-        assert code and errors.count("error: ") <= 1 and not out[then].exists(), errors  # torchrun may end rank 0
-        code, errors = run(then, arguments, RANK="0")
+def test_any_number_goes_on_with_a_training_that_was_killed(latents, killing, forked, trained, shallow, text, tmp_path):
+    def arguments(out: str) -> list[str]:
+        return [killing, *command(shallow, tmp_path / out, text, *distilled(tmp_path, latents))[2:]]
+
+    code, errors = forked(2, arguments("killed"), KILLED="1")
+    assert code and errors.count("error: ") == 1 and not (tmp_path / "killed").exists(), errors
+    for then in map(str, (1, 2, 3)):
+        shutil.copytree(tmp_path / "killed.work", tmp_path / f"{then}.work")
+        code, errors = forked(int(then), arguments(then))
         assert code == 0, errors
-        assert_near(finetuned(out[then]), alone[latents], latents)
-        assert "trained by 2 processes" in finetuned(out[then])["notes"][0]
-    code, errors = run(2, command(shallow, tmp_path / "whole", text, *recipe))
-    assert code == 0 and weights(tmp_path / "whole") == weights(out[2]), errors
+        assert_near(finetuned(tmp_path / then), finetuned(trained(latents, 1)), latents)
+        assert "trained by 2 processes" in finetuned(tmp_path / then)["notes"][0]
+    assert weights(trained(latents, 2)) == weights(tmp_path / "2")
 
 
 def test_a_lost_connection_is_told_from_other_errors():
