@@ -187,12 +187,12 @@ def test_a_gate_that_cannot_be_checked_does_not_pass(run, model, text, tmp_path,
 def test_a_model_that_repeats_a_token_is_called_collapsed(run, model, text, tmp_path, monkeypatch):
     written = iter([["b"] * 24, [*"abcdefgh"] * 3])  # the packed model, then the original
 
-    def repeat(net, tokenizer, tokens, progress):
+    def repeat(net, tokenizer, starts, progress):
         words = next(written)
-        return Continuation("abc", "".join(words), max(map(words.count, words)) / len(words))
+        return [Continuation("abc", "".join(words), max(map(words.count, words)) / len(words))]
 
     monkeypatch.setattr("ultralowbit.report.measure.PROMPTS", ())
-    monkeypatch.setattr("ultralowbit.report.measure.continuation", repeat)
+    monkeypatch.setattr("ultralowbit.report.measure.continuations", repeat)
     result = run("compress", model, "--recipe", "rtn-4bit", *options(text))
     assert result.exit_code == 0 and "After 'abc' the packed model writes 'bbbbbbbb" in result.stdout
     report = json.loads((tmp_path / "tiny-rtn-4bit/report.json").read_text())

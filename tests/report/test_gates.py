@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ultralowbit.recipe import Recipe, shipped
-from ultralowbit.report.gates import LADDER, Continuation, advice, collapsed, continuation, exceeded
+from ultralowbit.report.gates import LADDER, Continuation, advice, collapsed, continuations, exceeded
 from ultralowbit.report.schema import Limits
 
 
@@ -91,25 +91,29 @@ def llama():
         return LlamaForCausalLM(config).eval()
 
 
-def test_a_continuation_takes_the_likeliest_token(llama):
+def test_continuations_take_the_likeliest_token(llama):
+    """Each as if it were alone, whatever the lengths of the others."""
     tokens = torch.randint(32, (100,), generator=torch.Generator().manual_seed(1))
-    seen = []
-    continued = continuation(llama, Words(), tokens[:8], length=6, progress=lambda *done: seen.append(done))
-    ids = tokens[:8].tolist()
-    with torch.no_grad():
-        for _ in range(6):
-            ids.append(llama(torch.tensor([ids])).logits[0, -1].argmax().item())
-    assert continued.prompt == Words().decode(tokens[:8].tolist()) and continued.text == Words().decode(ids[8:])
-    assert continued.share == max(ids[8:].count(i) for i in ids[8:]) / 6 and seen[-1] == (6, 6)
-    short = continuation(llama, Words(), tokens[:3])  # of a short text, in a context of 32
+    seen, starts = [], [tokens[:8], tokens[20:21], tokens[30:35]]
+    results = continuations(llama, Words(), starts, length=6, progress=lambda *done: seen.append(done))
+    for start, continued in zip(starts, results, strict=True):
+        ids = start.tolist()
+        with torch.no_grad():
+            for _ in range(6):
+                ids.append(llama(torch.tensor([ids])).logits[0, -1].argmax().item())
+        written = ids[len(start) :]
+        assert continued.prompt == Words().decode(start.tolist()) and continued.text == Words().decode(written)
+        assert continued.share == max(written.count(i) for i in written) / 6
+    assert seen[-1] == (6, 6)
+    short, cut = continuations(llama, Words(), [tokens[:3], tokens])  # in a context of 32
     assert len(short.prompt.split()) == 3 and len(short.text.split()) == 24
-    assert len(continuation(llama, Words(), tokens).prompt.split()) == 8  # cut so that the rest fits
+    assert len(cut.prompt.split()) == 8 and len(cut.text.split()) == 24  # so that the rest fits
 
 
 def test_a_repeated_token_is_seen(llama):
     broken = LlamaForCausalLM(llama.config).eval()
     with torch.no_grad():
         broken.lm_head.weight.fill_(torch.nan)
-    continued = continuation(broken, Words(), torch.arange(16))
+    (continued,) = continuations(broken, Words(), [torch.arange(16)])
     assert (continued.share, continued.repeats) == (1, True)
     assert not replace(continued, share=0.4).repeats and Continuation("", "", 0.5).repeats

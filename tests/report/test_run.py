@@ -26,7 +26,7 @@ from ultralowbit.progress import Silent
 from ultralowbit.recipe import Recipe
 from ultralowbit.report.card import CARD, is_edited
 from ultralowbit.report.comparison import write_comparison
-from ultralowbit.report.gates import continuation
+from ultralowbit.report.gates import continuations
 from ultralowbit.report.run import default_source, write_texts
 from ultralowbit.report.schema import RunReport
 from ultralowbit.report.tables import grid
@@ -99,7 +99,7 @@ def stop(*args, **kwargs):
 @pytest.mark.parametrize(
     "at",
     [
-        "measure.measure_beside", "measure.measure_alone", "measure.measure_depth", "measure.continuation",
+        "measure.measure_beside", "measure.measure_alone", "measure.measure_depth", "measure.continuations",
         "run._begin", "run.write_texts", "run.card_text", "run.render",
     ],
 )  # fmt: skip
@@ -134,7 +134,7 @@ def test_both_models_write_after_the_same_prompts(compress, monkeypatch, tmp_pat
         )
         for sample in samples:
             ids = tokenizer(sample.prompt, return_tensors="pt")["input_ids"][0]
-            assert getattr(sample, label) == continuation(model, tokenizer, ids).text
+            assert getattr(sample, label) == continuations(model, tokenizer, [ids])[0].text
     write_comparison([folder], tmp_path / "page")
     pages = [folder / "report.md", tmp_path / "page/report.md", tmp_path / "page/report.html"]
     for page in map(Path.read_text, pages):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -80,25 +81,34 @@ class Continuation:
 
 
 @torch.no_grad()
-def continuation(
+def continuations(
     model: nn.Module,
     tokenizer: Any,
-    tokens: Tensor,
+    starts: Sequence[Tensor],
     *,
     length: int = 24,
     progress: OnProgress | None = None,
-) -> Continuation:
-    """Continue tokens [n] by `length` more, also beyond an end token; fewer of them, where the context is short."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(tokens) + length
-    start = tokens[: max(1, positions - length)]
-    ids = start.to(next(model.parameters()).device)[None]  # [1, length so far]
-    for done in range(min(length, positions - len(start))):
-        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+) -> list[Continuation]:
+    """Continue each start, tokens [n], by `length` more, also beyond an end token; by fewer in a short context."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    starts = [start[: max(1, positions - length)] for start in starts]
+    longest = max(map(len, starts))
+    steps = min(length, positions - longest)
+    ids = torch.zeros(len(starts), longest + steps, dtype=torch.int64, device=next(model.parameters()).device)
+    for row, start in zip(ids, starts, strict=True):
+        row[: len(start)] = start
+    rows, ends = torch.arange(len(starts)), torch.tensor([len(start) for start in starts])
+    for done in range(steps):  # what stands to the right of an end changes nothing before it
+        logits = model(ids[:, : longest + done], use_cache=False).logits
+        ids[rows, ends + done] = logits[rows, ends + done - 1].argmax(-1)
         if progress:
-            progress(done + 1, length)
-    written = ids[0, len(start) :].tolist()
-    share = Counter(written).most_common(1)[0][1] / len(written)
-    return Continuation(tokenizer.decode(start.tolist()), tokenizer.decode(written), share)
+            progress(done + 1, steps)
+    results = []
+    for row, start in zip(ids.tolist(), starts, strict=True):
+        written = row[len(start) : len(start) + steps]
+        share = Counter(written).most_common(1)[0][1] / len(written)
+        results.append(Continuation(tokenizer.decode(start.tolist()), tokenizer.decode(written), share))
+    return results
 
 
 def advice(recipe: Recipe) -> str:

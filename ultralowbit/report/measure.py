@@ -27,7 +27,7 @@ from ultralowbit.eval.runner import (
 from ultralowbit.format.weight import Format
 from ultralowbit.hub import open_tokenizer
 from ultralowbit.progress import Progress
-from ultralowbit.report.gates import Continuation, continuation
+from ultralowbit.report.gates import Continuation, continuations
 from ultralowbit.report.schema import RunReport, Sample, Written
 
 log = logging.getLogger(__name__)
@@ -143,13 +143,10 @@ class Models:
             ids = tokenizer(prompt, return_tensors="pt")["input_ids"][0]
             if len(ids) and ids.max() < rows:  # a tokenizer may have words that the model has not
                 starts[prompt] = ids.long()
-        counter = self.watch.counter(f"{label}: writing")
-        return {
-            prompt: continuation(
-                model, tokenizer, ids, progress=lambda done, each, i=i: counter(i * each + done, len(starts) * each)
-            )
-            for i, (prompt, ids) in enumerate(starts.items())
-        }  # fmt: skip
+        written = continuations(
+            model, tokenizer, [*starts.values()], progress=self.watch.counter(f"{label}: writing")
+        )  # fmt: skip
+        return dict(zip(starts, written, strict=True))
 
 
 def _joined(first: Measured, second: Measured) -> Measured:
