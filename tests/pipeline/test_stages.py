@@ -76,6 +76,15 @@ def windows(source: Path, recipe: Recipe) -> torch.Tensor:
 
 
 @torch.no_grad()
+def divergence(source: Path, packed: Path, tokens: torch.Tensor) -> float:
+    """KL(original || packed), mean nats a position."""
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    models = (original, ultralowbit.load(packed, dtype=torch.float32))
+    log_p, log_q = (model(tokens).logits.log_softmax(-1) for model in models)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+
+@torch.no_grad()
 def hidden_states(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
     return list(model(tokens, output_hidden_states=True).hidden_states)
 
@@ -121,16 +130,7 @@ def test_distilling_lowers_the_objective_of_the_packed_model(source, recipe, tmp
     report = result.manifest["finetune"]
     assert report["after"] < report["before"]
     if objective["kind"] == "kl":
-        tokens = windows(source, distilled)[8:]
-        with torch.no_grad():
-            log_p, log_q = (
-                model(tokens).logits.log_softmax(-1)
-                for model in (
-                    AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
-                    ultralowbit.load(tmp_path / "out", dtype=torch.float32),
-                )
-            )
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+        kl = divergence(source, result.folder, windows(source, distilled)[8:])
         assert kl == pytest.approx(report["after"], rel=1e-4)
 
 
@@ -336,16 +336,7 @@ def test_the_light_form_trains_scales_norms_and_biases(config, dtype, save_model
     vectors = {name for name in before if "norm" in name or ".ln_" in name or (name.endswith(".bias"))}
     assert len(vectors) == (5 if config is LLAMA else 18) and vectors <= changed
     assert all(name in vectors or name.endswith("_scale") for name in changed)
-    tokens = windows(source, light)[8:]
-    with torch.no_grad():
-        log_p, log_q = (
-            model(tokens).logits.log_softmax(-1)
-            for model in (
-                AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
-                ultralowbit.load(tmp_path / "out", dtype=torch.float32),
-            )
-        )
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    kl = divergence(source, result.folder, windows(source, light)[8:])
     assert kl == pytest.approx(report["after"], rel=1e-4)
 
 

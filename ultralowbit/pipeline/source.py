@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ultralowbit.progress import Progress
 from ultralowbit.recipe import Recipe
 from ultralowbit.training.fake_quant.linear import FakeQuantLinear
 from ultralowbit.training.plain import plain_parameters
-from ultralowbit.training.specs import KINDS, Blockwise, CalibrationSpec, Finetune
+from ultralowbit.training.specs import Blockwise, CalibrationSpec, Finetune
 
 BATCH_TOKENS = 2048
 """Tokens that run through a block at a time: enough to keep the products busy, little enough to keep them in memory."""
@@ -120,7 +121,7 @@ def _check_rates(
         packed, block = method.quantize(rows, None), recipe.hadamard(name, columns)
         packed = rotated_weight(packed, block) if block else packed
         try:
-            trained = FakeQuantLinear(packed, spec.training.lr.keys() & {*KINDS}, latent=rows, scales=spec.scales)
+            trained = FakeQuantLinear(packed, spec.of_packed, latent=rows, scales=spec.scales)
         except InputError as e:
             nothing = e
         else:
@@ -158,17 +159,15 @@ class TextReader:
         length = window_length(spec, self.decoder)
         if length < spec.length:
             self.progress.say(f"windows of {spec.named} cut from {spec.length} to the model's {length} positions")
-        dealt = spec.dealt()
-        windows: dict[str, Iterator[Tensor]] = {}
-        for text in dict.fromkeys(dealt):
-            with naming_memory(f"reading {dealt.count(text)} windows of {text}"):
+        with naming_memory(f"reading {spec.samples} windows of {spec.named}"):
+            dealt, windows = [*spec.dealt()], {}
+            for text, samples in Counter(dealt).items():
                 read = calibrate(
-                    text, self.tokenizer, samples=dealt.count(text), length=length, seed=spec.seed,
-                    model_path=self.folder, device=self.decoder.device,
-                    progress=self.progress.counter(f"tokens of {text}"),
+                    text, self.tokenizer, samples=samples, length=length, seed=spec.seed, model_path=self.folder,
+                    device=self.decoder.device, progress=self.progress.counter(f"tokens of {text}"),
                 )  # fmt: skip
-            windows[text] = iter(read.tokens)
-        data = Calibration(torch.stack([next(windows[text]) for text in dealt]), spec.named, spec.seed)
+                windows[text] = iter(read.tokens)
+            data = Calibration(torch.stack([next(windows[text]) for text in dealt]), spec.named, spec.seed)
         rows = self.decoder.model.get_input_embeddings().num_embeddings
         if data.tokens.max() >= rows:
             raise InputError(

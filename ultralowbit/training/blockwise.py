@@ -26,7 +26,7 @@ from ultralowbit.nn.linear import PackedLinear, swap
 from ultralowbit.progress import Progress
 from ultralowbit.training.fake_quant.linear import FakeQuantLinear, parameter_groups, set_progress
 from ultralowbit.training.loop import Fitted, fit
-from ultralowbit.training.specs import KINDS, Blockwise, Finetune
+from ultralowbit.training.specs import Blockwise, Finetune
 
 
 class Streams(NamedTuple):
@@ -108,7 +108,7 @@ def fake_quantized(
             bias = None if module.bias is None else partial(getattr, module, "bias")
             try:
                 linears[name] = linear = FakeQuantLinear(
-                    here, spec.training.lr.keys() & {*KINDS}, latent=latent, bias=bias,
+                    here, spec.of_packed, latent=latent, bias=bias,
                     estimator=spec.estimator, scales=spec.scales, dtype=dtype,
                 )  # fmt: skip
             except InputError:

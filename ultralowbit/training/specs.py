@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatch
 from typing import Annotated, Any, ClassVar, Literal, Union
@@ -75,11 +75,15 @@ class CalibrationSpec(StrictModel):
 
     @model_validator(mode="after")
     def _reads_each(self) -> CalibrationSpec:
-        if left := [text for text in self.shares if text not in self.dealt()]:
-            raise PydanticCustomError(
-                "share", f"{left[0]} would get none of {self.samples} windows: give it a larger share, or more samples"
-            )
-        return self
+        left = dict.fromkeys(self.shares)
+        for text in self.dealt():
+            left.pop(text, None)
+            if not left:
+                return self
+        raise PydanticCustomError(
+            "share",
+            f"{next(iter(left))} would get none of {self.samples} windows: give it a larger share, or more samples",
+        )
 
     @property
     def shares(self) -> dict[str, float]:
@@ -95,15 +99,14 @@ class CalibrationSpec(StrictModel):
         *first, last = [f"{text} ({100 * share:.3g} %)" for text, share in self.shares.items()]
         return f"{', '.join(first)} and {last}" if first else last
 
-    def dealt(self) -> list[str]:
-        """The text of each window: in whatever first part of them, each text has its share within one window."""
-        counts = dict.fromkeys(self.shares, 0)
-        order = []
+    def dealt(self) -> Iterator[str]:
+        """The text of each window: in whatever first part of them, each text has about its share."""
+        shares = self.shares
+        counts = dict.fromkeys(shares, 0)
         for i in range(1, self.samples + 1):
-            text = max(counts, key=lambda text: self.shares[text] * i - counts[text])
+            text = max(counts, key=lambda text: shares[text] * i - counts[text])
             counts[text] += 1
-            order.append(text)
-        return order
+            yield text
 
     def renamed(self, rename: Callable[[str], str]) -> CalibrationSpec:
         """The same with each text's name or path replaced by what `rename` makes of it."""
@@ -159,6 +162,11 @@ class FakeQuantized(Trained):
         description="fp32: 16 bytes a latent weight with its gradient and moments; bf16: 6, rounded at random, with "
         "moments in 8 bits; null: bf16 for more than 2^28 weights in the stage",
     )
+
+    @property
+    def of_packed(self) -> set[str]:
+        """What of packed weights is trained."""
+        return self.training.lr.keys() & {*KINDS}
 
     def latent_dtype(self, weights: int) -> torch.dtype:
         """Of the latent weights, where so many weights are packed."""
