@@ -198,6 +198,11 @@ def read_yaml(text: str, label: str) -> Any:
         raise InputError(f"{label} is not plain YAML ({reason}): correct it") from e
 
 
+def at_bits(name: str, bits: float | str, label: str) -> tuple[str, ...]:
+    """Settings with which the recipe of this name shares out planes for so many bits, and is called after them."""
+    return f"allocate.bits={bits}", f"name={name}-{label}"
+
+
 def shipped() -> list[str]:
     """Names of the recipes in the package."""
     return sorted(

@@ -56,7 +56,7 @@ class Goal(NamedTuple):
     def load(self, model: str, settings: Sequence[str], device: str, trust_remote_code: bool, **options: Any) -> Recipe:
         """The recipe that goes there, with settings applied; `InputError` unless exactly one goal is given."""
         from ultralowbit.pipeline.estimate import bits_for_size
-        from ultralowbit.recipe import Recipe
+        from ultralowbit.recipe import Recipe, at_bits
 
         goals = {"--recipe": self.recipe, "--bits": self.bits, "--size": self.size}
         given = [name for name, value in goals.items() if value is not None]
@@ -77,4 +77,4 @@ class Goal(NamedTuple):
         if self.size is not None:
             bits = bits_for_size(model, recipe, parse_bytes(self.size), device, trust_remote_code)
         label = f"{bits:g}bit" if self.size is None else self.size
-        return Recipe.load(name, [*settings, f"allocate.bits={bits!r}", f"name={name}-{label}"], **options)
+        return Recipe.load(name, [*settings, *at_bits(name, bits, label)], **options)

@@ -18,7 +18,7 @@ from ultralowbit.eval.base import Measured
 from ultralowbit.eval.evaluate import Wanted, evaluate_models
 from ultralowbit.eval.schema import Evaluation, ModelResults, read_file, write_file
 from ultralowbit.progress import Progress
-from ultralowbit.recipe import Recipe
+from ultralowbit.recipe import Recipe, at_bits
 from ultralowbit.report.run import Texts, compress_and_measure
 from ultralowbit.report.schema import Failure, RunReport
 
@@ -60,7 +60,7 @@ class Methods:
             raise InputError(
                 f"{entry} asks for {bits} bits, but {name} does not share bits out among Linears: say {name}"
             )
-        settings = (*self.settings, f"allocate.bits={bits}", f"name={recipe.name}-{bits}bit")
+        settings = (*self.settings, *at_bits(recipe.name, bits, f"{bits}bit"))
         return Recipe.load(name, settings, small=self.small, texts=texts)
 
     def runs(self, folder: Path) -> Iterator[tuple[int, str | None, Path]]:
