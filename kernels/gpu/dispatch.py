@@ -1,8 +1,9 @@
 """Which Triton kernels multiply by a format on a GPU, and with which tiles.
 
 Up to `gemv_tokens` and `gemm_tokens` tokens fields are multiplied as they are stored (`gemv`, `gemm`: the same kernels
-with tiles of 8 and of 16 tokens), where the format is a sum of `matrices`. For more tokens, and for all other formats,
-the weight is written out and multiplied by cuBLAS (`dequantized`).
+with tiles of few and of more tokens), where the format is a sum of `matrices`. Up to `unpacked_tokens` programs unpack
+the weights that they multiply (`unpacked`), where the format is one segment of such fields and x has 16 bits. For more
+tokens, and for all else, the weight is written out and multiplied by cuBLAS (`dequantized`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ultralowbit.kernels.gpu.inputs import prologue, transformed
 from ultralowbit.kernels.gpu.launch import NARROWEST_DOT, Launch, cdiv, run
 from ultralowbit.kernels.gpu.matrix import Matrix, matrices
 from ultralowbit.kernels.gpu.plan import ALIGNMENT, Plan
+from ultralowbit.kernels.gpu.unpacking import can_unpack, unpacking_product
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OUTLIER_ENTRIES, OUTLIER_SPLITS = 16, 64
@@ -42,6 +44,8 @@ LARGEST_HADAMARD, LARGEST_TURNED = 1 << 15, 1 << 12
 """Block of inputs that a launch of its own transforms, and that every program of a product does for itself."""
 SMALLEST_TURNED = 16 * 64
 """Inputs that a program transforms at a time, at least: what tensor cores take."""
+NARROWEST_TILE = 64
+"""Rows that tensor cores of sm_90 multiply at a time."""
 
 
 @dataclass(frozen=True)
@@ -55,58 +59,78 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tuning:
-    """gemv_tokens, gemm_tokens: up to how many tokens fields are multiplied as they are stored; programs: how many for
-    each multiprocessor a product is split into; fewest_rows: of a tile, where there are too few blocks to split;
-    tiles: by the tokens in a tile."""
+    """gemv_tokens, gemm_tokens, unpacked_tokens: up to how many tokens fields are multiplied as they are stored, in one
+    launch and in more, and weights by the programs that unpack them; programs: how many for each multiprocessor a
+    product is split into; fewest_rows: of a tile, where there are too few blocks to split; tiles, unpacked_tiles: by
+    the tokens in a tile."""
 
     gemv_tokens: int
     gemm_tokens: int
+    unpacked_tokens: int
     programs: int
     fewest_rows: int
     tiles: Mapping[int, Tile]
+    unpacked_tiles: Mapping[int, Tile]
     processors: int = 132
 
     def tile(self, tokens: int) -> tuple[int, Tile]:
         """The smallest tile that holds the tokens, or the largest."""
-        size = min((size for size in self.tiles if size >= tokens), default=max(self.tiles))
-        return size, self.tiles[size]
+        return _smallest(self.tiles, tokens)
+
+    def unpacked_tile(self, tokens: int, out_rows: int) -> tuple[int, Tile]:
+        """The smallest that holds the tokens, or the largest; of half the rows where there is not one for each
+        multiprocessor."""
+        size, tile = _smallest(self.unpacked_tiles, tokens)
+        if tile.rows > NARROWEST_TILE and cdiv(tokens, size) * cdiv(out_rows, tile.rows) < self.processors:
+            tile = replace(tile, rows=tile.rows // 2, warps=max(4, tile.warps // 2))
+        return size, tile
+
+
+def _smallest(tiles: Mapping[int, Tile], tokens: int) -> tuple[int, Tile]:
+    size = min((size for size in tiles if size >= tokens), default=max(tiles))
+    return size, tiles[size]
 
 
 @lru_cache
 def tuning_of(device: torch.device) -> Tuning:
     """The tuning of the GPU that this is."""
     properties = torch.cuda.get_device_properties(device)
-    return read_tuning(properties.name, properties.multi_processor_count)
+    return read_tuning(properties.name, properties.multi_processor_count, properties.major)
 
 
-def read_tuning(name: str, processors: int) -> Tuning:
-    """Of a GPU by its name; what `tuning.json` does not list has the values of `default`."""
+def read_tuning(name: str, processors: int, major: int = 9) -> Tuning:
+    """Of a GPU by its name; what `tuning.json` does not list has the values of `default`, or of `before sm_90`."""
     table = json.loads(Path(__file__).with_name("tuning.json").read_text())
-    values = table["default"] | table.get(name, {})
-    tiles = {int(size): Tile(**tile) for size, tile in values.pop("tiles").items() if int(size) >= NARROWEST_DOT}
-    return Tuning(**values, tiles=tiles, processors=processors)
+    values = table["default"] | (table["before sm_90"] if major < 9 else {}) | table.get(name, {})
+    tiles, unpacked = (
+        {int(size): Tile(**tile) for size, tile in values.pop(name).items()} for name in ("tiles", "unpacked_tiles")
+    )
+    tiles = {size: tile for size, tile in tiles.items() if size >= NARROWEST_DOT}
+    return Tuning(**values, tiles=tiles, unpacked_tiles=unpacked, processors=processors)
 
 
 def choose(format: Format, device: torch.device, dtype: torch.dtype, tokens: int) -> Callable[..., Tensor] | None:
     """The `packed_matmul.Chooser` of CUDA devices."""
-    few, more, most = _paths(format)
+    few, more, many, most = _paths(format, dtype)
     if most is None or dtype not in DTYPES or not has_tensor_cores(device):
         return None
     tuning = tuning_of(device)
-    return few if tokens <= tuning.gemv_tokens else more if tokens <= tuning.gemm_tokens else most
+    limits = ((tuning.gemv_tokens, few), (tuning.gemm_tokens, more), (tuning.unpacked_tokens, many))
+    return next((path for limit, path in limits if tokens <= limit), most)
 
 
 @lru_cache(maxsize=1024)
-def _paths(format: Format) -> tuple[Callable[..., Tensor] | None, ...]:
-    """What multiplies few tokens, more, and most; None where there is no kernel for the format."""
+def _paths(format: Format, dtype: torch.dtype) -> tuple[Callable[..., Tensor] | None, ...]:
+    """What multiplies few tokens, more, many, and most; None where there is no kernel for the format."""
     hadamard = format.transform and format.transform.hadamard
     if (hadamard or 0) > LARGEST_HADAMARD or not knows(format):
-        return None, None, None
+        return None, None, None, None
+    many = unpacked if can_unpack(format) and dtype != torch.float32 else dequantized
     if matrices(format) is None:
-        return dequantized, dequantized, dequantized
+        return many, many, many, dequantized
     if format.outliers is None:
-        return gemv, gemm, dequantized
-    return gemv if lies_on_planes(format) else dequantized, dequantized, dequantized
+        return gemv, gemm, many, dequantized
+    return gemv if lies_on_planes(format) else dequantized, dequantized, dequantized, dequantized
 
 
 @lru_cache
@@ -122,18 +146,23 @@ def lies_on_planes(format: Format) -> bool:
 
 def gemv(x: Tensor, tensors: Mapping[str, Tensor], format: Format) -> Tensor:
     """For one tile of tokens: bound by reading and unpacking the fields."""
-    return _run_product(x, tensors, format)
+    return _planned(x, tensors, format)
 
 
 def gemm(x: Tensor, tensors: Mapping[str, Tensor], format: Format) -> Tensor:
     """For some tiles of tokens, each of which unpacks the fields again: bound by the tensor cores."""
-    return _run_product(x, tensors, format)
+    return _planned(x, tensors, format)
 
 
-def _run_product(x: Tensor, tensors: Mapping[str, Tensor], format: Format) -> Tensor:
+def unpacked(x: Tensor, tensors: Mapping[str, Tensor], format: Format) -> Tensor:
+    """For so many tokens that a weight's unpacking is shared by a tile of them: bound by the tensor cores."""
+    return _planned(x, tensors, format, unpacks=True)
+
+
+def _planned(x: Tensor, tensors: Mapping[str, Tensor], format: Format, unpacks: bool = False) -> Tensor:
     stored = [_aligned(tensor) for tensor in tensors.values()]  # a caller may hand over slices of rows
     device, out_rows = x.device, tensors["weight"].shape[-2]
-    plan = plan_of(format, len(x), out_rows, x.dtype, device, subnormals_are_exact(device))
+    plan = plan_of(format, len(x), out_rows, x.dtype, device, subnormals_are_exact(device), unpacks)
     return plan(_aligned(x), stored)
 
 
@@ -145,13 +174,16 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def plan_of(
-    format: Format, tokens: int, out_rows: int, dtype: torch.dtype, device: torch.device, subnormal: bool
+    format: Format, tokens: int, out_rows: int, dtype: torch.dtype, device: torch.device, subnormal: bool, unpacks: bool
 ) -> Plan:
     """The product of x [tokens, in] with a weight of so many rows, worked out once."""
     x = torch.empty(tokens, format.in_features, dtype=dtype, device="meta")
     specs = format.tensors(out_rows, format.in_features).items()
     tensors = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs}
-    launches, y = product(x, tensors, format, tuning_of(device), subnormal)
+    if unpacks:
+        launches, y = unpacking(x, tensors, format, tuning_of(device))
+    else:
+        launches, y = product(x, tensors, format, tuning_of(device), subnormal)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         return Plan(launches, x, list(tensors.values()), y, device)
 
@@ -252,6 +284,12 @@ def turns_itself(format: Format) -> bool:
     alone = len(matrices(format)) == 1 and format.outliers is None
     block = steps.hadamard or 1
     return alone and not steps.channel_order and block <= LARGEST_TURNED and format.in_features % block == 0
+
+
+def unpacking(x: Tensor, tensors: Mapping[str, Tensor], format: Format, tuning: Tuning) -> tuple[list[Launch], Tensor]:
+    """The launches that multiply x, contiguous, by weights that they unpack, and y that they leave."""
+    size, tile = tuning.unpacked_tile(len(x), tensors["weight"].shape[-2])
+    return unpacking_product(x, tensors, format, size, tile.rows, tile.warps, tile.stages)
 
 
 @dataclass(frozen=True)

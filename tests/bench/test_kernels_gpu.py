@@ -118,41 +118,50 @@ def test_decode_bench(device):
     assert len(said) == len(rows) + 3
 
 
+def wrong(tile, right):
+    return sum(abs(math.log2(a / b)) for a, b in zip(vars(tile).values(), vars(right).values(), strict=True))
+
+
 @pytest.fixture
 def tuned():
-    """The tuning to start from, the best, and the cost of one: a search of its values must find the best."""
+    """The tuning to start from, the best, and what fields and unpacking cost: a search must find the best."""
     dispatch = pytest.importorskip("ultralowbit.kernels.gpu.dispatch")
     start = replace(dispatch.read_tuning("", 7), programs=2)
     tiles = dict(zip(start.tiles, cycle((dispatch.Tile(64, 1, 4), dispatch.Tile(256, 4, 2))), strict=False))
-    best = replace(start, tiles=tiles, programs=3, gemm_tokens=64)
+    unpacked = dict(zip(start.unpacked_tiles, cycle((dispatch.Tile(128, 8, 4), dispatch.Tile(64, 4, 3))), strict=False))
+    best = replace(start, tiles=tiles, unpacked_tiles=unpacked, programs=3, gemm_tokens=48, unpacked_tokens=256)
 
-    def cost(tuning, tokens):
+    def fields(tuning, tokens):
         size, tile = tuning.tile(tokens)
         if tile.rows == 128 and tile.warps == 4:
             return math.inf  # no room
-        wrong = sum(abs(math.log2(a / b)) for a, b in zip(vars(tile).values(), vars(tiles[size]).values(), strict=True))
-        return tokens * (1 + wrong + abs(tuning.programs - 3))
+        return tokens * (1 + wrong(tile, tiles[size]) + abs(tuning.programs - 3))
 
-    return start, best, cost
+    def unpacking(tuning, tokens):
+        size = 64 if tokens <= 64 else 128
+        return 40 + tokens / 4 + wrong(tuning.unpacked_tiles[size], unpacked[size])
+
+    return start, best, (fields, unpacking)
 
 
 def test_tuning_finds_the_cheapest(tuned):
-    start, best, cost = tuned
+    start, best, costs = tuned
     said = []
-    search = Search(cost, lambda tokens: 70.0, start, said.append)
+    search = Search(*costs, lambda tokens: 110.0, start, said.append)
     assert search.run() and search.best == best
     assert said[0].startswith("  1/") and "1 programs for each multiprocessor" in said[0]
     assert said[-1].split()[0] == f"{len(said)}/{len(said)}" and "0 s left" in said[-1]
-    cheap = Search(cost, lambda tokens: 0.0, best, said.append)
-    assert cheap.run() and cheap.best.gemm_tokens == best.gemv_tokens
+    assert "fields" not in said[-1] and "unpacked" not in said[-1]  # both have lost before
+    cheap = Search(*costs, lambda tokens: 0.0, best, said.append)
+    assert cheap.run() and cheap.best.gemm_tokens == cheap.best.unpacked_tokens == best.gemv_tokens
     text = entry("Some GPU", best)
-    assert text.startswith('"Some GPU": {') and "processors" not in text and '"gemm_tokens": 64' in text
+    assert text.startswith('"Some GPU": {') and "processors" not in text and '"gemm_tokens": 48' in text
 
 
 def test_a_search_without_time_keeps_the_best_so_far(tuned):
-    start, best, cost = tuned
+    start, best, costs = tuned
     said, seconds = [], iter(range(100))
-    search = Search(cost, lambda tokens: 70.0, start, said.append, clock=lambda: next(seconds))
+    search = Search(*costs, lambda tokens: 110.0, start, said.append, clock=lambda: next(seconds))
     assert not search.run(seconds=4)  # each try takes a second
     assert search.best == replace(start, programs=best.programs)
     assert len(said) == 5 and said[-1].startswith("stopped after 4 s")
@@ -161,14 +170,14 @@ def test_a_search_without_time_keeps_the_best_so_far(tuned):
 
 
 def test_an_interrupted_search_keeps_the_best_so_far(tuned):
-    start, best, cost = tuned
+    start, best, (fields, unpacking) = tuned
 
     def interrupted(tuning, tokens):
         if tuning.programs == 6:
             raise KeyboardInterrupt
-        return cost(tuning, tokens)
+        return fields(tuning, tokens)
 
-    search = Search(interrupted, lambda tokens: 70.0, start, lambda line: None)
+    search = Search(interrupted, unpacking, lambda tokens: 110.0, start, lambda line: None)
     with pytest.raises(KeyboardInterrupt):
         search.run()
     assert search.best == replace(start, programs=best.programs)

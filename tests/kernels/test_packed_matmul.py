@@ -70,8 +70,10 @@ ON_CUDA = [
     (PLANES, torch.bfloat16, 1, "gemv"),
     (PLANES, torch.float32, 8, "gemv"),
     (PLANES, torch.float16, 9, "gemm"),
-    (PLANES, torch.float16, 128, "gemm"),
-    (PLANES, torch.float16, 129, "dequantized"),
+    (PLANES, torch.float16, 64, "gemm"),
+    (PLANES, torch.float16, 65, "unpacked"),
+    (PLANES, torch.float16, 513, "dequantized"),
+    (PLANES, torch.float32, 65, "dequantized"),
     (PLANES, torch.float64, 1, "packed_matmul_ref"),
     (FORMAT, torch.bfloat16, 1, "gemv"),
     (
@@ -85,7 +87,8 @@ ON_CUDA = [
     (Format((Planes(512, 1),), IndexedOutliers(512, 8)), torch.bfloat16, 9, "dequantized"),
     (Format((Ints(512, 4),), IndexedOutliers(512, 8)), torch.bfloat16, 1, "dequantized"),
     (Format((Planes(512, 1),), MaskedOutliers(512, 8, 0.01)), torch.bfloat16, 1, "dequantized"),
-    (Format((Planes(512, 1, 96),)), torch.bfloat16, 1, "dequantized"),
+    (Format((Planes(512, 1, 96),)), torch.bfloat16, 1, "unpacked"),
+    (Format((Planes(512, 1, 96),)), torch.float32, 1, "dequantized"),
     (Format((SalientSplit(512, 8),)), torch.bfloat16, 1, "dequantized"),
 ]
 
@@ -138,3 +141,7 @@ def test_tuning_is_by_name_with_the_rest_from_the_default():
     assert tuning.processors == 7 and tuning.gemv_tokens <= max(tuning.tiles)
     narrow = triton_matmul.NARROWEST_DOT
     assert [tuning.tile(n)[0] for n in (1, 8, 9, 16, 17, 99)] == [narrow, narrow, 16, 16, 32, 32]
+    assert [tuning.unpacked_tile(n, 8192)[0] for n in (1, 64, 65, 999)] == [64, 64, 128, 128]
+    assert [*triton_matmul.read_tuning("no such GPU", 7, major=8).unpacked_tiles] == [64]
+    # half the rows, where whole tiles are too few for all multiprocessors
+    assert [tuning.unpacked_tile(128, out)[1].rows for out in (6 * 128, 7 * 128)] == [64, 128]

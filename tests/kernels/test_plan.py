@@ -87,7 +87,7 @@ FORMATS = [
 ]
 
 
-@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("tokens", [1, 20, 100])
 @pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.summary)
 def test_a_call_hands_over_what_the_launches_say(no_gpu, format, tokens):
     """Addresses of x, y and all that is stored, numbers, grids; and room that nobody else has."""
@@ -95,10 +95,11 @@ def test_a_call_hands_over_what_the_launches_say(no_gpu, format, tokens):
         pytest.skip("no plan")
     packed = random_packed(format, 64)
     x = torch.zeros(tokens, format.in_features, dtype=torch.bfloat16)
-    launches, y0 = dispatch.product(x, packed.tensors, format, dispatch.tuning_of(CPU))
+    made, call = (dispatch.unpacking, dispatch.unpacked) if tokens == 100 else (dispatch.product, dispatch.gemv)
+    launches, y0 = made(x, packed.tensors, format, dispatch.tuning_of(CPU))
     for _ in range(2):
         no_gpu.launched.clear()
-        y = dispatch.gemv(x, packed.tensors, format)
+        y = call(x, packed.tensors, format)
         assert y.shape == (tokens, 64) and y.dtype == x.dtype and len(no_gpu.launched) == len(launches)
         known = {t.data_ptr(): t.data_ptr() for t in (x, *packed.tensors.values())} | {y0.data_ptr(): y.data_ptr()}
         rooms = {}

@@ -26,7 +26,7 @@ from ultralowbit.format.transform import InputTransform
 from ultralowbit.format.weight import Format
 from ultralowbit.kernels.gpu.columns import compensation, search
 from ultralowbit.kernels.gpu.dequantize import dequantize
-from ultralowbit.kernels.gpu.dispatch import lies_on_planes, product, read_tuning
+from ultralowbit.kernels.gpu.dispatch import lies_on_planes, product, read_tuning, unpacking
 from ultralowbit.kernels.gpu.fields import multiply
 from ultralowbit.kernels.gpu.launch import NARROWEST_DOT, Launch
 from ultralowbit.kernels.gpu.matrix import matrices
@@ -124,7 +124,7 @@ def _read(text: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
             if match[2].startswith("BRA") and target and labels.get(target[1], len(instructions)) < len(instructions):
                 loops.append((labels[target[1]], len(instructions) + 1))
             instructions.append((match[2], match[1]))
-    products = lambda loop: sum(name.startswith("HMMA") for name, _ in instructions[slice(*loop)])  # noqa: E731
+    products = lambda loop: sum(name[:5] in ("HMMA.", "HGMMA") for name, _ in instructions[slice(*loop)])  # noqa: E731
     return instructions, instructions[slice(*max(loops, key=products))]
 
 
@@ -198,6 +198,38 @@ def test_tiles_of_32_tokens(code, segment, capability):
     compiled = code(next(launch for launch in launches if launch.kernel is multiply), capability)
     assert compiled.stack == 0 and compiled.shared <= SHARED[capability] // 2  # two programs fit
     assert any(re.match("HMMA|HGMMA", name) for name, _ in compiled.instructions)
+
+
+UNPACKED = {
+    Planes(4096, 1): 6.0,
+    Planes(4096, 2, 128): 10.0,
+    Planes(11008, 2, 64, offset=True): 14.5,  # with a tail
+    TiedPlanes(4096, 2, 128): 10.0,
+    Ints(4096, 2, 128): 10.0,
+    Ints(4096, 3, 128): 14.0,
+    Ints(4096, 4, 64): 13.0,
+    Ints(4096, 8, None, True): 10.0,
+}
+"""Segment -> instructions of a thread for each weight that it unpacks on sm_90, at most. A tile of 128 tokens takes an
+H200's tensor cores as long as 8 of them take to be issued."""
+
+
+@pytest.mark.parametrize("capability", SHARED, ids=lambda c: f"sm_{c}")
+@pytest.mark.parametrize("segment", UNPACKED, ids=lambda s: s.summary)
+def test_programs_that_unpack_weights(code, segment, capability):
+    """In registers, on tensor cores; on sm_90 with wgmma whose left side are registers, without a barrier between."""
+    format = Format((segment,))
+    x = torch.empty(256, segment.columns, dtype=torch.bfloat16, device="meta")
+    (launch,), _ = unpacking(x, stored(format, ROWS), format, read_tuning("", 132, capability // 10))
+    compiled = code(launch, capability)
+    assert compiled.count("LDL|STL") <= 8 and compiled.shared <= SHARED[capability]
+    assert compiled.count(r"LDGSTS\S*\.128") >= 2, "the loads are narrow"
+    each = len(compiled.loop) * launch.warps * 32 / (launch.constants["fields"] * 32 * launch.constants["BN"])
+    print(f"sm_{capability} {segment.summary}: {each:.2f} a weight, {compiled.registers} registers")
+    if capability == 90:
+        assert compiled.count("HGMMA") and not compiled.count("LDL|STL") and each <= UNPACKED[segment]
+    else:
+        assert compiled.count("HMMA")
 
 
 TRANSFORM = InputTransform(11008, channel_order=True, column_scale=True, hadamard=4096)
