@@ -123,6 +123,8 @@ def test_large_models_are_worked_out_from_rates(tmp_path, monkeypatch):
     dense.save_pretrained(folder)
     (mine,) = scale_bench(folder, ranks=(1,), card=Card(fp32=330.0), say=said.append)
     assert mine["seconds"]["Hessians"] == pytest.approx(rows[0]["seconds"]["Hessians"] / 10)
+    with pytest.raises(InputError, match=r"nowhere has no config.json: give the folder of a checkpoint"):
+        scale_bench(tmp_path / "nowhere")
 
 
 def test_headers_alone_are_written(tmp_path):

@@ -136,6 +136,12 @@ def test_tasks_are_asked_once_and_stand_in_the_table(bench, tasks_dir, monkeypat
     asked.clear()
     assert bench(*options, "--tasks", "toy").exit_code == 0 and not asked
     assert bench(*options[:-1], "5", "--tasks", "toy").exit_code == 0 and len(asked) == 3  # other questions
+    asked.clear()
+    assert bench(*options, "--tasks", "toy", "--tasks-dtype", "bfloat16").exit_code == 0 and len(asked) == 3
+    kept = read_file(Path("out/runs/tiny/sign-2/seed-0/eval-tasks.json"), Evaluation, "")
+    assert kept.asked["dtype"] == "torch.bfloat16"
+    result = bench(*options, "--tasks", "toy", "--tasks-dtype", "int8")
+    assert result.exit_code == 2 and "--tasks-dtype is 'int8', expected one of auto, float32" in result.stderr
     result = bench(*options, "--tasks", "toyy")
     assert result.exit_code == 2 and "did you mean 'toy'?" in result.stderr
 

@@ -17,6 +17,7 @@ import torch
 from transformers import DeepseekV3Config, LlamaConfig, PretrainedConfig
 
 from ultralowbit.bench.models import write_headers
+from ultralowbit.errors import InputError
 from ultralowbit.nn.decoder import Decoder
 from ultralowbit.nn.original import read_config
 from ultralowbit.pipeline.embed import planned_embeddings
@@ -75,6 +76,8 @@ def scale_bench(
     """Seconds, memory and bytes received by each of so many processes, a card each, for the config.json in `model` or
     the shapes in `LARGE`. Returns, and writes to `json_file`, what `say` is told."""
     wanted = Recipe.load(recipe)
+    if model is not None and not (model / "config.json").is_file():
+        raise InputError(f"{model} has no config.json: give the folder of a checkpoint, or none for the shapes of two")
     configs = {name: make() for name, make in LARGE.items()} if model is None else {model.name: read_config(model)}
     say(f"{recipe}, {wanted.calibration.samples} x {wanted.calibration.length} tokens, from rates: {card}")
     rows = []

@@ -208,13 +208,13 @@ class Job:
 
     def write_block(self, i: int, tensors: Mapping[str, Tensor], folder: str = "blocks") -> None:
         """Write the tensors of block i; the next `commit` makes the file count."""
-        path = self.work / folder / f"{i:05d}.safetensors"
-        write_tensors(path, tensors)
-        self.record([path])
+        self._write(self.work / folder / f"{i:05d}.safetensors", tensors)
 
     def write_outside(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors outside of the blocks that have changed; the next `commit` makes the file count."""
-        path = self.work / _OUTSIDE
+        self._write(self.work / _OUTSIDE, tensors)
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         write_tensors(path, tensors)
         self.record([path])
 

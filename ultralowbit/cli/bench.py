@@ -34,6 +34,7 @@ from ultralowbit.cli.options import (
     listed,
     numbers,
     possible,
+    torch_dtype,
 )
 from ultralowbit.cli.render import new_table, shout, show_comparison
 from ultralowbit.errors import InputError
@@ -67,6 +68,14 @@ CalibsOption = Annotated[
 TasksOption = Annotated[
     str | None,
     typer.Option(metavar="NAMES", help="lm-eval tasks for the original and each recipe's first seed"),
+]
+TasksDtypeOption = Annotated[
+    str,
+    typer.Option(
+        metavar="DTYPE",
+        help="precision of models that are asked tasks: float32, bfloat16, float16; auto is float32 on a CPU, else the "
+        "checkpoint's",
+    ),
 ]
 TracksOption = Annotated[
     bool, typer.Option("--tracks/--no-tracks", help="measure robustness and speed too, and print the tracks")
@@ -206,6 +215,7 @@ def bench_methods(
     tasks: TasksOption = None,
     tasks_dir: TasksDirOption = None,
     limit: LimitOption = None,
+    tasks_dtype: TasksDtypeOption = "auto",
     samples: SamplesOption = None,
     length: LengthOption = None,
     small: SmallOption = False,
@@ -239,7 +249,10 @@ def bench_methods(
         models=tuple(models), recipes=tuple(listed(recipes)) if recipes else tuple(shipped()),
         seeds=tuple(numbers("--seeds", seeds)), settings=(*settings, *windows), small=small, calibrations=tuple(calib),
         texts=Texts(eval_sources(texts), context, max_tokens), with_tracks=tracks,
-        tasks=Wanted(tasks=tuple(listed(tasks)), tasks_dir=tasks_dir, limit=limit) if tasks else None,
+        tasks=Wanted(
+            tasks=tuple(listed(tasks)), tasks_dir=tasks_dir, limit=limit,
+            dtype=torch_dtype(tasks_dtype, "--tasks-dtype"),
+        ) if tasks else None,
     )  # fmt: skip
     for model in models:
         download(model, quiet)

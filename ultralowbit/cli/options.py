@@ -136,13 +136,13 @@ def positive_number(option: str, text: str) -> int:
     return int(text)
 
 
-def torch_dtype(name: str) -> torch.dtype | None:
-    """What --dtype names; None for auto."""
+def torch_dtype(name: str, option: str = "--dtype") -> torch.dtype | None:
+    """What --dtype or an option like it names; None for auto."""
     import torch
 
     known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
-        raise InputError(f"--dtype is {name!r}, expected one of {', '.join(known)}")
+        raise InputError(f"{option} is {name!r}, expected one of {', '.join(known)}")
     return known[name]
 
 

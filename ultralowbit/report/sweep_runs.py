@@ -148,7 +148,7 @@ class Sweep:
         wanted = self.wanted.tasks
         asked = {
             "tasks": list(wanted.tasks), "tasks_dir": wanted.tasks_dir and str(wanted.tasks_dir), "limit": wanted.limit,
-            "lm_eval": version("lm_eval"),
+            "lm_eval": version("lm_eval"), "dtype": wanted.dtype and str(wanted.dtype),
         }  # fmt: skip
         original: ModelResults | None = None
 
