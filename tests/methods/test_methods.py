@@ -51,6 +51,19 @@ BLOCKWISE = (BiLLM, ARBRC)
 """Those that choose a block of columns at once."""
 
 
+@pytest.mark.parametrize("method", ALL.values(), ids=ALL)
+def test_a_method_asks_for_no_more_than_it_needs(method):
+    """Statistics may know less than a Hessian, and more than nothing, of inputs that other methods share."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(8, 128, generator=generator), torch.randn(200, 128, generator=generator)
+    stats = InputStats(128, needs=method.needs)
+    stats.add(x)
+    packed = method.quantize(weight, stats)
+    assert packed.shape == weight.shape
+    if not method.needs:
+        assert torch.equal(packed.dequantize(), method.quantize(weight, None).dequantize())
+
+
 @pytest.fixture(params=ALL, ids=ALL.keys())
 def method(request):
     return ALL[request.param]

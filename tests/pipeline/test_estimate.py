@@ -21,7 +21,7 @@ from ultralowbit.nn.inputs import shared_inputs
 from ultralowbit.pipeline.compress import compress
 from ultralowbit.pipeline.estimate import estimate
 from ultralowbit.pipeline.source import open_decoder
-from ultralowbit.recipe import Recipe
+from ultralowbit.recipe import Recipe, shipped
 
 SHAPE = Shape(hidden=64, inter=172, heads=4, kv_heads=2, vocab=96)
 RECIPES = {
@@ -62,6 +62,13 @@ def test_sizes_are_exact(model, name, tmp_path):
     assert planned.size.total_bytes == measured.total_bytes
     assert planned.size.linear_bits_per_weight == measured.linear_bits_per_weight
     assert planned.size.model_bits_per_weight == measured.model_bits_per_weight
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_recipe_can_be_estimated(model, name):
+    loaded = Recipe.load(name, [f"calibration.source={model / 'text.txt'}", "calibration.length=16"])
+    planned = estimate(str(model), loaded, device="cpu")
+    assert planned.size.linear_bits_per_weight < 6 and all(seconds >= 0 for seconds in planned.seconds.values())
 
 
 @pytest.mark.parametrize(

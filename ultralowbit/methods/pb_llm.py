@@ -73,7 +73,7 @@ class PBLLM:
         return Format((Planes(columns, 1, self.group, offset=True),), outliers)
 
     def quantize(self, weight: Tensor, stats: InputStats | None) -> PackedWeight:
-        factor = None if stats is None else stats.factor(self.damp)
+        factor = stats.factor(self.damp) if stats is not None and self.needs else None
         salient = self._salient(weight, factor)
         count = int(salient.sum(1).max()) if self.selection == "threshold" else round(self.ratio * BLOCK)
         rounding = _SomeSalient(weight, salient, self._format(weight.shape[1], count))
