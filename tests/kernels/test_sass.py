@@ -201,14 +201,14 @@ def test_tiles_of_32_tokens(code, segment, capability):
 
 
 UNPACKED = {
-    Planes(4096, 1): 6.0,
-    Planes(4096, 2, 128): 10.0,
+    Planes(4096, 1): 7.0,
+    Planes(4096, 2, 128): 10.5,
     Planes(11008, 2, 64, offset=True): 14.5,  # with a tail
-    TiedPlanes(4096, 2, 128): 10.0,
-    Ints(4096, 2, 128): 10.0,
+    TiedPlanes(4096, 2, 128): 10.5,
+    Ints(4096, 2, 128): 10.5,
     Ints(4096, 3, 128): 14.0,
     Ints(4096, 4, 64): 13.0,
-    Ints(4096, 8, None, True): 10.0,
+    Ints(4096, 8, None, True): 10.5,
 }
 """Segment -> instructions of a thread for each weight that it unpacks on sm_90, at most. A tile of 128 tokens takes an
 H200's tensor cores as long as 8 of them take to be issued."""
