@@ -28,17 +28,13 @@ STEP = 128
 """Columns that a step of the loop multiplies; fewer where a block of words has fewer."""
 TAIL = 32
 """Columns of the tail at a time."""
-
-
 ABOVE = tl.constexpr(0x4B000000)
 """2^23 in fp32: a whole number below that in the place of its mantissa is added to it. Instructions that convert are
 slow."""
 
 
 @triton.jit
-def _levels(
-    scale, zero, p, g, groups, rows, out_rows, z: tl.constexpr, zero_width: tl.constexpr
-):  # fmt: skip
+def _levels(scale, zero, p, g, groups, rows, out_rows, z: tl.constexpr, zero_width: tl.constexpr):
     """The scale of a group and 2^23 more than its zero point, fp32."""
     s = tl.load(scale + (p * groups + g) * out_rows + rows).to(tl.float32)
     if zero_width:
