@@ -214,8 +214,11 @@ UNPACKED = {
 H200's tensor cores as long as 8 of them take to be issued."""
 
 
-@pytest.mark.parametrize("capability", SHARED, ids=lambda c: f"sm_{c}")
-@pytest.mark.parametrize("segment", UNPACKED, ids=lambda s: s.summary)
+@pytest.mark.parametrize(
+    ("segment", "capability"),
+    [(segment, 90) for segment in UNPACKED] + [(Planes(4096, 2, 128), 80), (Ints(4096, 4, 64), 89)],
+    ids=lambda v: getattr(v, "summary", f"sm_{v}"),
+)
 def test_programs_that_unpack_weights(code, segment, capability):
     """In registers, on tensor cores; on sm_90 with wgmma whose left side are registers, without a barrier between."""
     format = Format((segment,))
