@@ -7,35 +7,15 @@ import torch
 
 from ultralowbit.format.ints import Ints
 from ultralowbit.format.outliers import IndexedOutliers
-from ultralowbit.format.planes import Planes, TiedPlanes
+from ultralowbit.format.planes import Planes
 from ultralowbit.format.salient import SalientSplit
+from ultralowbit.format.testing import SEGMENTS
 from ultralowbit.format.transform import InputTransform
 from ultralowbit.format.weight import Format
 from ultralowbit.kernels.gpu.launch import INTERPRETED
 from ultralowbit.kernels.gpu.unpacking import can_unpack, unpacking_product
 
-SEGMENTS = [
-    Planes(1024, 1),
-    Planes(512, 1, 128),
-    Planes(1100, 1, 1024),  # a group that ends in the tail
-    Planes(700, 1, 64, offset=True),  # fields of the tail have 12 columns, groups end inside them
-    Planes(512 + 384, 2, 128),
-    Planes(172, 3, None, "01"),
-    Planes(33, 4, 32, "01", offset=True),
-    Planes(1024, 2, 96),  # groups end inside a block
-    TiedPlanes(600, 2, 128),
-    TiedPlanes(172, 4),
-    Ints(512, 2, 128),
-    Ints(600, 2, 32, True),
-    Ints(172, 2),
-    Ints(1152, 3, 128),
-    Ints(129, 3, None, True),
-    Ints(300, 4, 64),
-    Ints(896, 4, 256, True),
-    Ints(1, 4),
-    Ints(200, 8, 128),
-    Ints(96, 8, 32, True),
-]
+GROUPS_INSIDE_BLOCKS = [Planes(1024, 2, 96), Ints(600, 2, 32, True), Ints(1152, 3, 128)]
 
 
 def tiles(tokens: int = 16, rows: int = 32) -> dict[str, int]:
@@ -50,7 +30,7 @@ def cut(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("segment", SEGMENTS, ids=lambda s: s.summary)
+@pytest.mark.parametrize("segment", [*SEGMENTS, *GROUPS_INSIDE_BLOCKS], ids=lambda s: s.summary)
 def test_unpacking_product(gpu, assert_product, segment, dtype):
     packed = gpu.packed(Format((segment,)), 37)
     x = gpu.x(19, segment.columns, dtype)
@@ -99,7 +79,7 @@ def test_what_is_not_finite_stays_in_its_token(gpu, value):
 
 
 def test_what_it_knows():
-    assert all(can_unpack(Format((segment,))) for segment in SEGMENTS)
+    assert all(can_unpack(Format((segment,))) for segment in [*SEGMENTS, *GROUPS_INSIDE_BLOCKS])
     assert not can_unpack(Format((Planes(1024, 1, 80),)))  # a group ends inside a field
     assert not can_unpack(Format((Planes(1024, 1),), IndexedOutliers(1024, 10)))
     assert not can_unpack(Format((Planes(64, 1), Ints(64, 4))))
