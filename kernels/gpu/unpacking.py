@@ -72,6 +72,77 @@ def _times(weight, x, acc):
     return tl.dot(weight, x, acc)
 
 
+@triton.jit
+def _whole(
+    acc, inputs, live, words, high, scale, zero, offset, rows, out_rows, row_stride, plane_stride, steps, groups, group,
+    count: tl.constexpr, signs: tl.constexpr, width: tl.constexpr, high_width: tl.constexpr, multiplier: tl.constexpr,
+    z: tl.constexpr, zero_width: tl.constexpr, has_offset: tl.constexpr, fields: tl.constexpr,
+    one_group: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """acc [BN, BM] and what the columns in whole blocks of words add to it."""
+    columns: tl.constexpr = fields * 32  # of a step
+    f, c = tl.arange(0, fields)[None, :, None], tl.arange(0, 32)[None, None, :]
+    per_word: tl.constexpr = 16 // width // fields  # steps to a block
+    per_high: tl.constexpr = 16 // (high_width if high_width else width) // fields
+    lines, rows = (rows * row_stride)[:, None, None], rows[:, None, None]
+    for step in range(steps):
+        k = step * columns + tl.arange(0, columns)
+        v = tl.load(inputs + k[:, None], mask=live[None, :], other=0.0)
+        g = step * columns // group
+        if not one_group:
+            g = (step * columns + f * 32) // group
+        for p in tl.static_range(count):
+            word = tl.load(words + p * plane_stride + lines + step // per_word * 32 + c).to(tl.int32)
+            above = word
+            if high_width:
+                above = tl.load(high + lines + step // per_high * 32 + c).to(tl.int32)
+            s, zeros = _levels(scale, zero, p, g, groups, rows, out_rows, z, zero_width)
+            w = _weight(
+                word, step % per_word * (fields * width) + f * width, above,
+                step % per_high * (fields * high_width) + f * high_width, s, zeros, width, high_width, multiplier,
+                signs,
+            )  # fmt: skip
+            if p == 0:
+                total = w
+            else:
+                total += w
+        if has_offset:
+            total += tl.load(offset + g * out_rows + rows).to(tl.float32)
+        acc = _times(tl.reshape(total, [BN, columns]), v, acc)
+    return acc
+
+
+@triton.jit
+def _rest(
+    acc, inputs, live, words, high, scale, zero, offset, rows, out_rows, row_stride, plane_stride, first, columns,
+    full, lanes, high_full, high_lanes, groups, group, count: tl.constexpr, signs: tl.constexpr, width: tl.constexpr,
+    high_width: tl.constexpr, multiplier: tl.constexpr, z: tl.constexpr, zero_width: tl.constexpr,
+    has_offset: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """acc [BN, BM] and what the columns from `first` on add to it."""
+    lines, rows = (rows * row_stride)[:, None], rows[:, None]
+    for start in tl.range(first, columns, BT, num_stages=1):
+        there = start + tl.arange(0, BT) < columns
+        k = tl.minimum(start + tl.arange(0, BT), columns - 1)
+        g = k[None, :] // group
+        for p in tl.static_range(count):
+            code = field(words + p * plane_stride, lines, k[None, :], there[None, :], full, lanes, width)
+            above = code
+            if high_width:
+                above = field(high, lines, k[None, :], there[None, :], high_full, high_lanes, high_width)
+            s, zeros = _levels(scale, zero, p, g, groups, rows, out_rows, z, zero_width)
+            w = _weight(code, 0, above, 0, s, zeros, width, high_width, multiplier, signs)
+            if p == 0:
+                total = w
+            else:
+                total += w
+        if has_offset:
+            total += tl.load(offset + g * out_rows + rows).to(tl.float32)
+        v = tl.load(inputs + k[:, None], mask=live[None, :] & there[:, None], other=0.0)
+        acc = _times(total, v, acc)
+    return acc
+
+
 @triton.jit(do_not_specialize=["tokens", "steps", "full", "lanes", "high_full", "high_lanes", "groups"])
 def unpack_and_multiply(
     x, words, high, scale, zero, offset, y, tokens, columns, out_rows, row_stride, plane_stride, steps, full, lanes,
@@ -88,63 +159,22 @@ def unpack_and_multiply(
     """
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
-    live, here = m < tokens, (n < out_rows)[:, None]
+    live = m < tokens
     rows = tl.minimum(n, out_rows - 1)  # all are there to be read
     inputs = x + m.to(tl.int64)[None, :] * columns
-    width_of_step: tl.constexpr = fields * 32
-    f, c = tl.arange(0, fields)[None, :, None], tl.arange(0, 32)[None, None, :]
-    per_word: tl.constexpr = 16 // width // fields  # steps to a block
-    per_high: tl.constexpr = 16 // (high_width if high_width else width) // fields
-
-    acc = tl.zeros([BN, BM], tl.float32)
-    lines, all_rows = (rows * row_stride)[:, None, None], rows[:, None, None]
-    for step in range(steps):
-        k = step * width_of_step + tl.arange(0, width_of_step)
-        v = tl.load(inputs + k[:, None], mask=live[None, :], other=0.0)
-        g = step * width_of_step // group
-        if not one_group:
-            g = (step * width_of_step + f * 32) // group
-        for p in tl.static_range(count):
-            word = tl.load(words + p * plane_stride + lines + step // per_word * 32 + c).to(tl.int32)
-            above = word
-            if high_width:
-                above = tl.load(high + lines + step // per_high * 32 + c).to(tl.int32)
-            s, zeros = _levels(scale, zero, p, g, groups, all_rows, out_rows, z, zero_width)
-            w = _weight(
-                word, step % per_word * (fields * width) + f * width, above,
-                step % per_high * (fields * high_width) + f * high_width, s, zeros, width, high_width, multiplier,
-                signs,
-            )  # fmt: skip
-            if p == 0:
-                total = w
-            else:
-                total += w
-        if has_offset:
-            total += tl.load(offset + g * out_rows + all_rows).to(tl.float32)
-        acc = _times(tl.reshape(total, [BN, width_of_step]), v, acc)
+    acc = _whole(
+        tl.zeros([BN, BM], tl.float32), inputs, live, words, high, scale, zero, offset, rows, out_rows, row_stride,
+        plane_stride, steps, groups, group, count, signs, width, high_width, multiplier, z, zero_width, has_offset,
+        fields, one_group, BN,
+    )  # fmt: skip
     if tail:
-        lines, all_rows = (rows * row_stride)[:, None], rows[:, None]
-        for first in tl.range(steps * width_of_step, columns, BT, num_stages=1):
-            there = first + tl.arange(0, BT) < columns
-            k = tl.minimum(first + tl.arange(0, BT), columns - 1)
-            g = k[None, :] // group
-            for p in tl.static_range(count):
-                code = field(words + p * plane_stride, lines, k[None, :], there[None, :], full, lanes, width)
-                above = code
-                if high_width:
-                    above = field(high, lines, k[None, :], there[None, :], high_full, high_lanes, high_width)
-                s, zeros = _levels(scale, zero, p, g, groups, all_rows, out_rows, z, zero_width)
-                w = _weight(code, 0, above, 0, s, zeros, width, high_width, multiplier, signs)
-                if p == 0:
-                    total = w
-                else:
-                    total += w
-            if has_offset:
-                total += tl.load(offset + g * out_rows + all_rows).to(tl.float32)
-            v = tl.load(inputs + k[:, None], mask=live[None, :] & there[:, None], other=0.0)
-            acc = _times(total, v, acc)
+        acc = _rest(
+            acc, inputs, live, words, high, scale, zero, offset, rows, out_rows, row_stride, plane_stride,
+            steps * fields * 32, columns, full, lanes, high_full, high_lanes, groups, group, count, signs, width,
+            high_width, multiplier, z, zero_width, has_offset, BT,
+        )  # fmt: skip
     at = m.to(tl.int64)[None, :] * out_rows + n[:, None]
-    tl.store(y + at, acc.to(y.dtype.element_ty), mask=here & live[None, :])
+    tl.store(y + at, acc.to(y.dtype.element_ty), mask=(n < out_rows)[:, None] & live[None, :])
 
 
 @dataclass(frozen=True)
