@@ -39,6 +39,13 @@ def field(words, line, column, there, full, lanes, width: tl.constexpr):
 
 
 @triton.jit
+def zero_point(zero, group, rows, out_rows, width: tl.constexpr):
+    """The stored zero points of rows that there are, in a group: int32."""
+    at = group * width
+    return tl.load(zero + at // 8 * out_rows + rows).to(tl.int32) >> at % 8 & ((1 << width) - 1)
+
+
+@triton.jit
 def _tile(first_row, rows, columns, BN: tl.constexpr, BK: tl.constexpr):
     """The rows [BN, 1] and columns [1, BK] of this program, and which of them there are."""
     n = first_row + tl.program_id(0) * BN + tl.arange(0, BN)[:, None]

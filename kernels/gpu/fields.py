@@ -16,6 +16,7 @@ programs of the launch. The reference is that of the whole, `packed_matmul_ref`.
 
 from __future__ import annotations
 
+from ultralowbit.kernels.gpu.dequantize import zero_point
 from ultralowbit.kernels.gpu.inputs import fill, rotate
 from ultralowbit.kernels.gpu.launch import ASSEMBLY, tl, triton
 from ultralowbit.kernels.gpu.outliers import correction
@@ -54,11 +55,7 @@ def _levels(
 ):  # fmt: skip
     """Of one group: the scale s and the factor k of the group's sum of inputs, both fp32 [rows]."""
     s = tl.load(scale + (plane * groups + group) * out_rows + rows).to(tl.float32)
-    if zero_width:
-        at = group * zero_width
-        k = -s * ((tl.load(zero + at // 8 * out_rows + rows).to(tl.int32) >> at % 8) & ((1 << zero_width) - 1))
-    else:
-        k = -z * s
+    k = -s * zero_point(zero, group, rows, out_rows, zero_width) if zero_width else -z * s
     if has_offset:  # of all planes together
         mine = rows < tl.where(plane == 0, out_rows, 0)
         k += tl.load(offset + group * out_rows + rows, mask=mine, other=0.0).to(tl.float32)

@@ -20,7 +20,7 @@ from ultralowbit.format.planes import Planes, TiedPlanes
 from ultralowbit.format.segment import Segment
 from ultralowbit.format.weight import Format
 from ultralowbit.format.words import LANES, WORD_BITS, word_count
-from ultralowbit.kernels.gpu.dequantize import field, words_of
+from ultralowbit.kernels.gpu.dequantize import field, words_of, zero_point
 from ultralowbit.kernels.gpu.inputs import transformed
 from ultralowbit.kernels.gpu.launch import ASSEMBLY, Launch, cdiv, tl, triton
 
@@ -31,6 +31,8 @@ TAIL = 32
 ABOVE = tl.constexpr(0x4B000000)
 """2^23 in fp32: a whole number below that in the place of its mantissa is added to it. Instructions that convert are
 slow."""
+NOTHING = tl.constexpr(-0.0)
+"""What a sum begins with: unlike that of 0.0, the compiler may leave its addition out."""
 
 
 @triton.jit
@@ -38,9 +40,7 @@ def _levels(scale, zero, p, g, groups, rows, out_rows, z: tl.constexpr, zero_wid
     """The scale of a group and 2^23 more than its zero point, fp32."""
     s = tl.load(scale + (p * groups + g) * out_rows + rows).to(tl.float32)
     if zero_width:
-        at = g * zero_width
-        packed = tl.load(zero + at // 8 * out_rows + rows).to(tl.int32)
-        zeros = (packed >> at % 8 & ((1 << zero_width) - 1) | ABOVE).to(tl.float32, bitcast=True)
+        zeros = (zero_point(zero, g, rows, out_rows, zero_width) | ABOVE).to(tl.float32, bitcast=True)
     else:
         zeros = z + 8388608.0
     return s, zeros
@@ -91,21 +91,18 @@ def _whole(
         g = step * columns // group
         if not one_group:
             g = (step * columns + f * 32) // group
+        total = tl.full([BN, fields, 32], NOTHING, tl.float32)
         for p in tl.static_range(count):
             word = tl.load(words + p * plane_stride + lines + step // per_word * 32 + c).to(tl.int32)
             above = word
             if high_width:
                 above = tl.load(high + lines + step // per_high * 32 + c).to(tl.int32)
             s, zeros = _levels(scale, zero, p, g, groups, rows, out_rows, z, zero_width)
-            w = _weight(
+            total += _weight(
                 word, step % per_word * (fields * width) + f * width, above,
                 step % per_high * (fields * high_width) + f * high_width, s, zeros, width, high_width, multiplier,
                 signs,
             )  # fmt: skip
-            if p == 0:
-                total = w
-            else:
-                total += w
         if has_offset:
             total += tl.load(offset + g * out_rows + rows).to(tl.float32)
         acc = _times(tl.reshape(total, [BN, columns]), v, acc)
@@ -117,7 +114,7 @@ def _rest(
     acc, inputs, live, words, high, scale, zero, offset, rows, out_rows, row_stride, plane_stride, first, columns,
     full, lanes, high_full, high_lanes, groups, group, count: tl.constexpr, signs: tl.constexpr, width: tl.constexpr,
     high_width: tl.constexpr, multiplier: tl.constexpr, z: tl.constexpr, zero_width: tl.constexpr,
-    has_offset: tl.constexpr, BT: tl.constexpr,
+    has_offset: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """acc [BN, BM] and what the columns from `first` on add to it."""
     lines, rows = (rows * row_stride)[:, None], rows[:, None]
@@ -125,17 +122,14 @@ def _rest(
         there = start + tl.arange(0, BT) < columns
         k = tl.minimum(start + tl.arange(0, BT), columns - 1)
         g = k[None, :] // group
+        total = tl.full([BN, BT], NOTHING, tl.float32)
         for p in tl.static_range(count):
             code = field(words + p * plane_stride, lines, k[None, :], there[None, :], full, lanes, width)
             above = code
             if high_width:
                 above = field(high, lines, k[None, :], there[None, :], high_full, high_lanes, high_width)
             s, zeros = _levels(scale, zero, p, g, groups, rows, out_rows, z, zero_width)
-            w = _weight(code, 0, above, 0, s, zeros, width, high_width, multiplier, signs)
-            if p == 0:
-                total = w
-            else:
-                total += w
+            total += _weight(code, 0, above, 0, s, zeros, width, high_width, multiplier, signs)
         if has_offset:
             total += tl.load(offset + g * out_rows + rows).to(tl.float32)
         v = tl.load(inputs + k[:, None], mask=live[None, :] & there[:, None], other=0.0)
@@ -171,7 +165,7 @@ def unpack_and_multiply(
         acc = _rest(
             acc, inputs, live, words, high, scale, zero, offset, rows, out_rows, row_stride, plane_stride,
             steps * fields * 32, columns, full, lanes, high_full, high_lanes, groups, group, count, signs, width,
-            high_width, multiplier, z, zero_width, has_offset, BT,
+            high_width, multiplier, z, zero_width, has_offset, BN, BT,
         )  # fmt: skip
     at = m.to(tl.int64)[None, :] * out_rows + n[:, None]
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=(n < out_rows)[:, None] & live[None, :])
