@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from ultralowbit.kernels.packed_matmul import Kernel
+    from ultralowbit.kernels.signs import Signs
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -92,6 +93,15 @@ class _Plan(ctypes.Structure):
     ]
 
 
+class _Signs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("latent", "centre", "scale", "stored", "offset", "slope")),
+        *((name, ctypes.c_void_p) for name in ("weight", "latent_gradient", "sums")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "group", "groups", "planes", "hadamard")),
+        *((name, ctypes.c_int64) for name in ("latent_dtype", "dtype")),
+    ]
+
+
 def _load() -> ctypes.CDLL | None:
     """The compiled file beside this one, or None where there is none that can be used."""
     folder = Path(__file__).parent
@@ -106,6 +116,8 @@ def _load() -> ctypes.CDLL | None:
         ("product", ctypes.c_int, "nppnpnnpnn"),
         ("decode", ctypes.c_int, "nppnnnnpn"),
         ("round_block", ctypes.c_int, "npppppnnnnnppn"),
+        ("hadamard", None, "npnnnpn"),
+        ("signs", ctypes.c_int, "npnn"),
     ):
         function = getattr(library, f"ultralowbit_{name}")
         function.restype = result
@@ -327,6 +339,45 @@ def round_block(
     if _library.ultralowbit_round_block(_isa, *pointers, *numbers, *results, torch.get_num_threads()):
         raise MemoryError("no memory for rounding a block of columns: use fewer threads")
     return values, rest
+
+
+def block_hadamard(x: Tensor, block: int) -> Tensor:
+    """`kernels.hadamard.block_hadamard` of x [rows, columns] fp32."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _library.ultralowbit_hadamard(_isa, x.data_ptr(), *x.shape, block, y.data_ptr(), torch.get_num_threads())
+    return y
+
+
+def serial_signs(latent: Tensor, stored: Tensor, offset: Tensor | None, signs: Signs, dtype: torch.dtype) -> Tensor:
+    """`kernels.signs.weight`."""
+    weight = torch.empty(latent.shape, dtype=dtype)
+    _serial_signs(latent, signs, weight, gradient=False, stored=stored, offset=offset)
+    return weight
+
+
+def serial_signs_gradients(
+    grad: Tensor, latent: Tensor, slope: Tensor, with_offset: bool, signs: Signs
+) -> tuple[Tensor, Tensor]:
+    """`kernels.signs.gradients`."""
+    rows, planes, groups = signs.scale.shape
+    own, sums = torch.empty(latent.shape, dtype=latent.dtype), torch.empty(rows, planes + with_offset, groups)
+    offset = sums if with_offset else None  # not read: says that there is one
+    _serial_signs(latent, signs, grad, gradient=True, slope=slope, offset=offset, latent_gradient=own, sums=sums)
+    return own, sums
+
+
+def _serial_signs(latent: Tensor, signs: Signs, weight: Tensor, gradient: bool, **tensors: Tensor | None) -> None:
+    tensors |= {"latent": latent, "weight": weight, "scale": signs.scale, "centre": signs.centre}
+    kept = {name: t.contiguous() for name, t in tensors.items() if t is not None}
+    _, planes, groups = signs.scale.shape
+    job = _Signs(
+        **{name: t.data_ptr() for name, t in kept.items()}, rows=latent.shape[0], columns=latent.shape[1],
+        group=signs.group, groups=groups, planes=planes, hadamard=signs.block, latent_dtype=DTYPES[latent.dtype],
+        dtype=DTYPES[weight.dtype],
+    )  # fmt: skip
+    if _library.ultralowbit_signs(_isa, ctypes.addressof(job), gradient, torch.get_num_threads()):
+        raise MemoryError("no memory for the rows of a weight: use fewer threads")
 
 
 def runs_here() -> bool:

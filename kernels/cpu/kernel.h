@@ -19,29 +19,14 @@
 
 #include "columns.h"
 #include "native.h"
+#include "rows.h"
+#include "signs.h"
 
 namespace ultralowbit {
 namespace {
 
 inline const uint16_t* halves_at(void* const* tensors, int64_t index) {
   return static_cast<const uint16_t*>(tensors[index]);
-}
-
-inline float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
-inline uint16_t to_bfloat16(float value) {
-  const uint32_t bits = float_to_bits(value);
-  return value != value ? 0x7FC0 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
@@ -56,70 +41,24 @@ struct alignas(64) DigitPass {
 };
 
 template <class V>
-struct Kernel {
+struct Kernel : Rows<V> {
+  using Rows<V>::hadamard;
+  using Rows<V>::load;
+  using Rows<V>::save;
+  using Rows<V>::sum;
   using F = typename V::F;
   using I = typename V::I;
   static constexpr int N = V::N;
   static constexpr int64_t kExactBytes = V::kDigits ? sizeof(DigitPass<4>) : kExactPass;
   static constexpr int64_t kInt8Bytes = V::kDigits ? sizeof(DigitPass<2>) : sizeof(Int8Pass);
 
-  // ---- conversions ----
-
-  static void load(const void* from, int64_t dtype, int64_t n, float* to) {
-    const auto* half = static_cast<const uint16_t*>(from);
-    if (dtype == 0) {
-      std::memcpy(to, from, n * sizeof(float));
-    } else if (dtype == 1) {
-      for (int64_t i = 0; i < n; i++) to[i] = bits_to_float(uint32_t(half[i]) << 16);
-    } else {
-      for (int64_t i = 0; i < n; i += N) V::store_n(to + i, V::halves_n(half + i, n - i), n - i);
-    }
-  }
-
-  static void save(const float* from, int64_t dtype, int64_t n, void* to, int64_t at) {
-    auto* half = static_cast<uint16_t*>(to) + at;
-    if (dtype == 0) {
-      std::memcpy(static_cast<float*>(to) + at, from, n * sizeof(float));
-    } else if (dtype == 1) {
-      for (int64_t i = 0; i < n; i++) half[i] = to_bfloat16(from[i]);
-    } else {
-      float part[N];
-      for (int64_t i = 0; i < n; i += N) {
-        const int64_t count = n - i < N ? n - i : N;
-        std::memset(part, 0, sizeof part);
-        std::memcpy(part, from + i, count * sizeof(float));
-        uint16_t rounded[N];
-        V::to_halves(V::loadf(part), rounded);
-        std::memcpy(half + i, rounded, count * sizeof(uint16_t));
-      }
-    }
-  }
-
   // ---- x: transform, sums, tables ----
-
-  static void walsh(float* x, int64_t size) {
-    for (int64_t half = 1; half < size; half *= 2)
-      for (int64_t i = 0; i < size; i += 2 * half)
-        for (int64_t k = i; k < i + half; k++) {
-          const float a = x[k], b = x[k + half];
-          x[k] = a + b;
-          x[k + half] = a - b;
-        }
-    const float scale = 1 / std::sqrt(float(size));
-    for (int64_t k = 0; k < size; k++) x[k] *= scale;
-  }
 
   static void input(const Plan& plan, void* const* tensors, const void* x, int64_t dtype, float* out, float* scratch) {
     const int64_t n = plan.columns;
     float* first = plan.channel_order < 0 ? out : scratch;
     load(x, dtype, n, first);
-    if (plan.hadamard) {
-      int64_t size = plan.hadamard;
-      for (int64_t at = 0; at < n; at += size) {
-        while (size > n - at) size /= 2;
-        walsh(first + at, size);
-      }
-    }
+    if (plan.hadamard) hadamard(first, n, plan.hadamard);
     if (plan.channel_order >= 0) {
       const uint16_t* words = halves_at(tensors, plan.channel_order);
       float *marked = out, *others = out + plan.first;
@@ -136,17 +75,6 @@ struct Kernel {
     const int64_t span = kWordBits / width * kLanes, block = column / span, rest = columns - block * span;
     const int64_t lanes = rest >= span ? kLanes : ceil_div(rest, kWordBits / width), k = column - block * span;
     return words[block * kLanes + k % lanes] >> (width * (k / lanes)) & ((1 << width) - 1);
-  }
-
-  static float sum(const float* x, int64_t n) {
-    float part[16] = {};
-    int64_t k = 0;
-    for (; k + 16 <= n; k += 16)
-      for (int i = 0; i < 16; i++) part[i] += x[k + i];
-    for (; k < n; k++) part[k % 16] += x[k];
-    double total = 0;
-    for (float p : part) total += p;
-    return float(total);
   }
 
   static void prepare(const Table& t, const Layout& layout, const float* x, bool int8, char* passes, int64_t step,
@@ -569,7 +497,7 @@ template <class V>
 constexpr Isa isa(const char* name) {
   using K = Kernel<V>;
   return {name, {K::kExactBytes, K::kInt8Bytes}, K::input, K::prepare, K::product, K::decode,
-          V::N, Columns<V>::round};
+          V::N, Columns<V>::round, Rows<V>::hadamard, Signs<V>::weight, Signs<V>::gradient};
 }
 
 }  // namespace

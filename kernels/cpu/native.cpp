@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <new>
 #include <thread>
 
@@ -112,6 +113,7 @@ struct Slices {  // aligned parts of a workspace, added up
 };
 
 constexpr int64_t kRows = 128;  // of a chunk: their words stay in L2 while one superblock after the other passes
+constexpr int64_t kTogether = 16;  // rows that a thread takes where each is on its own
 constexpr int64_t kTables = 4 << 20;  // bytes of tables at a time: more tokens take their turn
 
 }  // namespace
@@ -203,19 +205,18 @@ int ultralowbit_decode(int64_t isa_index, const Plan* plan, void* const* tensors
                        int64_t count, int64_t dtype, void* to, int64_t threads) try {
   const Isa& isa = *isa_at(isa_index);
   std::atomic<bool> failed{false};
-  constexpr int64_t chunk = 16;
   auto decode = [&](int64_t i) {
     try {
       static thread_local std::vector<float> scratch;
       if (int64_t(scratch.size()) < 2 * plan->columns) scratch.resize(2 * plan->columns);
-      for (int64_t r = i * chunk; r < std::min(count, (i + 1) * chunk); r++)
+      for (int64_t r = i * kTogether; r < std::min(count, (i + 1) * kTogether); r++)
         isa.decode(*plan, tensors, out, row + r, scratch.data(), dtype,
                    static_cast<char*>(to) + r * plan->columns * (dtype ? 2 : 4));
     } catch (const std::bad_alloc&) {
       failed = true;
     }
   };
-  parallel(ceil_div(count, chunk), threads, decode);
+  parallel(ceil_div(count, kTogether), threads, decode);
   return failed;
 } catch (const std::bad_alloc&) {
   return 1;
@@ -240,5 +241,34 @@ int ultralowbit_round_block(int64_t isa_index, const float* weight, const float*
   return failed;
 } catch (const std::bad_alloc&) {
   return 1;
+}
+
+// x [rows, columns] -> y times the block matrix of `InputTransform`.
+void ultralowbit_hadamard(int64_t isa_index, const float* x, int64_t rows, int64_t columns, int64_t block, float* y,
+                          int64_t threads) {
+  const Isa& isa = *isa_at(isa_index);
+  parallel(ceil_div(rows, kTogether), threads, [&](int64_t i) {
+    for (int64_t row = i * kTogether; row < std::min(rows, (i + 1) * kTogether); row++) {
+      std::memcpy(y + row * columns, x + row * columns, columns * sizeof(float));
+      isa.hadamard(y + row * columns, columns, block);
+    }
+  });
+}
+
+// The weight, or with `gradient` the gradients, of serial signs. 0, or 1 where memory is short.
+int ultralowbit_signs(int64_t isa_index, const SignsJob* job, int64_t gradient, int64_t threads) {
+  const Isa& isa = *isa_at(isa_index);
+  std::atomic<bool> failed{false};
+  auto rows = [&](int64_t i) {
+    try {
+      auto* scratch = reinterpret_cast<float*>(workspace(2 * job->columns * sizeof(float)));
+      for (int64_t row = i * kTogether; row < std::min(job->rows, (i + 1) * kTogether); row++)
+        (gradient ? isa.signs_gradient : isa.signs)(*job, row, scratch);
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
+  };
+  parallel(ceil_div(job->rows, kTogether), threads, rows);
+  return failed;
 }
 }

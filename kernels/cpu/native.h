@@ -95,6 +95,20 @@ struct BlockJob {
   float *rest, *values;
 };
 
+extern "C" {  // mirrored in __init__.py
+// Serial signs of latent weights [rows, columns], see kernels/signs.py; dtypes: 0 fp32, 1 bf16, 2 fp16. All else is fp32:
+// centre (or null), offset (or null) and slope [rows, groups], scale and stored [rows, planes, groups]. `weight`
+// [rows, columns] is what is written, or the gradient of that, from which latent_gradient [rows, columns] is made, and
+// sums [rows, planes (+ 1 with an offset), groups], the gradients of stored and offset.
+struct SignsJob {
+  const void* latent;
+  const float *centre, *scale, *stored, *offset, *slope;
+  void *weight, *latent_gradient;
+  float* sums;
+  int64_t rows, columns, group, groups, planes, hadamard, latent_dtype, dtype;
+};
+}
+
 struct Isa {
   const char* name;
   int64_t pass_bytes[2];  // of one token: exact, int8
@@ -109,6 +123,11 @@ struct Isa {
   int64_t lanes;
   // rows [first, first + count) of a block, count <= lanes; `scratch` holds lanes * (4 columns + groups (2 levels - 1))
   void (*round)(const BlockJob&, int64_t first, int64_t count, float* scratch);
+  // one row [columns] times the block matrix, in place
+  void (*hadamard)(float* row, int64_t columns, int64_t block);
+  // one row; `scratch` holds 2 * columns
+  void (*signs)(const SignsJob&, int64_t row, float* scratch);
+  void (*signs_gradient)(const SignsJob&, int64_t row, float* scratch);
 };
 
 extern const Isa kPortable, kAvx2, kAvx512, kNeon, kNeonDotprod;

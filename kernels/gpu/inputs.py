@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ultralowbit.format.transform import InputTransform
 from ultralowbit.format.weight import Format
 from ultralowbit.format.words import LANES
 from ultralowbit.kernels.gpu.dequantize import field, words_of
-from ultralowbit.kernels.gpu.launch import Launch, cdiv, tl, triton
+from ultralowbit.kernels.gpu.launch import Launch, cdiv, run, tl, triton
 from ultralowbit.kernels.gpu.matrix import Matrix
 
 PIECE = 1024
@@ -184,14 +185,26 @@ def transformed(
     if steps is None:
         return [], x
     out = x.new_empty(len(x), columns, dtype=dtype)
+    return _transforms(x, out, steps, tensors, format.segments[0].columns), out
+
+
+def block_hadamard(x: Tensor, block: int) -> Tensor:
+    """`kernels.hadamard.block_hadamard` of x [rows, columns] fp32: a launch for each size of block."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    run(_transforms(x, out, InputTransform(x.shape[1], hadamard=block), {}), x.device)
+    return out
+
+
+def _transforms(
+    x: Tensor, out: Tensor, steps: InputTransform, tensors: Mapping[str, Tensor], first_columns: int = 0
+) -> list[Launch]:
+    """The launches that write T(x) to out [tokens, columns]."""
     marks, scale = tensors.get("weight_input_channel_order", out), tensors.get("weight_input_scale", out)
-    launches, start = [], 0
+    launches, start, columns = [], 0, steps.columns
     while start < columns:
         block = min(steps.hadamard or 1, 1 << (columns - start).bit_length() - 1)
         stop, size = columns - (columns - start) % block, max(block, PIECE)
-        args = (
-            x, out, marks, scale, *x.stride(), start, stop, columns, format.segments[0].columns, *words_of(columns, 1),
-        )  # fmt: skip
+        args = (x, out, marks, scale, *x.stride(), start, stop, columns, first_columns, *words_of(columns, 1))
         constants = {
             "rounds": block.bit_length() - 1, "root": block**-0.5, "has_marks": steps.channel_order,
             "has_scale": steps.column_scale, "size": size,
@@ -199,7 +212,7 @@ def transformed(
         grid = len(x), cdiv(stop - start, size)
         launches.append(Launch(transform, grid, args, constants, warps=min(16, max(1, size // 256))))
         start = stop
-    return launches, out
+    return launches
 
 
 def prologue_ref(x: Tensor, matrix: Matrix, digits: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultralowbit.format.transform import block_hadamard
+from ultralowbit.kernels.hadamard import block_hadamard
 from ultralowbit.methods.bound import Spectrum, spectrum
 
 

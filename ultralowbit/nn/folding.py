@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ultralowbit.checkpoint.names import weight_name
-from ultralowbit.format.transform import block_hadamard
+from ultralowbit.kernels.hadamard import block_hadamard
 from ultralowbit.nn.hf_names import tied_names, untie
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ultralowbit.errors import FormatError
-from ultralowbit.format.transform import block_hadamard
 from ultralowbit.format.weight import PackedWeight
+from ultralowbit.kernels.hadamard import block_hadamard
 from ultralowbit.methods.base import Method
 from ultralowbit.methods.bound import least_error
 from ultralowbit.methods.error_correction import ErrorCorrection

@@ -29,8 +29,8 @@ from ultralowbit.checkpoint.job import Job
 from ultralowbit.checkpoint.names import natural
 from ultralowbit.checkpoint.storage import write_tensors
 from ultralowbit.data.calibration import Calibration
-from ultralowbit.format.transform import block_hadamard
 from ultralowbit.format.weight import PackedWeight
+from ultralowbit.kernels.hadamard import block_hadamard
 from ultralowbit.methods.base import Method
 from ultralowbit.methods.output_feedback import ROWS
 from ultralowbit.methods.statistics import InputStats, Need, SingularHessian

@@ -10,10 +10,19 @@ from torch import Tensor
 
 from ultralowbit.format.planes import Planes
 from ultralowbit.format.segment import Segment
+from ultralowbit.kernels.signs import Signs, serial_signs
 from ultralowbit.methods.base import MIN_SCALE
-from ultralowbit.training.estimators import Estimator, binarize, step
+from ultralowbit.training.estimators import STE, Estimator, binarize, step
 from ultralowbit.training.fake_quant.planes import FixedPlanes
-from ultralowbit.training.fake_quant.rounding import decoded, grouped, moved_to_code, own_tensors, register, ungrouped
+from ultralowbit.training.fake_quant.rounding import (
+    decoded,
+    grouped,
+    moved_to_code,
+    own_tensors,
+    register,
+    stored_scale,
+    ungrouped,
+)
 
 
 class LatentPlanes(FixedPlanes):
@@ -106,6 +115,19 @@ class LatentSigns(LatentPlanes):
             self.analytic = analytic
             self._derive(own_tensors(self), measure)
         self.register_buffer("units", torch.stack(units, dim=1)[..., None])
+
+    @property
+    def serial(self) -> bool:
+        """Whether `dense` can be asked: scales are free, and gradients pass straight through."""
+        return not self.analytic and isinstance(self.estimator, STE)
+
+    def dense(self, row: Tensor | None, block: int, dtype: torch.dtype) -> Tensor:
+        """`weight` of all rows in a dtype, times a block Hadamard matrix (0: none), by the kernels for that."""
+        stored = stored_scale(self.scale, row)
+        offset = stored_scale(self.offset, row) if self.segment.offset else None
+        centre = self.offset.detach() if self.segment.offset else None
+        signs = Signs(self.scale.detach(), centre, self.segment.group or self.segment.columns, block)
+        return serial_signs(self.latent, stored, offset, self.units[..., 0], signs, dtype)
 
     def _order(self) -> None:
         """Make the scales positive and falling from plane to plane, without another meaning: a plane has what the ones

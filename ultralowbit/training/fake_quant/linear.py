@@ -32,7 +32,7 @@ from ultralowbit.errors import InputError
 from ultralowbit.format.planes import Planes
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.training.estimators import STE, Estimator
-from ultralowbit.training.fake_quant.latent import is_dual
+from ultralowbit.training.fake_quant.latent import LatentSigns, is_dual
 from ultralowbit.training.fake_quant.rounding import own_tensors, register
 from ultralowbit.training.fake_quant.segments import Scales, Start, fake_quant
 from ultralowbit.training.fake_quant.tiles import Tiled, row_tiles, take_rows, under
@@ -94,6 +94,9 @@ class FakeQuantLinear(nn.Module):
             self.parts.append(fake_quant(segment, parts, start))
         row = torch.ones(self.out_features, dtype=torch.float32, device=self.device) if planes else None
         register(self, "row", row if "row" in train else None, True)
+        # all of the weight is serial signs, for which there are kernels
+        self.serial = self.keep is None and self.input.only_turns and len(self.parts) == 1
+        self.serial &= isinstance(self.parts[0], LatentSigns) and self.parts[0].serial
         if not self.by_kind():
             raise InputError(f"{format.summary} has none of what is to be trained: {', '.join(sorted(train))}")
 
@@ -109,6 +112,8 @@ class FakeQuantLinear(nn.Module):
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in], equal to `pack().dequantize(dtype)` bit for bit."""
+        if self.serial:
+            return self.parts[0].dense(self.row, self.input.block, dtype)
         tensors = self._tensors()
         return Tiled.apply(self._weight, self.input.turned, self.packed.shape, dtype, tuple(tensors), *tensors.values())
 

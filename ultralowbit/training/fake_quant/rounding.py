@@ -111,5 +111,5 @@ def register(module: nn.Module, name: str, value: Tensor | None, train: bool) ->
 
 
 def stored_scale(values: Tensor, row: Tensor | None) -> Tensor:
-    """Scales or offsets [rows, groups] as they are stored."""
-    return StoreFp16.apply(values if row is None else values * row[:, None], None)
+    """Scales or offsets [rows, ..., groups] as they are stored."""
+    return StoreFp16.apply(values if row is None else values * row.view(-1, *[1] * (values.dim() - 1)), None)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ultralowbit.format.ints import Ints
 from ultralowbit.format.planes import Planes
-from ultralowbit.format.transform import block_hadamard
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.format.words import to_scale
+from ultralowbit.kernels.hadamard import block_hadamard
 from ultralowbit.training.fake_quant.rounding import Permute, StoreFp16, register
 
 
@@ -37,10 +37,19 @@ class FakeQuantTransform(nn.Module):
         self.register_buffer("fixed", column if train else None)
         self.register_buffer("trained", trained.to(column.device) if train else None)
 
+    @property
+    def block(self) -> int:
+        """Of the Hadamard matrix, 0 where there is none."""
+        return (self.transform and self.transform.hadamard) or 0
+
+    @property
+    def only_turns(self) -> bool:
+        """Whether the Hadamard matrix is all that the transform may have."""
+        return self.order is None and self.column is None
+
     def turned(self, rows: Tensor) -> Tensor:
         """Rows [..., in] times the Hadamard matrix, which is its own inverse."""
-        block = self.transform and self.transform.hadamard
-        return block_hadamard(rows, block) if block else rows
+        return block_hadamard(rows, self.block) if self.block else rows
 
     def stored(self, weight: Tensor) -> Tensor:
         """A weight [out, in] that multiplies x, in the columns that are stored."""

@@ -1,0 +1,130 @@
+"""Serial signs of a latent weight: what end-to-end and block-wise training make a weight of at every step.
+
+    x_0 = w - c,  b_p = sign(x_p),  x_p+1 = x_p - a_p b_p,  W = (sum_p a'_p b_p + c') H
+
+with w [out, in], one of each a, a', c, c' for each row, group of columns (and plane), and sign(0) = 1. a' and c' are a
+and c as they are stored; H is a block Hadamard matrix, or none. The gradient passes straight through each sign,
+db_p / dx_p = 1 / u_p with one unit u_p a row; a, c and u are constants to it. So with G = (dL / dW) H
+
+    dL / da'_p = sum G b_p,   dL / dc' = sum G        over the columns of a group
+    dL / dw    = s G,   s = s_0,   s_p = (a'_p - a_p s_p+1) / u_p + s_p+1,   s_P = 0
+
+where the signs have gone from the gradient of w: it takes one factor a group.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ultralowbit.kernels import cpu
+from ultralowbit.kernels.hadamard import block_hadamard
+
+
+class Signs(NamedTuple):
+    """scale a [out, planes, groups]; centre c [out, groups], or None for 0; `group` columns each, the last ones fewer;
+    `block` of the Hadamard matrix, 0 for none."""
+
+    scale: Tensor
+    centre: Tensor | None
+    group: int
+    block: int
+
+
+def serial_signs(
+    latent: Tensor, stored: Tensor, offset: Tensor | None, units: Tensor, signs: Signs, dtype: torch.dtype
+) -> Tensor:
+    """W [out, in] in `dtype`, computed in fp32, for w [out, in] in fp32 or bf16, a' [out, planes, groups], c' [out,
+    groups] or None, u [out, planes, 1]. Differentiable in w, a' and c'."""
+    return _SerialSigns.apply(latent, stored, offset, units, signs, dtype)
+
+
+class _SerialSigns(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        latent: Tensor,
+        stored: Tensor,
+        offset: Tensor | None,
+        units: Tensor,
+        signs: Signs,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        scale, centre, *ctx.layout = signs
+        ctx.save_for_backward(latent, stored, offset, units, scale, centre)
+        return weight(latent, stored, offset, signs, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        latent, stored, offset, units, scale, centre = ctx.saved_tensors
+        signs = Signs(scale, centre, *ctx.layout)
+        own, sums = gradients(grad, latent, slope(stored, units, scale), offset is not None, signs)
+        planes = stored.shape[1]
+        return own, sums[:, :planes], None if offset is None else sums[:, planes], None, None, None
+
+
+def slope(stored: Tensor, units: Tensor, scale: Tensor) -> Tensor:
+    """s [out, groups], from a', u and a."""
+    s = torch.zeros_like(stored[:, 0])
+    for p in reversed(range(stored.shape[1])):
+        s = (stored[:, p] - scale[:, p] * s) / units[:, p] + s
+    return s
+
+
+def weight(latent: Tensor, stored: Tensor, offset: Tensor | None, signs: Signs, dtype: torch.dtype) -> Tensor:
+    """W [out, in]."""
+    if latent.device.type == "cpu" and cpu.runs_here():
+        return cpu.serial_signs(latent, stored, offset, signs, dtype)
+    return weight_ref(latent, stored, offset, signs, dtype)
+
+
+def gradients(grad: Tensor, latent: Tensor, s: Tensor, with_offset: bool, signs: Signs) -> tuple[Tensor, Tensor]:
+    """dL / dw [out, in] in w's dtype; dL / da' and, with an offset, dL / dc', [out, planes (+ 1), groups]."""
+    if latent.device.type == "cpu" and cpu.runs_here():
+        return cpu.serial_signs_gradients(grad, latent, s, with_offset, signs)
+    return gradients_ref(grad, latent, s, with_offset, signs)
+
+
+def weight_ref(latent: Tensor, stored: Tensor, offset: Tensor | None, signs: Signs, dtype: torch.dtype) -> Tensor:
+    """`weight` in torch, which says what it is."""
+    W = None
+    for b, a in zip(_bits(latent, signs), stored.unbind(1), strict=True):
+        plane = b * a[..., None]
+        W = plane if W is None else W.add_(plane)
+    if offset is not None:
+        W = W.add_(offset[..., None])
+    W = W.flatten(1)[:, : latent.shape[1]]
+    return (block_hadamard(W, signs.block) if signs.block else W).to(dtype)
+
+
+def gradients_ref(grad: Tensor, latent: Tensor, s: Tensor, with_offset: bool, signs: Signs) -> tuple[Tensor, Tensor]:
+    """`gradients` in torch."""
+    G = block_hadamard(grad.float(), signs.block) if signs.block else grad.float()
+    G = _grouped(G, signs.group)
+    sums = [torch.linalg.vecdot(G, b) for b in _bits(latent, signs)] + [G.sum(-1)] * with_offset
+    return (G * s[..., None]).flatten(1)[:, : latent.shape[1]].to(latent.dtype), torch.stack(sums, 1)
+
+
+def _bits(latent: Tensor, signs: Signs) -> list[Tensor]:
+    """b_p [out, groups, group] of each plane."""
+    x = _grouped(latent.float(), signs.group)
+    if signs.centre is not None:
+        x = x - signs.centre[..., None]
+    bits = [_sign(x)]
+    for a in signs.scale.unbind(1)[:-1]:
+        x = x - bits[-1] * a[..., None]
+        bits.append(_sign(x))
+    return bits
+
+
+def _sign(x: Tensor) -> Tensor:
+    return torch.ge(x, 0, out=torch.empty_like(x)).mul_(2).sub_(1)  # `where` takes thirty times as long on a CPU
+
+
+def _grouped(x: Tensor, group: int) -> Tensor:
+    """[out, columns] -> [out, groups, group], the last group filled up with zeros."""
+    rest = -x.shape[1] % group
+    return (F.pad(x, (0, rest)) if rest else x).unflatten(1, (-1, group))
