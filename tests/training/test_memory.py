@@ -10,7 +10,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from ultralowbit.format.ints import Ints
+from ultralowbit.format.testing import random_packed
+from ultralowbit.format.weight import Format
 from ultralowbit.training import memory
+from ultralowbit.training.finetune import teacher_and_student
 from ultralowbit.training.memory import checkpoint_blocks, compute_in_fp32
 
 TOKENS = torch.arange(24).reshape(2, 12)
@@ -36,6 +40,34 @@ def test_a_model_computes_in_fp32_with_what_is_stored(tied, dtype):
     assert sum(p.nbytes for p in stored.parameters()) == nbytes
     logits = stored(TOKENS).logits
     assert logits.dtype == torch.float32 and torch.equal(logits, exact(TOKENS).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_student_computes_with_the_packed_embedding_and_shares_all_else(tied, dtype):
+    stored, packed = model(tied, dtype), random_packed(Format((Ints(64, 4),)), 96)
+    before, expected = deepcopy(stored).float(), deepcopy(stored)
+    rows = packed.dequantize(dtype)
+    expected.model.embed_tokens.weight = torch.nn.Parameter(rows)
+    expected.tie_weights()
+    teacher, student = teacher_and_student(stored, {"model.embed_tokens": packed})
+    assert torch.equal(teacher(TOKENS).logits, before(TOKENS).logits)
+    assert torch.equal(student(TOKENS).logits, expected.float()(TOKENS).logits)
+    assert torch.equal(student.lm_head.weight, rows.float()) == tied
+    shared = {p.data_ptr() for p in teacher.parameters()}
+    assert [p.shape for p in student.parameters() if p.data_ptr() not in shared] == [rows.shape]
+
+
+def test_autocast_multiplies_by_what_is_stored(monkeypatch):
+    """To the bit as by what is made fp32 and then rounded again."""
+    stored = model()
+    compute_in_fp32(stored)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = stored(TOKENS).logits
+        assert stored.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+        assert stored.model.norm.weight.dtype == torch.float32
+        monkeypatch.setattr(memory.InFp32, "forward", lambda _, p: p.float())
+        assert torch.equal(stored(TOKENS).logits, logits)
 
 
 def test_checkpointed_blocks_have_the_same_gradients(monkeypatch):

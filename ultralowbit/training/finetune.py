@@ -54,8 +54,7 @@ def finetune(
     the packed embedding and head, with which the student computes and which stay as they are; state: the file that a
     killed run goes on from; shards: the ranks that train together and call this alike, which all get the result.
     """
-    teacher = _teacher(folder, change, device, trust_remote_code)
-    student = _sharing(teacher, outside)
+    teacher, student = teacher_and_student(_original(folder, change, device, trust_remote_code), outside)
     if spec.is_checkpointed(sum(math.prod(p.shape) for p in packed.values())):
         checkpoint_blocks(student)
     training, held_out = spec.split(range(len(tokens)))
@@ -130,12 +129,16 @@ def _units(model: PreTrainedModel, names: Iterable[str]) -> dict[str, list[str]]
     return units
 
 
-def _sharing(teacher: PreTrainedModel, outside: Mapping[str, PackedWeight]) -> PreTrainedModel:
-    """A model that shares its tensors with the teacher, but for the packed embedding and head."""
-    student = deepcopy(teacher, memo={id(t): t for t in (*teacher.parameters(), *teacher.buffers())})
+def teacher_and_student(
+    original: PreTrainedModel, outside: Mapping[str, PackedWeight]
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The original, and a model that shares its tensors but for the packed embedding and head; both compute in fp32."""
+    student = deepcopy(original, memo={id(t): t for t in (*original.parameters(), *original.buffers())})
     for name, p in outside.items():
         _replace_weight(student, student.get_submodule(name).weight, p.dequantize)
-    return student
+    for model in (original, student):  # after that: from then on a weight is another tensor at every use
+        compute_in_fp32(model)
+    return original, student
 
 
 def _replace_weight(model: PreTrainedModel, weight: nn.Parameter, dense: Callable[[torch.dtype], Tensor]) -> None:
@@ -146,15 +149,14 @@ def _replace_weight(model: PreTrainedModel, weight: nn.Parameter, dense: Callabl
             module.weight = value
 
 
-def _teacher(
+def _original(
     folder: Path, change: Callable[[PreTrainedModel], object], device: torch.device, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """The changed model in `folder`, with its weights in the dtype of the files; it computes in fp32."""
+    """The changed model in `folder`, with its weights in the dtype of the files."""
     dtypes = {spec.dtype for spec in Source(folder).specs.values() if spec.dtype and spec.dtype.is_floating_point}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    teacher = AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
     )
-    change(teacher)
-    compute_in_fp32(teacher)
-    return teacher.to(device).eval().requires_grad_(False)
+    change(model)
+    return model.to(device).eval().requires_grad_(False)

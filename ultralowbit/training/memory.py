@@ -16,9 +16,17 @@ from ultralowbit.nn.decoder import find_blocks
 
 
 class InFp32(nn.Module):
-    """Parameters in fp32, made anew at every use."""
+    """Parameters in fp32, made anew at every use. `multiplies`: all that they do, so that they may stay in a dtype to
+    which autocast would round them again."""
+
+    def __init__(self, multiplies: bool) -> None:
+        super().__init__()
+        self.multiplies = multiplies
 
     def forward(self, stored: Tensor) -> Tensor:
+        kind = stored.device.type
+        if self.multiplies and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == stored.dtype:
+            return stored
         return stored.float()
 
 
@@ -27,7 +35,7 @@ def compute_in_fp32(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, p in list(module.named_parameters(recurse=False)):
             if p.is_floating_point() and p.dtype != torch.float32:
-                register_parametrization(module, name, InFp32(), unsafe=True)
+                register_parametrization(module, name, InFp32(isinstance(module, nn.Linear)), unsafe=True)
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_floating_point():
                 setattr(module, name, buffer.float())
