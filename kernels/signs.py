@@ -104,7 +104,7 @@ def gradients_ref(grad: Tensor, latent: Tensor, s: Tensor, with_offset: bool, si
     """`gradients` in torch."""
     G = block_hadamard(grad.float(), signs.block) if signs.block else grad.float()
     G = _grouped(G, signs.group)
-    sums = [torch.linalg.vecdot(G, b) for b in _bits(latent, signs)] + [G.sum(-1)] * with_offset
+    sums = [(G * b).sum(-1) for b in _bits(latent, signs)] + [G.sum(-1)] * with_offset
     return (G * s[..., None]).flatten(1)[:, : latent.shape[1]].to(latent.dtype), torch.stack(sums, 1)
 
 

@@ -419,3 +419,15 @@ def test_autocast(tmp_path):
         settings, state = TrainSpec(lr={"scale": 1e-3}, steps=1, autocast=setting), tmp_path / setting
         fit({"scale": [p]}, loss, settings, 1, lambda: loss([]).item(), state=state)
     assert seen == [False] * 3 + [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_autocast_where_products_in_bfloat16_are_fast_and_many(monkeypatch, amx):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    cpu, cuda, many = torch.device("cpu"), torch.device("cuda"), 1 << 25
+    for setting in ("on", "off"):
+        spec = TrainSpec(lr={"scale": 1e-3}, autocast=setting)
+        assert {spec.autocasts(d, n) for d in (cpu, cuda) for n in (1, many)} == {setting == "on"}
+    spec = TrainSpec(lr={"scale": 1e-3})
+    assert spec.autocasts(cuda, 1) and not spec.autocasts(cpu, 1 << 20)
+    assert spec.autocasts(cpu, many) == amx

@@ -172,7 +172,7 @@ def _training(work: Workload, spec: Blockwise | Finetune, recipe: Recipe, parts:
     again = end_to_end and spec.is_checkpointed(weights)
     per_weight, gathered = (16, 8) if spec.latent_dtype(weights) == torch.float32 else (6, 4)
     depth = len(work.decoder.blocks) if end_to_end else 1
-    dense = (2 if spec.training.autocasts(work.decoder.device) else 4) * (weights // depth if again else weights)
+    dense = _number(work, spec) * (weights // depth if again else weights)
     kept = [_kept(f, shape, latent) for f, shape in zip(work.formats, work.shapes.values(), strict=True)]
     codes, scales = (sum(numbers) // parts for numbers in zip(*kept, strict=True))
     ranks = work.ranks if end_to_end else 1
@@ -187,9 +187,14 @@ def _training(work: Workload, spec: Blockwise | Finetune, recipe: Recipe, parts:
     }
 
 
-def _backward(work: Workload, spec: Trained, tokens: int, depth: int, again: bool = False) -> int:
+def _number(work: Workload, spec: Trained) -> int:
+    """Bytes of each number that products are made of."""
+    return 2 if work.autocasts(spec) else 4
+
+
+def _backward(work: Workload, spec: Trained, tokens: int, depth: int, again: bool) -> int:
     """What so many tokens leave for the backward pass."""
-    number = 2 if spec.training.autocasts(work.decoder.device) else 4
+    number = _number(work, spec)
     # numbers that a token leaves in a block
     width = 12 * work.hidden + 4 * max(sum(shape) for shape in work.shapes.values())
     blocks = number * (depth * work.hidden + width) if again else number * depth * width

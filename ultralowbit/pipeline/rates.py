@@ -66,7 +66,7 @@ def seconds(work: Workload, size: Size, rates: Rates) -> dict[str, float]:
     parts = (
         {"forward passes": work.tokens * (passes * token + 2 * work.again) / own}
         | parts
-        | _training_seconds(work, token / own)
+        | _training_seconds(work, token, rates)
     )
     if not work.with_hessian:
         return parts
@@ -89,8 +89,8 @@ def seconds(work: Workload, size: Size, rates: Rates) -> dict[str, float]:
     }
 
 
-def _training_seconds(work: Workload, token: float) -> dict[str, float]:
-    """Of the stages that train, from the seconds of a token's forward pass; a backward pass takes two of them."""
+def _training_seconds(work: Workload, flops: float, rates: Rates) -> dict[str, float]:
+    """Of the stages that train, from the flops of a token's forward pass; a backward pass takes two of them."""
     recipe, parts = work.recipe, {}
     for stage, spec in (
         ("blockwise", recipe.blockwise),
@@ -99,6 +99,7 @@ def _training_seconds(work: Workload, token: float) -> dict[str, float]:
     ):
         if spec is None:
             continue
+        token = flops / (rates.own if work.autocasts(spec) else rates.single)
         source = getattr(spec, "data", None) or recipe.calibration
         trained = len(spec.split(range(source.samples))[0])
         training = spec.training
@@ -107,7 +108,8 @@ def _training_seconds(work: Workload, token: float) -> dict[str, float]:
         taught = windows + judged if stage == "finetune" and spec.objective.needs_teacher else 0
         parts[stage] = token * window_length(source, work.decoder) * (3 * windows + judged + taught)
     if recipe.preprocess is not None:
-        parts["preprocess"] += parts.get("blockwise", 0.0) + 2 * work.tokens * token  # the model is quantized twice
+        again = 2 * work.tokens * flops / rates.own  # the model is quantized twice
+        parts["preprocess"] += parts.get("blockwise", 0.0) + again
     return parts
 
 

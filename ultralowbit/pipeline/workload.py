@@ -15,6 +15,7 @@ from ultralowbit.nn.inputs import shared_inputs
 from ultralowbit.pipeline.experts import at_once
 from ultralowbit.pipeline.source import BATCH_TOKENS, window_length
 from ultralowbit.recipe import Recipe
+from ultralowbit.training.specs import Blockwise, Preprocess, Trained
 
 
 class Workload:
@@ -91,6 +92,15 @@ class Workload:
             if len(outside) < len(shapes):
                 total += (2 if self.paired else 1) * sum(math.prod(shapes[name]) for name in outside)
         return total
+
+    def autocasts(self, spec: Trained) -> bool:
+        """Whether a stage that trains makes its products in bfloat16 on this device."""
+        if isinstance(spec, Preprocess):
+            trained = spec.rank * sum(sum(shape) for name, shape in self.shapes.items() if spec.adapts(name))
+        else:  # beside latent weights the others are few
+            trained = sum(math.prod(shape) for shape in self.shapes.values()) * ("latent" in spec.training.lr)
+            trained //= len(self.decoder.blocks) if isinstance(spec, Blockwise) else 1
+        return spec.training.autocasts(self.decoder.device, trained)
 
     def reached(self, name: str) -> float:
         """The share of tokens that enter a Linear: all of them, or those that are routed to an expert."""

@@ -225,7 +225,8 @@ class _Fit:
         return torch.randperm(self.samples, generator=generator)[at * size : (at + 1) * size].tolist()
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.autocasts(self.device))
+        trained = sum(p.numel() for p in self.named.values())
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.autocasts(self.device, trained))
 
     def _objective(self) -> float:
         with torch.no_grad(), self._autocast():

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from ultralowbit.data.corpora import public_name
 from ultralowbit.methods.base import fields
+from ultralowbit.system import multiplies_bf16
 from ultralowbit.training.estimators import ESTIMATORS, STE
 from ultralowbit.training.objectives import BLOCK_OBJECTIVES, OBJECTIVES
 
@@ -144,6 +145,8 @@ class Trained(StrictModel):
         return (windows[:cut], windows[cut:]) if cut else (windows, windows)
 
 
+FEW = 1 << 24
+"""Trained numbers up to which products are a small part of a step, and made in fp32 on any CPU."""
 SMALL = 1 << 28
 """Packed weights up to which a stage trains with what is fastest and most exact, where the recipe does not say how."""
 
@@ -244,7 +247,7 @@ class TrainSpec:
     steps in which the rate rises from 0; it then falls on a cosine to `final_lr` of it. clip_norm: of the gradient of
     all parameters, null for none. evaluations: on held-out samples, evenly spread over the steps, the last after the
     last step. patience: evaluations without a better one after which training ends, null for none. autocast: bfloat16
-    products, "auto" on CUDA.
+    products, "auto" on GPUs, and on CPUs with AMX where more than 2^24 numbers are trained.
     """
 
     lr: dict[str, Annotated[float, Field(gt=0)]]
@@ -262,9 +265,11 @@ class TrainSpec:
     seed: int = Field(0, ge=0, le=MOST_SEED)
     autocast: Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)] = "auto"
 
-    def autocasts(self, device: torch.device) -> bool:
-        """Whether products are made in bfloat16 there."""
-        return self.autocast == "on" or (self.autocast == "auto" and device.type == "cuda")
+    def autocasts(self, device: torch.device, trained: int) -> bool:
+        """Whether products are made in bfloat16 there, where so many numbers are trained."""
+        if self.autocast != "auto":
+            return self.autocast == "on"
+        return multiplies_bf16(device) and (device.type != "cpu" or trained > FEW)
 
     def total_steps(self, samples: int) -> int:
         """Optimizer steps on so many samples."""
