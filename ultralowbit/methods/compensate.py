@@ -69,10 +69,8 @@ def compensated(
     group = min(rounding.group or total, total)
     places = torch.arange(total, device=D.device) if order is None else order  # in the original weight
     importance = R.diagonal().square()  # [in]
-    if order is not None:
-        importance = torch.empty_like(importance).index_copy_(0, order, importance)
-        for g, start in enumerate(range(0, total, group) if fit else ()):
-            rounding.fit(g, weight[:, start : start + group].T, importance[start : start + group])
+    if order is not None and fit:
+        fit_groups(weight, rounding, factor)
     width = group if order is None and group < total else BLOCK  # a group is fitted once all blocks before it are done
     for low in range(0, total, width):
         block = slice(low, min(low + width, total))
@@ -86,6 +84,16 @@ def compensated(
         if rest is not None:
             rest[block] = left
     return codes
+
+
+def fit_groups(weight: Tensor, rounding: Rounding, factor: Factor) -> None:
+    """Fit every group to the weight [out, in] as it is."""
+    importance = factor.R.diagonal().square()  # [in], in the order of rounding
+    if factor.order is not None:
+        importance = torch.empty_like(importance).index_copy_(0, factor.order, importance)
+    group = rounding.group or len(importance)
+    for g, start in enumerate(range(0, len(importance), group)):
+        rounding.fit(g, weight[:, start : start + group].T, importance[start : start + group])
 
 
 def rounded(

@@ -1,10 +1,10 @@
 """Refinement of sign planes and integer codes against the whole error of a layer (our own composition).
 
-GPTQ fixes column after column and never looks back. The first round fits the scales to GPTQ's codes, since those of the
-weights alone are too small for what compensation asks of the codes and a search would settle for them; then GPTQ runs
-again with these scales and searches within its blocks of columns, while later ones can still make up for what is left
-(`compensate`). Each further round goes on from there, with e = (W - Q) R, H = R R^T and E = |e|^2, and takes two steps
-of Alternating Multi-bit Quantization (Xu et al., ICLR 2018, arXiv 1802.00150), with the layer's H for the identity:
+GPTQ fixes column after column and never looks back. In the first round it searches within its blocks of columns, while
+later ones can still make up for what is left (`compensate`). Scales that fit the weights alone are too small for what
+compensation asks of the codes, and a search would settle for them: so they grow beforehand, by as much as GPTQ's codes
+ask of random weights. Each further round goes on from there, with e = (W - Q) R, H = R R^T and E = |e|^2, and takes
+two steps of Alternating Multi-bit Quantization (Xu et al., ICLR 2018, arXiv 1802.00150), with H for the identity:
 
     scales   all K G scales a of a row at once: least squares of e + sum_s (a_s - a'_s) v_s R over a'; v_s [in] is what
              scale s multiplies in its columns, a plane or the integers code - zero, and 0 elsewhere;
@@ -25,12 +25,14 @@ from torch import Tensor
 
 from ultralowbit.format.words import to_scale
 from ultralowbit.methods.base import Rounding
-from ultralowbit.methods.compensate import BLOCK, compensated, rounded, stored
+from ultralowbit.methods.compensate import BLOCK, compensated, fit_groups, rounded, stored
 from ultralowbit.methods.statistics import Factor, invert_upper, upper_cholesky
 
 SWEEPS = 8
 """Over the columns of a block, at most: they stop where nothing changes any more. Four leave 0.7 % more of the error of
 two planes, twelve 0.1 % less."""
+SAMPLE = 16
+"""Rows that tell how much scales grow."""
 _ROWS = 256
 """Rows of the weight whose scales are fitted at a time: what they need stays in a core's cache."""
 _PRODUCTS = 1 << 24
@@ -42,6 +44,10 @@ class Refinable(Rounding, Protocol):
 
     scale: Tensor
     """[groups, K, out], or [groups, out] for K = 1."""
+
+    def of_rows(self, rows: Tensor) -> Refinable:
+        """What this is for some rows of the weight, by their numbers."""
+        ...
 
     def multiples(self, g: int, codes: Tensor, rows: slice) -> list[Tensor]:
         """What each of the K scales multiplies in some rows of the weight, fp32, for codes [columns, rows]."""
@@ -60,14 +66,40 @@ def refine(weight: Tensor, rounding: Refinable, factor: Factor, rounds: int) -> 
     """Codes [out, in] uint8 of a weight [out, in] after `rounds` of refinement, 0 for none; fits the rounding."""
     if not rounds:
         return stored(compensated(weight, rounding, factor), factor)
-    rest = torch.empty_like(weight.T, memory_format=torch.contiguous_format)
-    fit = _Fit(rounding, compensated(weight, rounding, factor, rest=rest), rest, factor)
-    fit.fit_scales()
-    fit.codes = compensated(weight, rounding, factor, SWEEPS, rest, fit=False)
+    as_they_are = factor.order is not None or (rounding.group or len(factor.R)) >= len(factor.R)
+    if as_they_are:  # else groups are fitted to what compensation has made of them by then
+        fit_groups(weight, rounding, factor)
+        scale = _by_group(rounding.scale) * _growth(rounding, factor)
+        rounding.rescale(rounding.ordered(to_scale(scale.abs()).copysign(scale)))
+    fit = _packed(weight, rounding, factor, SWEEPS, not as_they_are)
     for _ in range(rounds - 1):
         fit.fit_scales()
         fit.fit_codes()
     return stored(fit.codes, factor)
+
+
+def _packed(weight: Tensor, rounding: Refinable, factor: Factor, sweeps: int = 0, fit: bool = False) -> _Fit:
+    """The weight packed by GPTQ, with the scales that there are unless they are to be fitted."""
+    rest = torch.empty_like(weight.T, memory_format=torch.contiguous_format)
+    return _Fit(rounding, compensated(weight, rounding, factor, sweeps, rest, fit), rest, factor)
+
+
+def _growth(rounding: Refinable, factor: Factor) -> Tensor:
+    """What GPTQ's codes make of the scales that fit weights alone [groups, K, 1]: the median over a few rows of random
+    weights, so that each row of a weight is packed on its own."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(SAMPLE, len(factor.R), generator=generator, dtype=torch.float32).to(factor.R)
+    rounding = rounding.of_rows(torch.zeros(SAMPLE, dtype=torch.long, device=weight.device))
+    fit_groups(weight, rounding, factor)
+    before = rounding.scale.clone()
+    _packed(weight, rounding, factor).fit_scales()
+    growth = torch.where(before != 0, rounding.scale / before, 1.0)  # a plane may have nothing left in a short group
+    return _by_group(growth).median(-1, keepdim=True).values
+
+
+def _by_group(scale: Tensor) -> Tensor:
+    """[groups, K, out] or [groups, out] -> [groups, K, out]."""
+    return scale.view(len(scale), -1, scale.shape[-1])
 
 
 class _Fit:
@@ -86,7 +118,7 @@ class _Fit:
     def fit_scales(self) -> None:
         """The joint least squares, a few rows of the weight at a time."""
         out = self.codes.shape[1]
-        scale = self.rounding.scale.view(len(self.columns), -1, out).clone()
+        scale = _by_group(self.rounding.scale).clone()
         unknowns = scale.shape[0] * scale.shape[1]
         step = max(1, min(_ROWS, _PRODUCTS // (unknowns * max(unknowns, len(self.R)))))
         for start in range(0, out, step):
@@ -103,10 +135,10 @@ class _Fit:
 
     def _fit_scales(self, rows: slice, scale: Tensor) -> None:
         """Replaces scale [groups, K, rows]."""
-        rest = self.rest[:, rows]
-        products = self._products(rows, scale.shape[1])  # [groups K, in, rows]
-        b = torch.einsum("sir,ir->rs", products, rest)
-        A = torch.einsum("sir,tir->rst", products, products)
+        rest = self.rest[:, rows].T.contiguous()  # [rows, in]: sums over a row are many times faster than over columns
+        products = self._products(rows, scale.shape[1])  # [groups K, rows, in]
+        b = torch.einsum("sri,ri->rs", products, rest)
+        A = torch.einsum("sri,tri->rst", products, products)
         # equal planes make A [rows, groups K, groups K] singular: the ridge then splits their scale
         ridge = (1e-6 * A.diagonal(dim1=1, dim2=2).mean(1)).clamp(min=torch.finfo(A.dtype).tiny)  # inputs may be dead
         held = scale.flatten(0, 1).T  # [rows, groups K]
@@ -115,19 +147,20 @@ class _Fit:
         wanted = to_scale(wanted.abs()).copysign(wanted)
         change = wanted - held
         gain = ((2 * b - (A @ change[..., None])[..., 0]) * change).sum(1, keepdim=True)  # [rows, 1], what E falls by
-        rest -= torch.einsum("sir,rs->ir", products, torch.where(gain > 0, change, 0))
+        rest -= torch.einsum("sri,rs->ri", products, torch.where(gain > 0, change, 0))
+        self.rest[:, rows] = rest.T
         scale.copy_(torch.where(gain > 0, wanted, held).T.unflatten(0, scale.shape[:2]))
 
     def _products(self, rows: slice, planes: int) -> Tensor:
-        """v_s R of all scales [groups K, in, rows]."""
+        """v_s R of all scales [groups K, rows, in]."""
         total = len(self.R)
-        products = self.rest.new_empty(len(self.columns), planes, total, self.rest[:, rows].shape[1])
+        products = self.rest.new_empty(len(self.columns), planes, self.rest[:, rows].shape[1], total)
         for g, columns in enumerate(self.columns):
             R = self.R if len(columns) == total else self.R[columns]
             for p, plane in enumerate(self.rounding.multiples(g, self.codes[columns][:, rows], rows)):
                 for low, above in zip(range(0, total, BLOCK), self.above[g], strict=True):
                     here = slice(low, min(low + BLOCK, total))  # where R is 0 for columns after it
-                    torch.mm(R[:above, here].T, plane[:above], out=products[g, p, here])
+                    torch.mm(plane[:above].T, R[:above, here], out=products[g, p, :, here])
         return products.flatten(0, 1)
 
     def fit_codes(self) -> None:

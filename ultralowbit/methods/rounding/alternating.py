@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -108,6 +109,12 @@ class AlternatingRounding:
         """Take other scales [groups, K, out] in the place of all."""
         self.scale = scale
         self._tables = {g: self._table(of_group) for g, of_group in enumerate(scale)}
+
+    def of_rows(self, rows: Tensor) -> AlternatingRounding:
+        """What this is for some rows of the weight."""
+        part = copy(self)
+        part.rescale(self.scale[..., rows])
+        return part
 
     def _start(self, weight: Tensor, h: Tensor) -> Tensor:
         """Scales [K, out] to alternate from."""

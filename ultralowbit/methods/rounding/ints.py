@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -86,6 +87,12 @@ class IntRounding:
     def rescale(self, scale: Tensor) -> None:
         """Take other scales [groups, 1, out] in the place of all."""
         self.scale = scale[:, 0]
+
+    def of_rows(self, rows: Tensor) -> IntRounding:
+        """What this is for some rows of the weight."""
+        part = copy(self)
+        part.scale, part.zero = self.scale[:, rows], self.zero[:, rows]
+        return part
 
     def ordered(self, scale: Tensor) -> Tensor:
         """Scales of any shape that weights can be divided by."""
