@@ -3,7 +3,7 @@
 GPTQ fixes column after column and never looks back. In the first round it searches within its blocks of columns, while
 later ones can still make up for what is left (`compensate`). Scales that fit the weights alone are too small for what
 compensation asks of the codes, and a search would settle for them: so they grow beforehand, by as much as GPTQ's codes
-ask of random weights. Each further round goes on from there, with e = (W - Q) R, H = R R^T and E = |e|^2, and takes
+of a few rows ask for. Each further round goes on from there, with e = (W - Q) R, H = R R^T and E = |e|^2, and takes
 two steps of Alternating Multi-bit Quantization (Xu et al., ICLR 2018, arXiv 1802.00150), with H for the identity:
 
     scales   all K G scales a of a row at once: least squares of e + sum_s (a_s - a'_s) v_s R over a'; v_s [in] is what
@@ -32,7 +32,8 @@ SWEEPS = 8
 """Over the columns of a block, at most: they stop where nothing changes any more. Four leave 0.7 % more of the error of
 two planes, twelve 0.1 % less."""
 SAMPLE = 16
-"""Rows that tell how much scales grow."""
+"""Rows that tell how much scales grow. All rows, each for itself, leave 0.4 to 2 % less of the error of one plane and
+nothing of two, and took a third of the time of two rounds."""
 _ROWS = 256
 """Rows of the weight whose scales are fitted at a time: what they need stays in a core's cache."""
 _PRODUCTS = 1 << 24
@@ -69,7 +70,7 @@ def refine(weight: Tensor, rounding: Refinable, factor: Factor, rounds: int) -> 
     as_they_are = factor.order is not None or (rounding.group or len(factor.R)) >= len(factor.R)
     if as_they_are:  # else groups are fitted to what compensation has made of them by then
         fit_groups(weight, rounding, factor)
-        scale = _by_group(rounding.scale) * _growth(rounding, factor)
+        scale = _by_group(rounding.scale) * _growth(weight, rounding, factor)
         rounding.rescale(rounding.ordered(to_scale(scale.abs()).copysign(scale)))
     fit = _packed(weight, rounding, factor, SWEEPS, not as_they_are)
     for _ in range(rounds - 1):
@@ -84,15 +85,12 @@ def _packed(weight: Tensor, rounding: Refinable, factor: Factor, sweeps: int = 0
     return _Fit(rounding, compensated(weight, rounding, factor, sweeps, rest, fit), rest, factor)
 
 
-def _growth(rounding: Refinable, factor: Factor) -> Tensor:
-    """What GPTQ's codes make of the scales that fit weights alone [groups, K, 1]: the median over a few rows of random
-    weights, so that each row of a weight is packed on its own."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(SAMPLE, len(factor.R), generator=generator, dtype=torch.float32).to(factor.R)
-    rounding = rounding.of_rows(torch.zeros(SAMPLE, dtype=torch.long, device=weight.device))
-    fit_groups(weight, rounding, factor)
+def _growth(weight: Tensor, rounding: Refinable, factor: Factor) -> Tensor:
+    """What GPTQ's codes make of fitted scales [groups, K, 1]: the median over some rows."""
+    some = torch.arange(0, len(weight), -(-len(weight) // SAMPLE), device=weight.device)
+    rounding = rounding.of_rows(some)
     before = rounding.scale.clone()
-    _packed(weight, rounding, factor).fit_scales()
+    _packed(weight[some], rounding, factor).fit_scales()
     growth = torch.where(before != 0, rounding.scale / before, 1.0)  # a plane may have nothing left in a short group
     return _by_group(growth).median(-1, keepdim=True).values
 
