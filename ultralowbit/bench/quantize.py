@@ -16,7 +16,10 @@ from ultralowbit.bench.models import Shape
 from ultralowbit.methods.statistics import InputStats, Need
 from ultralowbit.recipe import Recipe
 
-QUANTIZED = ("gptq-2bit", "sign-1", "sign-2", "ptq161-gptq", "pb-llm", "billm", "arb-rc", "db-llm")
+QUANTIZED = (
+    "gptq-2bit", "sign-1", "sign-1-refined", "sign-2", "sign-2-refined", "ptq161-gptq", "pb-llm", "billm", "arb-rc",
+    "db-llm",
+)  # fmt: skip
 """Recipes whose `quantize` stage is timed; the first is what the others are compared with."""
 
 
