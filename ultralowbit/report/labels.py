@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+APART = 6
+"""Pixels between names that stand side by side, at least."""
+
+
 class Point(NamedTuple):
     """A run on a scatter plot; `low` and `high` are the extremes over seeds. One that is "beyond" what is drawn stands
     at the upper edge, whatever its y."""
@@ -52,7 +56,7 @@ def place_labels(ax: Axes, points: Sequence[Point], level: tuple[str, float] | N
     names = [short(p.label, room) for p in points] + ([level[0]] if level else [])
     texts = [ax.text(0, 0, name, fontsize=10, color=c, zorder=4) for name, c in zip(names, colours, strict=True)]
     boxes = [text.get_window_extent(ax.figure.canvas.get_renderer()) for text in texts]
-    sizes = [(box.width, box.height) for box in boxes]
+    sizes = [(box.width + APART, box.height) for box in boxes]
     at = [tuple(to((p.x, p.y))) for p in points]
     choices = [_around(xy, size) for xy, size in zip(at, sizes, strict=False)]
     if level:
@@ -73,7 +77,7 @@ def place_labels(ax: Axes, points: Sequence[Point], level: tuple[str, float] | N
         if chosen == before:
             break
     for text, box in zip(texts, chosen, strict=True):
-        text.set(position=back((box[0], (box[1] + box[3]) / 2)), va="center_baseline", ha="left")
+        text.set(position=back((box[0] + APART / 2, (box[1] + box[3]) / 2)), va="center_baseline", ha="left")
     for (x, y), box in zip(at, chosen, strict=False):
         near = (min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3]))
         if math.dist(near, (x, y)) > 14:
