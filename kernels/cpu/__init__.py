@@ -361,7 +361,8 @@ def serial_signs_gradients(
 ) -> tuple[Tensor, Tensor]:
     """`kernels.signs.gradients`."""
     rows, planes, groups = signs.scale.shape
-    own, sums = torch.empty(latent.shape, dtype=latent.dtype), torch.empty(rows, planes + with_offset, groups)
+    own = torch.empty(latent.shape, dtype=latent.dtype)
+    sums = torch.empty(rows, planes + with_offset, groups, dtype=torch.float32)
     offset = sums if with_offset else None  # not read: says that there is one
     _serial_signs(latent, signs, grad, gradient=True, slope=slope, offset=offset, latent_gradient=own, sums=sums)
     return own, sums
