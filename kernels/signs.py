@@ -103,28 +103,31 @@ def weight_ref(latent: Tensor, stored: Tensor, offset: Tensor | None, signs: Sig
 def gradients_ref(grad: Tensor, latent: Tensor, s: Tensor, with_offset: bool, signs: Signs) -> tuple[Tensor, Tensor]:
     """`gradients` in torch."""
     G = block_hadamard(grad.float(), signs.block) if signs.block else grad.float()
-    G = _grouped(G, signs.group)
+    G = grouped(G, signs.group)
     sums = [(G * b).sum(-1) for b in _bits(latent, signs)] + [G.sum(-1)] * with_offset
     return (G * s[..., None]).flatten(1)[:, : latent.shape[1]].to(latent.dtype), torch.stack(sums, 1)
 
 
 def _bits(latent: Tensor, signs: Signs) -> list[Tensor]:
     """b_p [out, groups, group] of each plane."""
-    x = _grouped(latent.float(), signs.group)
+    x = grouped(latent.float(), signs.group)
     if signs.centre is not None:
         x = x - signs.centre[..., None]
-    bits = [_sign(x)]
+    bits = [step(x)]
     for a in signs.scale.unbind(1)[:-1]:
         x = x - bits[-1] * a[..., None]
-        bits.append(_sign(x))
+        bits.append(step(x))
     return bits
 
 
-def _sign(x: Tensor) -> Tensor:
-    return torch.ge(x, 0, out=torch.empty_like(x)).mul_(2).sub_(1)  # `where` takes thirty times as long on a CPU
+def step(x: Tensor, low: float = -1.0) -> Tensor:
+    """1 where x is not negative and `low` elsewhere, in x's dtype, without a gradient."""
+    b = torch.ge(x.detach(), 0, out=torch.empty_like(x))  # `where` takes thirty times as long on a CPU
+    return b.mul_(1 - low).add_(low) if low else b
 
 
-def _grouped(x: Tensor, group: int) -> Tensor:
-    """[out, columns] -> [out, groups, group], the last group filled up with zeros."""
+def grouped(x: Tensor, group: int | None) -> Tensor:
+    """x [rows, columns] -> [rows, groups, group], the last group filled up with zeros; None: one group."""
+    group = group or x.shape[1]
     rest = -x.shape[1] % group
     return (F.pad(x, (0, rest)) if rest else x).unflatten(1, (-1, group))

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ultralowbit.kernels import cpu
+
 RUNNABLE = importlib.util.find_spec("triton") and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"))
 collect_ignore = [] if RUNNABLE else ["gpu"]
 
@@ -40,3 +42,11 @@ def random_block(
 @pytest.fixture(scope="session")
 def column_block():
     return random_block
+
+
+@pytest.fixture(params=cpu.instruction_sets())
+def isa(request, monkeypatch) -> str:
+    """Each instruction set of this CPU that the compiled kernels know; they then use it."""
+    monkeypatch.setattr(cpu, "_isa", cpu.instruction_sets().index(request.param))
+    assert cpu.isa() == request.param
+    return request.param

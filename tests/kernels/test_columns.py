@@ -10,15 +10,6 @@ import torch
 from ultralowbit.kernels import cpu
 from ultralowbit.kernels.columns import nearest_of, round_block, round_block_ref
 
-ISAS = cpu.instruction_sets()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch) -> str:
-    monkeypatch.setattr(cpu, "_isa", ISAS.index(request.param))
-    return request.param
-
-
 SHAPES = [(1, 1, 2, 1), (7, 3, 4, 1), (8, 16, 2, 2), (9, 17, 16, 3), (64, 33, 4, 2), (256, 40, 4, 1), (130, 5, 8, 5)]
 
 

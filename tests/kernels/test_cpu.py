@@ -34,13 +34,6 @@ pytestmark = pytest.mark.filterwarnings("error")
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a step at 1
 
 
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch) -> str:
-    monkeypatch.setattr(cpu, "_isa", ISAS.index(request.param))
-    assert cpu.isa() == request.param
-    return request.param
-
-
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -6,16 +6,7 @@ import pytest
 import torch
 
 from ultralowbit.format import transform
-from ultralowbit.kernels import cpu
 from ultralowbit.kernels.hadamard import block_hadamard
-
-ISAS = cpu.instruction_sets()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch) -> str:
-    monkeypatch.setattr(cpu, "_isa", ISAS.index(request.param))
-    return request.param
 
 
 @pytest.mark.parametrize(

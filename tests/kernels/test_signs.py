@@ -6,18 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ultralowbit.kernels import cpu
 from ultralowbit.kernels.signs import Signs, gradients, gradients_ref, serial_signs, slope, weight, weight_ref
 
-ISAS = cpu.instruction_sets()
 SHAPES = [(1, 1, 1, 1, 0), (20, 64, 64, 2, 64), (33, 70, 32, 3, 0), (7, 513, 100, 4, 512), (7, 33, 5, 2, 32)]
 """rows, columns, group, planes, Hadamard block"""
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch) -> str:
-    monkeypatch.setattr(cpu, "_isa", ISAS.index(request.param))
-    return request.param
 
 
 @pytest.fixture

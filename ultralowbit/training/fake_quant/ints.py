@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from ultralowbit.format.ints import Ints
 from ultralowbit.format.words import to_scale
+from ultralowbit.kernels.signs import grouped
 from ultralowbit.methods.base import MIN_SCALE
 from ultralowbit.training.fake_quant.rounding import (
     RoundSTE,
     StoreFp16,
     decoded,
-    grouped,
     moved_to_code,
     own_tensors,
     register,

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from ultralowbit.format.planes import Planes
 from ultralowbit.format.segment import Segment
-from ultralowbit.kernels.signs import Signs, serial_signs
+from ultralowbit.kernels.signs import Signs, grouped, serial_signs, step
 from ultralowbit.methods.base import MIN_SCALE
-from ultralowbit.training.estimators import STE, Estimator, binarize, step
+from ultralowbit.training.estimators import STE, Estimator, binarize
 from ultralowbit.training.fake_quant.planes import FixedPlanes
 from ultralowbit.training.fake_quant.rounding import (
     decoded,
-    grouped,
     moved_to_code,
     own_tensors,
     register,

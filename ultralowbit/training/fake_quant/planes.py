@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ultralowbit.format.planes import Planes
 from ultralowbit.format.words import to_scale, unpack_fields
-from ultralowbit.training.fake_quant.rounding import grouped, register, stored_scale, ungrouped
+from ultralowbit.kernels.signs import grouped
+from ultralowbit.training.fake_quant.rounding import register, stored_scale, ungrouped
 
 
 class FixedPlanes(nn.Module):

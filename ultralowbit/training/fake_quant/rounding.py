@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultralowbit.format.segment import Segment
@@ -83,13 +82,6 @@ def moved_to_code(
         low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
     moved = value.lerp(latent, 0.9 * low).to(dtype).float()
     return torch.where(kept, latent, torch.where(coded(moved), moved, value)).to(dtype)
-
-
-def grouped(x: Tensor, group: int | None) -> Tensor:
-    """x [rows, columns] -> [rows, groups, group], the last group filled up with zeros."""
-    group = group or x.shape[1]
-    rest = -x.shape[1] % group
-    return (F.pad(x, (0, rest)) if rest else x).unflatten(1, (-1, group))
 
 
 def ungrouped(x: Tensor, columns: int) -> Tensor:
