@@ -168,13 +168,13 @@ def test_a_bad_value_is_told_with_its_place(write, text, words):
 
 
 KEYS = {  # of the table in which the mistake is, so that the sentence teaches the right names
-    "calibration": "source, samples, length, seed, clip_tokens",
+    "calibration": "source, samples, length, seed, clip_tokens, autocast",
     "preprocess": "training, held_out, data, checkpointing, rank, alpha, dropout, targets, exclude",
     "quantize": "method, group, iterations, compensation, damp",
     "blockwise": "training, held_out, estimator, scales, latents, objective",
     "finetune": "training, held_out, data, checkpointing, estimator, scales, latents, objective",
-    "preprocess.data": "source, samples, length, seed, clip_tokens",
-    "finetune.data": "source, samples, length, seed, clip_tokens",
+    "preprocess.data": "source, samples, length, seed",
+    "finetune.data": "source, samples, length, seed",
     "rotate": "inputs, others, tied, seed",
     "error_correction": "damp, residual",
 }
@@ -415,3 +415,10 @@ def test_values_of_texts_are_for_those_that_stages_train_on_too():
     recipe = Recipe.load("ptq161", ["preprocess.data.source=c4"], texts={"source": "my.txt"})
     assert (recipe.calibration.source, recipe.preprocess.data.source) == ("my.txt", "c4")  # a setting goes before them
     assert Recipe.load("db-llm", texts={"source": "my.txt"}).finetune.data is None
+
+
+def test_a_recipe_that_an_earlier_version_wrote_is_read(write):
+    """Its texts to train on had a key of calibration's, which was always null."""
+    stage = "finetune: {objective: {kind: kl}, training: {lr: {scale: 1.0e-3}}, data: {source: c4, clip_tokens: %s}}"
+    assert Recipe.load(write(BASE + stage % "null")).finetune.data.source == "c4"
+    refused(write(BASE + stage % "0.5"), "finetune.data.clip_tokens")

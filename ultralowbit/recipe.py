@@ -24,7 +24,7 @@ from ultralowbit.methods.gptq import GPTQ
 from ultralowbit.methods.output_feedback import OutputFeedback
 from ultralowbit.methods.rotation import Rotate
 from ultralowbit.methods.sign import Sign
-from ultralowbit.training.specs import Blockwise, CalibrationSpec, Finetune, Preprocess, StrictModel, one_of
+from ultralowbit.training.specs import Blockwise, CalibrationSpec, Finetune, Preprocess, StrictModel, TextSpec, one_of
 
 Quantize = one_of(METHODS, "method")
 
@@ -133,7 +133,7 @@ class Recipe(StrictModel):
                 update[name] = stage.model_copy(update={"data": stage.data.renamed(rename)})
         return self.model_copy(update=update)
 
-    def _texts(self) -> list[CalibrationSpec]:
+    def _texts(self) -> list[TextSpec]:
         stages = [stage.data for stage in (self.preprocess, self.finetune) if stage is not None]
         return [self.calibration, *(data for data in stages if data is not None)]
 

@@ -18,7 +18,8 @@ import ultralowbit
 from ultralowbit.checkpoint.files import Source
 from ultralowbit.errors import CheckpointError, InputError
 from ultralowbit.format.weight import Format
-from ultralowbit.nn.decoder import Decoder, _Spy, run_block
+from ultralowbit.nn.calls import CallSpy, run_block
+from ultralowbit.nn.decoder import Decoder
 from ultralowbit.nn.inputs import input_groups
 from ultralowbit.nn.linear import PackedLinear, linear_shape
 from ultralowbit.nn.original import build_on_meta
@@ -340,7 +341,7 @@ def test_what_a_block_leaves_for_those_after_it_is_seen(may_share):
             return hidden + 1
 
     blocks = nn.ModuleList([Leaving(), Leaving()])
-    spy = _Spy(blocks[0], blocks, may_share)
+    spy = CallSpy(blocks[0], blocks, may_share)
     for _ in range(2):
         shared = {}
         for block in blocks:

@@ -861,7 +861,7 @@ def test_a_linear_that_is_called_twice_is_measured_twice():
         def forward(self, hidden_states: Tensor) -> Tensor:
             return self.linear(self.linear(hidden_states))
 
-    from ultralowbit.nn.decoder import BlockCall
+    from ultralowbit.nn.calls import BlockCall
     from ultralowbit.nn.inputs import input_groups
 
     block, call = Twice(), BlockCall((), {})

@@ -29,11 +29,13 @@ WRITERS = {
 }
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", WRITERS)
-def test_what_writes_to_the_residual_stream(kind, save_model, tmp_path):
+def test_what_writes_to_the_residual_stream(kind, autocast, save_model, tmp_path):
     values, expected = WRITERS[kind]
     folder = save_model(AutoConfig.for_model(kind, **values), tmp_path / kind)
     decoder = Decoder(folder, torch.float32, torch.device("cpu"))
+    decoder.autocast = autocast
     tokens, entered = torch.randint(4, 96, (1, 2, 16), generator=torch.Generator().manual_seed(0)), []
     calls = decoder.block_inputs(iter(tokens), lambda k, hidden: entered.append(hidden))
     with decoder.filled_block(0) as (block, _), torch.no_grad():

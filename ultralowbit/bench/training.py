@@ -22,7 +22,7 @@ from ultralowbit.format.planes import Planes
 from ultralowbit.format.testing import random_packed
 from ultralowbit.format.weight import Format
 from ultralowbit.methods.rotation import Rotate, rotated_format
-from ultralowbit.nn.decoder import run_block
+from ultralowbit.nn.calls import run_block
 from ultralowbit.nn.linear import swap
 from ultralowbit.pipeline.source import open_decoder
 from ultralowbit.system import pick_device

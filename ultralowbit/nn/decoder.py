@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from copy import copy
-from dataclasses import dataclass
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +26,7 @@ from ultralowbit.checkpoint.files import Source
 from ultralowbit.checkpoint.names import weight_name
 from ultralowbit.errors import CheckpointError, InputError, reason
 from ultralowbit.format.words import TensorSpec
+from ultralowbit.nn.calls import BlockCall, CallSpy, Reached, products
 from ultralowbit.nn.experts import Experts, routing_linears, separate_experts
 from ultralowbit.nn.folding import Folding, why_not_foldable
 from ultralowbit.nn.hf_names import match_stored, tied_names
@@ -37,20 +37,12 @@ MAX_UNQUANTIZED = 0.05
 """Largest share of the blocks' weights that may stay outside Linears; above it a model is refused."""
 
 
-@dataclass
-class BlockCall:
-    """What the model passes to one block beside the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 class Decoder:
     """A causal LM on meta whose blocks can be filled from `source` one at a time, with a Linear for each expert.
 
-    dtype: the compute dtype, None for the checkpoint's; device: where blocks run. specs: dtype and shape of the model's
-    tensors by their names, as the source has them; key_of: the name there of each but those that are `joined` of
-    several.
+    dtype: the compute dtype, None for the checkpoint's; device: where blocks run; autocast: whether their products are
+    made in bfloat16. specs: dtype and shape of the model's tensors by their names, as the source has them; key_of: the
+    name there of each but those that are `joined` of several.
     """
 
     def __init__(
@@ -61,6 +53,7 @@ class Decoder:
         self.source = Source(folder)
         refuse_codes(self.source)
         self.dtype, self.device = dtype or self.config.dtype or torch.float32, device
+        self.autocast = False
         self.folding: Folding | None = None
         try:
             self.model = build_on_meta(self.config, self.dtype, trust_remote_code)
@@ -272,15 +265,15 @@ class Decoder:
         }
         _set_buffers(self.model, {name: buffer.to(self.device) for name, buffer in computed.items()})
         with self.filled_block(0) as (first, _):
-            spy = _Spy(first, self.blocks, getattr(self.config.get_text_config(), "num_kv_shared_layers", None) != 0)
+            spy = CallSpy(first, self.blocks, getattr(self.config.get_text_config(), "num_kv_shared_layers", None) != 0)
             try:
                 for k, tokens in enumerate(batches):
-                    with suppress(_Reached):
+                    with suppress(Reached):
                         self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
                     sink(k, spy.hidden)
             finally:
                 spy.leave()
-        calls, self._returned = spy.calls, spy.returned
+        calls, self._returned = [replace(call, autocast=self.autocast) for call in spy.calls], spy.returned
         if len(calls) != len(self.blocks):
             raise InputError(
                 f"{self.config.model_type} runs its {len(self.blocks)} blocks {len(calls)} times in one forward pass: "
@@ -313,7 +306,8 @@ class Decoder:
             for block in self.blocks:
                 block.forward = lambda *args, **kwargs: self._returned(hidden)
             try:
-                return self.model(input_ids=tokens, use_cache=False).logits
+                with products(hidden, self.autocast):
+                    return self.model(input_ids=tokens, use_cache=False).logits
             finally:
                 for block in self.blocks:
                     del block.forward
@@ -325,92 +319,10 @@ class Decoder:
                 set_module_tensor_to_device(self.model, name, "meta")
 
 
-class _Reached(Exception):
-    """The hidden states have reached the first block: the rest of the forward is not needed."""
-
-
-class _Spy:
-    """Stands in for the forward of every block. In the first pass it notes how each is called, runs block 0 and lets
-    the hidden states pass the others as if they had run; in the second, on other text, it looks whether they are
-    called alike; later passes end at block 0."""
-
-    def __init__(self, first: nn.Module, blocks: nn.ModuleList, may_share: bool) -> None:
-        """may_share: what a block leaves in a mapping that it is passed may be for the blocks after it."""
-        self.calls: list[BlockCall] = []
-        self.hidden: Tensor | None = None  # what entered block 0 last
-        self.alike, self._may_share = True, may_share
-        self._blocks, self._run_first = blocks, first.forward
-        self._passes = self._seen = 0
-        for block in blocks:
-            # the instance's attribute shadows the method, so that the model still finds all else on its block
-            block.forward = self._pass
-        first.forward = self._enter
-
-    def _enter(self, *args: Any, **kwargs: Any) -> Any:
-        self._passes += 1
-        self.hidden, call = _split_call(args, kwargs)
-        if self._passes > 2:
-            raise _Reached
-        self._note(call)
-        if self._passes == 1:
-            own = {key: copy(value) if isinstance(value, Mapping) else value for key, value in kwargs.items()}
-            output = self._run_first(*args, **own)
-            if self._may_share:
-                self.alike &= _alike(BlockCall((), own), BlockCall((), kwargs))
-            # blocks return hidden states bare, or first in a tuple
-            bare = isinstance(output, Tensor)
-            self.returned = (lambda hidden: hidden) if bare else lambda hidden: (hidden, *output[1:])
-            return output
-        return self.returned(self.hidden)
-
-    def _pass(self, *args: Any, **kwargs: Any) -> Any:
-        hidden, call = _split_call(args, kwargs)
-        self._note(call)
-        return self.returned(hidden)
-
-    def _note(self, call: BlockCall) -> None:
-        if self._passes == 1:
-            self.calls.append(call)
-        else:
-            self.alike &= _alike(call, self.calls[self._seen % len(self.calls)])
-        self._seen += 1
-
-    def leave(self) -> None:
-        for block in self._blocks:
-            block.__dict__.pop("forward", None)
-
-
-def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
-    if args:
-        return args[0], BlockCall(args[1:], kwargs)
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), BlockCall((), rest)
-
-
-def _alike(a: BlockCall, b: BlockCall) -> bool:
-    """Whether two calls pass the same tensors beside the hidden states."""
-    mine, theirs = list(_tensors([a.args, a.kwargs])), list(_tensors([b.args, b.kwargs]))
-    return len(mine) == len(theirs) and all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
-
-
 def _set_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
     for name, buffer in buffers.items():
         parent, _, leaf = name.rpartition(".")
         module.get_submodule(parent)._buffers[leaf] = buffer
-
-
-def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
-    """hidden [batch, length, hidden] -> the same, through the block."""
-    output = block(hidden, *call.args, **call.kwargs)
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def find_blocks(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:

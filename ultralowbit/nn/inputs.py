@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ultralowbit.checkpoint.names import expert_of
-from ultralowbit.nn.decoder import BlockCall, Decoder, run_block
+from ultralowbit.nn.calls import BlockCall, run_block
+from ultralowbit.nn.decoder import Decoder
 from ultralowbit.nn.experts import ExpertLinear
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ultralowbit.methods.statistics import InputStats, Need
-from ultralowbit.nn.decoder import BlockCall, run_block
+from ultralowbit.nn.calls import BlockCall, run_block
 
 
 class Batches(Protocol):
@@ -120,7 +120,8 @@ def residual_writers(block: nn.Module, names: Sequence[str], call: BlockCall, hi
             continue
         _, without = observe(block, name, 1, call, hidden, [name, *later])
         parts = whole.float(), without.float(), outputs[0].float()
-        rounding = 8 * torch.finfo(whole.dtype).eps * sum(part.abs() for part in parts)
+        coarsest = max(torch.finfo(dtype).eps for dtype in (whole.dtype, outputs[0].dtype))  # with autocast they differ
+        rounding = 8 * coarsest * sum(part.abs() for part in parts)
         if ((parts[0] - parts[1] - parts[2]).abs() <= rounding).all():
             writers = {name: torch.equal(without, hidden)} | writers
     return writers

@@ -117,7 +117,7 @@ def compress(
 
     try:
         if recipe.preprocess is not None:
-            decoder = open_decoder(Path(ranks.agree(preprocessed)), where, trust_remote_code)
+            decoder = open_decoder(Path(ranks.agree(preprocessed)), where, trust_remote_code, recipe.calibration)
         with naming_memory(f"running {folder} block by block", what_helps(recipe, "blocks", where)):
             measure_predictions(job, decoder, recipe, text, progress, ranks)
             chosen = allocated(job, decoder, recipe)
@@ -188,6 +188,7 @@ def _fingerprint(
     decoder: Decoder, recipe: Recipe, texts: Mapping[str, Calibration], model: dict[str, str] | None
 ) -> dict[str, Any]:
     """All that the bytes of the result depend on: two runs with the same one write the same files."""
+    products = {"products": "bfloat16"} if decoder.autocast else {}
     labels = {"name", "summary"} if texts else {"name", "summary", "calibration"}
     return {
         "model": model,
@@ -196,7 +197,7 @@ def _fingerprint(
             "sha256" if stage == "calibration" else f"{stage} sha256": text.sha256 for stage, text in texts.items()
         },
         "software": {"ultralowbit": version("ultralowbit"), "torch": torch.__version__, "format": VERSION},
-        "compute": {"device": decoder.device.type, "dtype": str(decoder.dtype).removeprefix("torch.")},
+        "compute": {"device": decoder.device.type, "dtype": str(decoder.dtype).removeprefix("torch.")} | products,
     }
 
 

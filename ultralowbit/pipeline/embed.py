@@ -24,7 +24,8 @@ from ultralowbit.errors import CheckpointError, FormatError, naming_memory
 from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.methods.rotation import rotated_format
 from ultralowbit.methods.statistics import InputStats, Need, output_energy
-from ultralowbit.nn.decoder import Decoder, run_block
+from ultralowbit.nn.calls import run_block
+from ultralowbit.nn.decoder import Decoder
 from ultralowbit.nn.embedding import find_ends
 from ultralowbit.pipeline.collect import Enough
 from ultralowbit.pipeline.quantize import quantize_weight

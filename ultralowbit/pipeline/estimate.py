@@ -198,7 +198,7 @@ def estimate(
             **({"what enters every block": work.depths} if work.depths else {}),
             **({"Fisher information of outputs": work.kept_outputs} if work.kept_outputs else {}),
         },
-        seconds=shared_seconds(work, seconds(work, size, measured_rates(decoder.dtype, where))),
+        seconds=shared_seconds(work, seconds(work, size, measured_rates(where))),
         available_memory=available_memory(),
         available_device_memory=torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else 0,
         available_disk=shutil.disk_usage(existing(Path(out).expanduser())).free,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ultralowbit.checkpoint.activations import Activations
 from ultralowbit.checkpoint.names import expert_linear
 from ultralowbit.methods.statistics import InputStats, Need
-from ultralowbit.nn.decoder import BlockCall, run_block
+from ultralowbit.nn.calls import BlockCall, run_block
 from ultralowbit.nn.experts import Experts
 from ultralowbit.pipeline.collect import Batches, Enough, Original
 from ultralowbit.pipeline.ranks import Ranks, own_batches

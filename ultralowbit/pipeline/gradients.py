@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ultralowbit.checkpoint.activations import Activations, lanes_of
-from ultralowbit.nn.decoder import BlockCall, Decoder, run_block
+from ultralowbit.nn.calls import BlockCall, run_block
+from ultralowbit.nn.decoder import Decoder
 from ultralowbit.pipeline.ranks import Ranks, own_batches
 from ultralowbit.progress import OnProgress
 

@@ -19,25 +19,30 @@ from ultralowbit.methods.output_feedback import ROWS
 from ultralowbit.methods.statistics import InputStats
 from ultralowbit.pipeline.source import window_length
 from ultralowbit.pipeline.workload import Workload
+from ultralowbit.system import multiplies_bf16
 
 
 class Rates(NamedTuple):
-    """How fast a machine is. single, own: flops a second of products in fp32 and in the compute dtype; factor: seconds
+    """How fast a machine is. single, half: flops a second of products in fp32 and in 16 bits; factor: seconds
     of a factorisation of an m x m Hessian, over m^3; hashing: bytes a second; rounding: of a method, seconds a column
     and seconds a weight that it takes beside the large products."""
 
     single: float
-    own: float
+    half: float
     factor: float
     hashing: float
     rounding: Callable[[Method], tuple[float, float]]
 
+    def products(self, half: bool) -> float:
+        return self.half if half else self.single
 
-def measured_rates(dtype: torch.dtype, device: torch.device) -> Rates:
-    """The rates here and now, for blocks that run in `dtype` on a device."""
-    chunk = bytes(1 << 22)
+
+def measured_rates(device: torch.device) -> Rates:
+    """The rates here and now of a device."""
+    chunk, single = bytes(1 << 22), _product_rate(torch.float32, device)
+    half = _product_rate(torch.bfloat16, device) if multiplies_bf16(device) else single
     return Rates(
-        _product_rate(torch.float32, device), _product_rate(dtype, device), _factor_seconds(device),
+        single, half, _factor_seconds(device),
         len(chunk) / _timed(lambda: hashlib.sha256(chunk), device), cache(partial(_column_seconds, device=device)),
     )  # fmt: skip
 
@@ -48,7 +53,7 @@ def seconds(work: Workload, size: Size, rates: Rates) -> dict[str, float]:
     # files are hashed at the same time, by a core each
     together = min(len(files), os.cpu_count() or 1)
     hashed = size.total_bytes + sum((folder / file).stat().st_size for file in files) / together
-    single, own = rates.single, rates.own
+    single, own = rates.single, rates.products(work.runs_in_half)
     alike = Counter((work.methods[name], shape) for name, shape in work.shapes.items())
     rounding = sum(
         count * (m * per_column + n * m * per_weight)
@@ -99,7 +104,7 @@ def _training_seconds(work: Workload, flops: float, rates: Rates) -> dict[str, f
     ):
         if spec is None:
             continue
-        token = flops / (rates.own if work.autocasts(spec) else rates.single)
+        token = flops / rates.products(work.autocasts(spec))
         source = getattr(spec, "data", None) or recipe.calibration
         trained = len(spec.split(range(source.samples))[0])
         training = spec.training
@@ -108,7 +113,7 @@ def _training_seconds(work: Workload, flops: float, rates: Rates) -> dict[str, f
         taught = windows + judged if stage == "finetune" and spec.objective.needs_teacher else 0
         parts[stage] = token * window_length(source, work.decoder) * (3 * windows + judged + taught)
     if recipe.preprocess is not None:
-        again = 2 * work.tokens * flops / rates.own  # the model is quantized twice
+        again = 2 * work.tokens * flops / rates.products(work.runs_in_half)  # the model is quantized twice
         parts["preprocess"] += parts.get("blockwise", 0.0) + again
     return parts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
@@ -23,15 +24,22 @@ from ultralowbit.progress import Progress
 from ultralowbit.recipe import Recipe
 from ultralowbit.training.fake_quant.linear import FakeQuantLinear
 from ultralowbit.training.plain import plain_parameters
-from ultralowbit.training.specs import Blockwise, CalibrationSpec, Finetune
+from ultralowbit.training.specs import Blockwise, CalibrationSpec, Finetune, TextSpec
 
 BATCH_TOKENS = 2048
 """Tokens that run through a block at a time: enough to keep the products busy, little enough to keep them in memory."""
 
 
-def open_decoder(folder: Path, device: torch.device, trust_remote_code: bool = False) -> Decoder:
-    """The model on meta, ready to stream; blocks run in fp32 on a CPU and in the checkpoint's dtype elsewhere."""
-    return Decoder(folder, torch.float32 if device.type == "cpu" else None, device, trust_remote_code)
+def open_decoder(
+    folder: Path, device: torch.device, trust_remote_code: bool = False, spec: CalibrationSpec | None = None
+) -> Decoder:
+    """The model on meta, ready to stream; blocks run in fp32 on a CPU and in the checkpoint's dtype elsewhere. spec:
+    says whether products in fp32 are made in bfloat16; none are without it."""
+    decoder = Decoder(folder, torch.float32 if device.type == "cpu" else None, device, trust_remote_code)
+    if spec is not None and decoder.dtype == torch.float32:
+        blocks = sum(math.prod(shape) for i in range(len(decoder.blocks)) for shape in decoder.shapes(i).values())
+        decoder.autocast = spec.autocasts(device, blocks)
+    return decoder
 
 
 def open_folded(
@@ -40,7 +48,7 @@ def open_folded(
     """The model with rotations folded into what is read of it, where the recipe asks for that and the architecture
     allows it; the recipe that knows which inputs are then rotated; and what the manifest says of that, None where
     nothing was asked for."""
-    decoder, rotate = open_decoder(folder, device, trust_remote_code), recipe.rotate
+    decoder, rotate = open_decoder(folder, device, trust_remote_code, recipe.calibration), recipe.rotate
     if rotate is None or rotate.inputs != "folded":
         return decoder, recipe, None
     why_not = decoder.fold(rotate.seed, rotate.tied == "untie")
@@ -52,7 +60,7 @@ def open_folded(
     return decoder, recipe, {"inputs": rotate.others, "notes": [note]}
 
 
-def window_length(spec: CalibrationSpec, decoder: Decoder) -> int:
+def window_length(spec: TextSpec, decoder: Decoder) -> int:
     """The length of windows that is asked for, cut to the model's positions."""
     positions = getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
     return min(spec.length, positions or spec.length)
@@ -154,7 +162,7 @@ class TextReader:
     def tokenizer(self) -> Any:
         return open_tokenizer(self.folder, self.trust_remote_code)
 
-    def read(self, spec: CalibrationSpec) -> Calibration:
+    def read(self, spec: TextSpec) -> Calibration:
         """The windows that a recipe asks for; `InputError` where text, tokenizer and model do not go together."""
         length = window_length(spec, self.decoder)
         if length < spec.length:

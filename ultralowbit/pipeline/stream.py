@@ -24,7 +24,8 @@ from ultralowbit.data.calibration import Calibration
 from ultralowbit.errors import CheckpointError, FormatError, naming_memory
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.methods.statistics import InputStats, Need
-from ultralowbit.nn.decoder import BlockCall, Decoder, run_block
+from ultralowbit.nn.calls import BlockCall, run_block
+from ultralowbit.nn.decoder import Decoder
 from ultralowbit.nn.inputs import InputGroup, input_groups
 from ultralowbit.nn.linear import linear_shape, linear_weight
 from ultralowbit.pipeline.collect import Original, collect, residual_writers

@@ -93,6 +93,11 @@ class Workload:
                 total += (2 if self.paired else 1) * sum(math.prod(shapes[name]) for name in outside)
         return total
 
+    @property
+    def runs_in_half(self) -> bool:
+        """Whether the blocks' products are made in 16 bits where nothing is trained."""
+        return self.decoder.autocast or self.decoder.dtype.itemsize == 2
+
     def autocasts(self, spec: Trained) -> bool:
         """Whether a stage that trains makes its products in bfloat16 on this device."""
         if isinstance(spec, Preprocess):

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ultralowbit.checkpoint.activations import Activations
 from ultralowbit.errors import InputError
 from ultralowbit.format.weight import PackedWeight
-from ultralowbit.nn.decoder import BlockCall, run_block
+from ultralowbit.nn.calls import BlockCall, run_block
 from ultralowbit.nn.linear import PackedLinear, swap
 from ultralowbit.progress import Progress
 from ultralowbit.training.fake_quant.linear import FakeQuantLinear, parameter_groups, set_progress

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatch
-from typing import Annotated, Any, ClassVar, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal, Self, Union
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -25,9 +25,16 @@ MOST_SEED = 2**62
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+FEW = 1 << 24
+"""Weights up to which products are a small part of a step, and made in fp32 on any CPU."""
+
+
 def _word(value: object) -> object:
     """`on` and `off` as the words that they are: without quotes YAML reads truth values."""
     return ("off", "on")[value] if isinstance(value, bool) else value
+
+
+Choice = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)]
 
 
 def one_of(table: dict[str, type], tag: str) -> Any:
@@ -41,8 +48,8 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class CalibrationSpec(StrictModel):
-    """Which text the statistics come from, and how much of it."""
+class TextSpec(StrictModel):
+    """Which text a stage reads, and how much of it."""
 
     source: str | dict[str, float] = Field(
         "c4",
@@ -52,12 +59,14 @@ class CalibrationSpec(StrictModel):
     samples: int = Field(128, ge=1, le=MOST, description="windows drawn from the text")
     length: int = Field(2048, ge=2, le=MOST, description="tokens in a window; cut to the model's context")
     seed: int = Field(0, ge=0, le=MOST_SEED, description="of the windows and of the model's own samples")
-    clip_tokens: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="percentile (0.999) of the token norms that the Hessian scales larger tokens down to",
-    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_once_written(cls, values: Any) -> Any:
+        """Recipes in the folders of earlier versions name a key of calibration here too, which nothing read."""
+        if cls is TextSpec and isinstance(values, dict) and values.get("clip_tokens", 0) is None:
+            return {key: value for key, value in values.items() if key != "clip_tokens"}
+        return values
 
     @field_validator("source", mode="before")
     @classmethod
@@ -75,7 +84,7 @@ class CalibrationSpec(StrictModel):
         return source
 
     @model_validator(mode="after")
-    def _reads_each(self) -> CalibrationSpec:
+    def _reads_each(self) -> Self:
         left = dict.fromkeys(self.shares)
         for text in self.dealt():
             left.pop(text, None)
@@ -109,11 +118,33 @@ class CalibrationSpec(StrictModel):
             counts[text] += 1
             yield text
 
-    def renamed(self, rename: Callable[[str], str]) -> CalibrationSpec:
+    def renamed(self, rename: Callable[[str], str]) -> Self:
         """The same with each text's name or path replaced by what `rename` makes of it."""
         texts = self.source
         new = rename(texts) if isinstance(texts, str) else {rename(text): share for text, share in texts.items()}
         return self.model_copy(update={"source": new})
+
+
+class CalibrationSpec(TextSpec):
+    """Which text the statistics come from, and how the blocks are run on it."""
+
+    clip_tokens: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="percentile (0.999) of the token norms that the Hessian scales larger tokens down to",
+    )
+    autocast: Choice = Field(
+        "auto",
+        description="bfloat16 products of blocks that run in fp32, as they do on CPUs; auto: on CPUs with AMX, where "
+        "blocks have more than 2^24 weights in all",
+    )
+
+    def autocasts(self, device: torch.device, weights: int) -> bool:
+        """Whether the products of blocks with so many weights are made in bfloat16, where these run in fp32."""
+        if self.autocast != "auto":
+            return self.autocast == "on"
+        return device.type == "cpu" and multiplies_bf16(device) and weights > FEW
 
 
 KINDS = ("scale", "offset", "row", "column", "latent")
@@ -145,8 +176,6 @@ class Trained(StrictModel):
         return (windows[:cut], windows[cut:]) if cut else (windows, windows)
 
 
-FEW = 1 << 24
-"""Trained numbers up to which products are a small part of a step, and made in fp32 on any CPU."""
 SMALL = 1 << 28
 """Packed weights up to which a stage trains with what is fastest and most exact, where the recipe does not say how."""
 
@@ -195,7 +224,7 @@ class Blockwise(FakeQuantized):
 class EndToEnd(Trained):
     """A stage in which the model is trained as a whole."""
 
-    data: CalibrationSpec | None = Field(None, description="text to train on, null for that of the calibration")
+    data: TextSpec | None = Field(None, description="text to train on, null for that of the calibration")
     checkpointing: bool | None = Field(
         None,
         description="run each block again for its gradient instead of keeping what it made; null: for more than 2^28 "
@@ -263,7 +292,7 @@ class TrainSpec:
     evaluations: int = Field(4, ge=1, le=MOST)
     patience: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0, le=MOST_SEED)
-    autocast: Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)] = "auto"
+    autocast: Choice = "auto"
 
     def autocasts(self, device: torch.device, trained: int) -> bool:
         """Whether products are made in bfloat16 there, where so many numbers are trained."""
