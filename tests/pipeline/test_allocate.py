@@ -26,6 +26,7 @@ from ultralowbit.pipeline.ranks import Ranks
 from ultralowbit.pipeline.sensitivity import sensitivities
 from ultralowbit.pipeline.source import open_decoder
 from ultralowbit.pipeline.verify import rerun
+from ultralowbit.progress import OnProgress, Silent
 from ultralowbit.recipe import Recipe
 
 GPT2 = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -69,6 +70,14 @@ def dense(module: torch.nn.Module) -> torch.Tensor:
     return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
+class Counted(Silent):
+    def __init__(self) -> None:
+        self.steps: dict[str, list[tuple[int, int]]] = {}
+
+    def counter(self, what: str) -> OnProgress:
+        return lambda *at: self.steps.setdefault(what, []).append(at)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text"])
 def test_block_by_block_is_the_whole_model(save_model, tiny_config, recipe, whole_gradients, tmp_path, kind):
     gpt2 = AutoConfig.for_model("gpt2", **GPT2)
@@ -77,10 +86,10 @@ def test_block_by_block_is_the_whole_model(save_model, tiny_config, recipe, whol
     decoder = open_decoder(folder, torch.device("cpu"))
     tokens = torch.randint(96, (3, 20), generator=torch.Generator().manual_seed(1))
     linears = {n: m for i in range(len(decoder.blocks)) for n, m in decoder.linears(i).items()}
-    method, steps = RTN(bits=2, group=32), []  # the same codes whatever the statistics
+    method, progress = RTN(bits=2, group=32), Counted()  # the same codes whatever the statistics
     got = sensitivities(
         decoder, recipe(2.0), dict.fromkeys(linears, method), tokens, tmp_path / "scratch",
-        lambda *at: steps.append(at), Ranks(),
+        progress, Ranks(),
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(folder)
     weights = {name: dense(model.get_submodule(name)).detach().contiguous() for name in linears}
@@ -93,8 +102,13 @@ def test_block_by_block_is_the_whole_model(save_model, tiny_config, recipe, whol
     assert got.keys() == expected.keys() and min(expected.values()) > 0
     for name, value in expected.items():
         assert got[name] == pytest.approx(value, rel=1e-3), name
-    total = 2 * len(decoder.blocks)
-    assert steps == [(i + 1, total) for i in range(total)] and not list(tmp_path.glob("scratch*"))
+    each = [(i + 1, len(decoder.blocks)) for i in range(len(decoder.blocks))]
+    assert progress.steps == {
+        "what enters the blocks": each,
+        "what the model predicts": [(1, 3), (2, 3), (3, 3)],
+        "how much each Linear matters": each,
+    }
+    assert not list(tmp_path.glob("scratch*"))
     assert all(p.is_meta for p in decoder.model.parameters())
 
 
@@ -104,7 +118,7 @@ def test_it_is_the_divergence_of_the_compensated_weight_to_second_order(source, 
     tokens = torch.randint(96, (40, 32), generator=torch.Generator().manual_seed(1))
     names = ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj", "model.layers.2.mlp.up_proj"]
     got = sensitivities(
-        decoder, recipe(2.0), dict.fromkeys(names, method), tokens, tmp_path / "scratch", lambda *at: None, Ranks()
+        decoder, recipe(2.0), dict.fromkeys(names, method), tokens, tmp_path / "scratch", Silent(), Ranks()
     )
     model = AutoModelForCausalLM.from_pretrained(source).eval()
     stats = inputs_of(model, tokens, names)

@@ -20,6 +20,7 @@ from ultralowbit.pipeline.ranks import Ranks
 from ultralowbit.pipeline.sensitivity import Outputs, sensitivities
 from ultralowbit.pipeline.source import open_decoder
 from ultralowbit.pipeline.verify import rerun
+from ultralowbit.progress import Silent
 from ultralowbit.recipe import Recipe
 
 
@@ -47,7 +48,7 @@ def test_the_information_is_that_of_the_whole_model(source, recipe, whole_gradie
     names = [n for i in range(len(decoder.blocks)) for n in decoder.linears(i)]
     got: dict[str, list[torch.Tensor]] = {}
     outputs = Outputs(names, 2, lambda i, matrices: got.update(matrices))
-    assert sensitivities(decoder, recipe(), {}, tokens, tmp_path / "s", lambda *at: None, Ranks(), 0, outputs) == {}
+    assert sensitivities(decoder, recipe(), {}, tokens, tmp_path / "s", Silent(), Ranks(), 0, outputs) == {}
     expected = dict.fromkeys(names, 0)
     for window in whole_gradients(source, tokens[:2], names):
         for name, (_, g) in window.items():

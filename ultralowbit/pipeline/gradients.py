@@ -19,7 +19,7 @@ from ultralowbit.checkpoint.activations import Activations, lanes_of
 from ultralowbit.nn.calls import BlockCall, run_block
 from ultralowbit.nn.decoder import Decoder
 from ultralowbit.pipeline.ranks import Ranks, own_batches
-from ultralowbit.progress import OnProgress
+from ultralowbit.progress import OnProgress, Progress
 
 Seen = Callable[[str, Tensor, Tensor], None]
 """Is told of each Linear in turn its name, what enters it [..., in] and the gradient at what leaves it
@@ -68,18 +68,17 @@ class Backwards(NamedTuple):
         self.gradient[k] = before.cpu()
 
 
-def backwards(decoder: Decoder, tokens: Tensor, scratch: Path, step: OnProgress, ranks: Ranks) -> Iterator[Backwards]:
+def backwards(decoder: Decoder, tokens: Tensor, scratch: Path, progress: Progress, ranks: Ranks) -> Iterator[Backwards]:
     """The blocks from last to first; the caller runs each on all windows of this rank's lanes.
 
-    tokens [windows, length] int64; scratch: the name of files for what enters the blocks, which are removed. Calls
-    `step(done, total)` after each of the two passes through a block.
+    tokens [windows, length] int64; scratch: the name of files for what enters the blocks, which are removed.
     """
-    total = 2 * len(decoder.blocks)
+    total, step = len(decoder.blocks), progress.counter("how much each Linear matters")
     lanes = lanes_of(len(tokens))
     own = own_batches(ranks.mine(len(lanes)), lanes)
-    calls, hidden = _forwards(decoder, tokens, scratch, own, ranks, lambda i: step(i + 1, total))
-    gradient = _after_blocks(decoder, tokens, hidden, own)
-    for i in reversed(range(len(decoder.blocks))):
+    calls, hidden = _forwards(decoder, tokens, scratch, own, ranks, progress.counter("what enters the blocks"))
+    gradient = _after_blocks(decoder, tokens, hidden, own, progress.counter("what the model predicts"))
+    for i in reversed(range(total)):
         with decoder.filled_block(i) as (block, _):
             block.requires_grad_(False)
             yield Backwards(i, block, calls[i], Depth(hidden, i), decoder.device, gradient)
@@ -90,7 +89,7 @@ def backwards(decoder: Decoder, tokens: Tensor, scratch: Path, step: OnProgress,
 
 @torch.no_grad()
 def _forwards(
-    decoder: Decoder, tokens: Tensor, scratch: Path, own: Sequence[int], ranks: Ranks, step: Callable[[int], object]
+    decoder: Decoder, tokens: Tensor, scratch: Path, own: Sequence[int], ranks: Ranks, step: OnProgress
 ) -> tuple[list[BlockCall], Activations]:
     """How each block is called, and what enters it [windows, blocks + 1, 1, length, hidden]; last, what leaves them."""
     depth, width = len(decoder.blocks), decoder.config.get_text_config().hidden_size
@@ -106,11 +105,13 @@ def _forwards(
         with decoder.filled_block(i) as (block, _):
             for k in own:
                 hidden[k][i + 1].copy_(run_block(block, hidden[k][i].to(decoder.device), calls[i]))
-        step(i)
+        step(i + 1, depth)
     return calls, hidden
 
 
-def _after_blocks(decoder: Decoder, tokens: Tensor, hidden: Activations, own: Sequence[int]) -> dict[int, Tensor]:
+def _after_blocks(
+    decoder: Decoder, tokens: Tensor, hidden: Activations, own: Sequence[int], step: OnProgress
+) -> dict[int, Tensor]:
     """The gradient [1, length, d] of log p(y) with respect to what leaves the blocks, on the host, for y that the model
     draws at every position, by window."""
     generator = torch.Generator().manual_seed(0)
@@ -126,4 +127,5 @@ def _after_blocks(decoder: Decoder, tokens: Tensor, hidden: Activations, own: Se
                 y = torch.searchsorted(log_p.exp().cumsum(-1), draw).clamp_max(log_p.shape[-1] - 1)
             (gradient,) = torch.autograd.grad(log_p.gather(1, y).sum(), leaving)
             gradients[k] = gradient.cpu()
+            step(len(gradients), len(own))
     return gradients

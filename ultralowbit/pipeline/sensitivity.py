@@ -42,7 +42,7 @@ from ultralowbit.pipeline.experts import Mixture
 from ultralowbit.pipeline.gradients import Backwards, backwards
 from ultralowbit.pipeline.ranks import Ranks
 from ultralowbit.pipeline.source import packed_linears
-from ultralowbit.progress import OnProgress, Progress
+from ultralowbit.progress import Progress
 from ultralowbit.recipe import Recipe
 
 MEASURED = 2
@@ -86,7 +86,7 @@ def measure_predictions(
 
     losses = sensitivities(
         decoder, recipe, methods, text.tokens[: max(costed, heard)], job.work / "allocation",
-        progress.counter("how much each Linear matters"), ranks, costed,
+        progress, ranks, costed,
         Outputs(linears, heard, keep) if heard else None,
     )  # fmt: skip
     if heard:
@@ -113,19 +113,19 @@ def _outputs_file(job: Job, i: int) -> Path:
 
 
 def sensitivities(
-    decoder: Decoder, recipe: Recipe, methods: Mapping[str, Method], tokens: Tensor, scratch: Path, step: OnProgress,
-    ranks: Ranks, costed: int | None = None, outputs: Outputs | None = None,
+    decoder: Decoder, recipe: Recipe, methods: Mapping[str, Method], tokens: Tensor, scratch: Path,
+    progress: Progress,    ranks: Ranks, costed: int | None = None, outputs: Outputs | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """KL in nats a token that each Linear that is reached would cost alone, packed by its method.
 
     methods: by the full names of the Linears. tokens [windows, length] int64; scratch: the name of files for what
     enters the blocks, which are removed. costed: windows, the first ones, on which this is measured; all by default.
-    Each rank runs the windows of its lanes. Calls `step(done, total)` after each of the two passes through a block.
+    Each rank runs the windows of its lanes.
     """
     lanes = lanes_of(len(tokens))
     counted = tokens[:costed]
     losses: dict[str, float] = {}
-    for one in backwards(decoder, tokens, scratch, step, ranks):
+    for one in backwards(decoder, tokens, scratch, progress, ranks):
         linears, prefix = decoder.linears(one.index, recipe.ignore), f"{decoder.block_name(one.index)}."
         wanted = {name: m for name, m in linears.items() if name in methods}
         lost = _lost(one, prefix, wanted, methods, recipe, scratch, ranks) if wanted else {}
