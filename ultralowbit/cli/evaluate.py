@@ -86,6 +86,15 @@ ReferenceOption = Annotated[
     ),
 ]
 
+ToldOption = Annotated[
+    list[Path],
+    typer.Option(
+        "--told",
+        metavar="FILE",
+        help="YAML file of results of other programs on the same model and windows, to draw beside them; repeatable",
+    ),
+]
+
 
 def evaluate(
     ctx: typer.Context,
@@ -144,6 +153,7 @@ def compare(
     runs: RunsArgument,
     out_folder: Annotated[Path, typer.Option("--out", callback=possible, help="folder to write")] = Path("comparison"),
     references: ReferenceOption = [],  # noqa: B006
+    told: ToldOption = [],  # noqa: B006
 ) -> None:
     """Compare finished runs on one page that opens from disk, with tables and plots of quality against size.
 
@@ -153,10 +163,14 @@ def compare(
     [bold]ultralowbit compare model-sign-2 model-gptq-2bit model-gptq-3bit --out comparison[/]
 
     [bold]ultralowbit compare big-sign-1 big-sign-2 --reference small-gptq-4bit[/]
+
+    [bold]ultralowbit compare big-sign-1 big-sign-2 --told others.yaml[/], of rows such as
+
+    {source: llama.cpp b4500, rows: \\[{name: IQ2_XXS, bits: 2.06, values: {"perplexity on x.txt": 75}}]}
     """
     from ultralowbit.report.comparison import write_comparison
 
-    show_comparison(write_comparison(runs, out_folder, references, command=command_line(ctx.obj)))
+    show_comparison(write_comparison(runs, out_folder, references, told=told, command=command_line(ctx.obj)))
     say(f"{out_folder / 'report.html'}  report.md, report.json, plots")
 
 

@@ -39,6 +39,7 @@ from ultralowbit.report.schema import (
     Value,
 )
 from ultralowbit.report.tables import render
+from ultralowbit.report.told import Told
 
 
 def write_comparison(
@@ -46,6 +47,7 @@ def write_comparison(
     out: Path | str,
     references: Sequence[Path | str] = (),
     *,
+    told: Sequence[Path] = (),
     command: str | None = None,
     failed: Sequence[Failure] = (),
     title: str | None = None,
@@ -53,13 +55,14 @@ def write_comparison(
 ) -> Comparison:
     """Write report.html, report.md, report.json and the plots of the runs in `folders` into `out`.
 
-    `failed` are runs that gave no result; `tracks` are those of `bench methods`. Returns what report.json holds, see
-    `collect`. Raises `InputError` for runs that cannot be read, or where `out` holds something else.
+    `told` are YAML files of results of other programs, see `Told`; `failed` are runs that gave no result; `tracks` are
+    those of `bench methods`. Returns what report.json holds, see `collect`. Raises `InputError` for runs that cannot be
+    read, or where `out` holds something else.
     """
     out = Path(out).expanduser()
     may_write(out)
     style.require()
-    sections = collect(folders, out, references)
+    sections = collect(folders, out, references, [Told.read(path) for path in told])
     comparison = Comparison(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=command,
         title=title or " and ".join(section.model.name for section in sections), sections=sections,
@@ -69,12 +72,14 @@ def write_comparison(
     return comparison
 
 
-def collect(folders: Sequence[Path | str], out: Path, references: Sequence[Path | str] = ()) -> list[Section]:
+def collect(
+    folders: Sequence[Path | str], out: Path, references: Sequence[Path | str] = (), told: Sequence[Told] = ()
+) -> list[Section]:
     """A section for each original, with a column for each quantity and a row for each run.
 
     Runs that differ only in the seed are one row. A measured number compares with others on the very same windows, in
     the same dtype, and has a column with them alone. A reference, which may be of another original, stands in each
-    section that was measured alike, and is refused if none was. Links start at the folder `out`.
+    section that was measured alike, and is refused if none was; so does what is told. Links start at the folder `out`.
     """
     runs, plain = find_runs(folders)
     more, more_plain = find_runs(references)
@@ -85,7 +90,9 @@ def collect(folders: Sequence[Path | str], out: Path, references: Sequence[Path 
     by_base: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         by_base[run.base].append(run)
-    sections = [_section(base, group, others, out) for base, group in by_base.items()]
+    sections = [_section(base, group, others, out, told) for base, group in by_base.items()]
+    for file in told:
+        file.refuse_unknown(column.drawn for section in sections for column in section.columns if column.drawn)
     names = Counter(section.model.name for section in sections)
     for section in sections:
         name, digest = section.model.name, section.model.sha256
@@ -126,7 +133,7 @@ def _model_name(run: Run) -> str:
     return name if name not in ("", "..") else f"model {run.base[:8]}"
 
 
-def _section(base: str, runs: list[Run], others: Sequence[Reference], out: Path) -> Section:
+def _section(base: str, runs: list[Run], others: Sequence[Reference], out: Path, told: Sequence[Told]) -> Section:
     """All that compares with one original."""
     groups, notes = _groups(runs)
     before: Readings = {}
@@ -149,6 +156,10 @@ def _section(base: str, runs: list[Run], others: Sequence[Reference], out: Path)
     order = [*METRICS, "tasks"]
     in_order = sorted(measured.values(), key=lambda column: order.index(column.metric))
     columns = _told_apart([column for column in [*in_order, *FIXED] if column.key in present])
+    for file in told:
+        if more := file.compared(columns):
+            rows += more
+            notes.append(file.note(more))
     _mark_front(rows, columns)
     notes += _split(columns, rows)
     if not before:
@@ -301,7 +312,7 @@ def _mark_front(rows: Sequence[ComparedRow], columns: Sequence[Column]) -> None:
             points = {
                 i: (row.mean(size), row.mean(quality.key))
                 for i, row in enumerate(rows)
-                if math.isfinite(row.mean(quality.key))
+                if math.isfinite(row.mean(quality.key)) and math.isfinite(row.mean(size))
             }
             for i in front(points, higher=quality.better == "higher"):
                 rows[i].on_front.append((quality.key, size))

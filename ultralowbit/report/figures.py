@@ -45,17 +45,17 @@ def _quality(section: Section, column: Column) -> list[Plot]:
     level = None
     if math.isfinite(original) and not column.relative:
         level = (f"{ORIGINAL} {format_quantity(original, column.unit)}", original)
-    unit, name = _unit(max(row.mean("file_bytes") for row in rows))
+    unit, name = _unit(max(row.mean("file_bytes") for row in rows if "file_bytes" in row.metrics))
     panels = []
     for size, label, scale in (
         ("file_bytes", f"file, {name}", unit),
         ("linear_bits", "true bits per Linear weight", 1),
     ):
         points = []
-        for row in rows:
+        for row in (row for row in rows if size in row.metrics):
             values, beyond = row.metrics[column.key].values, row.label in gone
             on_front = not beyond and (column.key, size) in row.on_front
-            kind = "beyond" if beyond else "reference" if row.kind == "reference" else "run"
+            kind = "beyond" if beyond else row.kind
             points.append(
                 Point(row.label, row.mean(size) / scale, row.mean(column.key), min(values), max(values), on_front, kind)
             )
@@ -74,6 +74,8 @@ def _caption(column: Column, rows: Sequence[ComparedRow], original: float, gone:
         caption += " A line through a mark spans its seeds."
     if any(row.kind == "reference" for row in rows):
         caption += " Diamonds are references."
+    if any(row.kind == "told" for row in rows):
+        caption += " Squares are told by others: nothing here has measured them, and their sizes are nominal."
     if column.relative and math.isfinite(original):
         caption += f" Rounding the original's own weights costs {format_quantity(original, column.unit)}."
     if gone:

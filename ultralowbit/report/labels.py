@@ -28,7 +28,7 @@ class Point(NamedTuple):
     low: float
     high: float
     front: bool
-    kind: Literal["run", "reference", "beyond"] = "run"
+    kind: Literal["run", "reference", "told", "beyond"] = "run"
 
 
 def short(name: str, most: int) -> str:

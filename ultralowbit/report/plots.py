@@ -24,8 +24,9 @@ def scatter(
         shape = (1, len(panels)) if beside else (len(panels), 1)
         figure, axes = new_figure(width, 360 if beside else 330 * len(panels), *shape, sharey=beside)
         placed = []
+        drawn = [p for _, points in panels for p in points if p.kind != "beyond"]  # one scale for all panels
+        values = [v for p in drawn for v in (p.low, p.high)] + ([level[1]] if level else [])
         for i, (ax, (x_label, points)) in enumerate(zip(axes, panels, strict=True)):
-            values = [v for p in points if p.kind != "beyond" for v in (p.low, p.high)] + ([level[1]] if level else [])
             _scale(ax.yaxis, values, log=not percent)
             _scale(ax.xaxis, [p.x for p in points], log=True)
             if percent:
@@ -56,7 +57,7 @@ def _points(ax: Axes, points: Sequence[Point]) -> None:
         if p.high > p.low:
             ax.plot([p.x, p.x], [p.low, p.high], color=colour, linewidth=1.2, zorder=2, solid_capstyle="butt")
         face = colour if p.front else LIGHT["paper"]
-        marker = {"run": "o", "reference": "D", "beyond": "^"}[p.kind]
+        marker = {"run": "o", "reference": "D", "told": "s", "beyond": "^"}[p.kind]
         ax.plot(
             p.x, p.y, marker, color=colour, markerfacecolor=face, markersize=7, markeredgewidth=1.6, zorder=3,
             clip_on=False,

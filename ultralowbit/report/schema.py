@@ -253,7 +253,7 @@ class ComparedRow(Record):
     """A line of a comparison."""
 
     label: str
-    kind: Literal["original", "run", "reference"]
+    kind: Literal["original", "run", "reference", "told"]
     on_front: list[tuple[str, str]] = Field(default_factory=list)
     """Keys of the quality and of the size that nothing else beats in both."""
     metrics: dict[str, Value]
