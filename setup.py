@@ -5,7 +5,9 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCES = [f"kernels/cpu/{name}.cpp" for name in ("avx2", "avx512", "native", "neon", "neon_dotprod", "portable")]
+SOURCES = [
+    f"kernels/cpu/{name}.cpp" for name in ("amx", "avx2", "avx512", "native", "neon", "neon_dotprod", "portable")
+]
 HEADERS = [f"kernels/cpu/{name}.h" for name in ("columns", "kernel", "native", "rows", "signs")]
 
 root = Path(__file__).parent

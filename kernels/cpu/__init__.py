@@ -116,6 +116,8 @@ def _load() -> ctypes.CDLL | None:
         ("product", ctypes.c_int, "nppnpnnpnn"),
         ("decode", ctypes.c_int, "nppnnnnpn"),
         ("round_block", ctypes.c_int, "npppppnnnnnppn"),
+        ("amx", ctypes.c_int, ""),
+        ("add_products", ctypes.c_int, "ppnnnpn"),
         ("hadamard", None, "npnnnpn"),
         ("signs", ctypes.c_int, "npnn"),
     ):
@@ -341,6 +343,15 @@ def round_block(
     return values, rest
 
 
+def add_products(total: Tensor, x: Tensor, y: Tensor | None) -> None:
+    """`kernels.products.add_products`, rounded to bfloat16; `has_amx` says whether it can."""
+    x, y = x.contiguous(), None if y is None else y.contiguous()
+    (tokens, n), m = x.shape, total.shape[1]
+    right = None if y is None else y.data_ptr()
+    if _library.ultralowbit_add_products(x.data_ptr(), right, tokens, n, m, total.data_ptr(), torch.get_num_threads()):
+        raise MemoryError("no memory for the tiles of a product: use fewer tokens at a time")
+
+
 def block_hadamard(x: Tensor, block: int) -> Tensor:
     """`kernels.hadamard.block_hadamard` of x [rows, columns] fp32."""
     x = x.contiguous()
@@ -379,6 +390,11 @@ def _serial_signs(latent: Tensor, signs: Signs, weight: Tensor, gradient: bool, 
     )  # fmt: skip
     if _library.ultralowbit_signs(_isa, ctypes.addressof(job), gradient, torch.get_num_threads()):
         raise MemoryError("no memory for the rows of a weight: use fewer threads")
+
+
+def has_amx() -> bool:
+    """Whether compiled kernels are used that multiply bfloat16 numbers by AMX tiles."""
+    return _isa is not None and _names[_isa] == "avx512" and bool(_library.ultralowbit_amx())
 
 
 def runs_here() -> bool:

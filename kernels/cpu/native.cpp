@@ -114,6 +114,7 @@ struct Slices {  // aligned parts of a workspace, added up
 
 constexpr int64_t kRows = 128;  // of a chunk: their words stay in L2 while one superblock after the other passes
 constexpr int64_t kTogether = 16;  // rows that a thread takes where each is on its own
+constexpr int64_t kTokens = 1024, kBlocks = 4;  // that are packed for AMX at a time; of 32 rows, which stay in L2
 constexpr int64_t kTables = 4 << 20;  // bytes of tables at a time: more tokens take their turn
 
 }  // namespace
@@ -239,6 +240,52 @@ int ultralowbit_round_block(int64_t isa_index, const float* weight, const float*
   };
   parallel(ceil_div(out, isa.lanes), threads, round);
   return failed;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+// Whether this CPU multiplies bfloat16 numbers by AMX tiles.
+int ultralowbit_amx() {
+#if ULTRALOWBIT_AMX
+  return amx_runs_here();
+#else
+  return 0;
+#endif
+}
+
+// total [n, m] += x^T y of x [tokens, n] and y [tokens, m] rounded to bfloat16, summed in fp32; null y: x, and total is
+// symmetric. 0, or 1 where memory is short.
+int ultralowbit_add_products(const float* x, const float* y, int64_t tokens, int64_t n, int64_t m, float* total,
+                             int64_t threads) try {
+#if ULTRALOWBIT_AMX
+  const int64_t left = 2 * ceil_div(n, 32), right = 2 * ceil_div(m, 32);  // tiles, which are multiplied in pairs
+  for (int64_t from = 0; from < tokens; from += kTokens) {
+    const int64_t count = std::min(kTokens, tokens - from), steps = ceil_div(count, 32), panel = steps * 256;
+    auto* memory = reinterpret_cast<uint32_t*>(workspace((left + right) * panel * sizeof(uint32_t)));
+    uint32_t* const packed = memory + left * panel;
+    parallel(right, threads, [&](int64_t i) {
+      pack_pairs((y ? y : x) + from * m, count, m, i, packed + i * panel);
+    });
+    parallel(left, threads, [&](int64_t i) {
+      static thread_local std::vector<char> kept;
+      kept.resize(panel * sizeof(uint32_t) + 64);
+      auto* own = reinterpret_cast<uint32_t*>(kept.data() + (64 - reinterpret_cast<uintptr_t>(kept.data()) % 64) % 64);
+      if (y) pack_pairs(x + from * n, count, n, i, own);
+      transpose_pairs(y ? own : packed + i * panel, steps, memory + i * panel);
+    });
+    const PairsJob job{memory, packed, steps, n, m, !y, total};
+    parallel(ceil_div(left, 2 * kBlocks), threads, [&](int64_t i) {
+      add_rows_of_products(job, i * kBlocks, std::min(left / 2, (i + 1) * kBlocks));
+    });
+  }
+  if (y) return 0;
+  parallel(ceil_div(n, 32), threads, [&](int64_t block) {  // the lower half is the upper one
+    for (int64_t j = 0; j < 32 * block; j += 32)
+      for (int64_t i = 32 * block; i < std::min(n, 32 * (block + 1)); i++)
+        for (int64_t k = j; k < j + 32; k++) total[i * n + k] = total[k * n + i];
+  });
+#endif
+  return 0;
 } catch (const std::bad_alloc&) {
   return 1;
 }

@@ -109,6 +109,26 @@ struct SignsJob {
 };
 }
 
+// AMX tiles, beside whatever instruction set the rest runs with: x^T y of bfloat16 numbers, in pairs of tokens (amx.cpp).
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define ULTRALOWBIT_AMX 1
+// Panels x [n / 16, steps] and y [m / 16, steps] of tiles; total [n, m]. symmetric: only blocks on the diagonal and
+// right of it are wanted.
+struct PairsJob {
+  const uint32_t *x, *y;
+  int64_t steps, n, m;
+  bool symmetric;
+  float* total;
+};
+bool amx_runs_here();
+// Columns [16 tile, 16 tile + 16) of x [tokens, columns] -> its tiles, as the right side of a product has them.
+void pack_pairs(const float* x, int64_t tokens, int64_t columns, int64_t tile, uint32_t* to);
+// The same tiles as its left side has them.
+void transpose_pairs(const uint32_t* from, int64_t steps, uint32_t* to);
+// Rows [32 first, 32 last) of total.
+void add_rows_of_products(const PairsJob&, int64_t first, int64_t last);
+#endif
+
 struct Isa {
   const char* name;
   int64_t pass_bytes[2];  // of one token: exact, int8

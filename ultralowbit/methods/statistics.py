@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ultralowbit.kernels.hadamard import block_hadamard
+from ultralowbit.kernels.products import add_products
 from ultralowbit.methods.bound import Spectrum, spectrum
 
 
@@ -62,7 +63,8 @@ class InputStats:
     with a share of the tokens that are to come, that is clipping at a percentile of the token norms, exact however the
     text is cut into batches. hadamard: the block of a Hadamard matrix that inputs are multiplied by first, None for
     none; everything is then of the rotated inputs. writes: the outputs of a Linear that the residual stream is made up
-    for in, 0 for none; with `Need.ORIGINAL`.
+    for in, 0 for none; with `Need.ORIGINAL`. half: products may be of numbers rounded to bfloat16, see
+    `add_products`.
     """
 
     features: int
@@ -71,6 +73,7 @@ class InputStats:
     needs: Need = Need.HESSIAN
     hadamard: int | None = None
     writes: int = 0
+    half: bool = False
     count: int = 0
     notes: list[str] = field(default_factory=list)
     _factors: dict[Any, Factor] = field(default_factory=dict, repr=False)
@@ -98,9 +101,9 @@ class InputStats:
         x = self.rotated(x)
         self.count += len(x)
         if Need.ORIGINAL in self.needs:
-            self._cross.addmm_((self.rotated(original) - x).T, x)
+            add_products(self._cross, self.rotated(original) - x, x, self.half)
             if self.writes:
-                self._residual.addmm_(residual.reshape(len(x), -1).float().T, x)
+                add_products(self._residual, residual.reshape(len(x), -1).float(), x, self.half)
         if Need.MAGNITUDES in self.needs and len(x):
             size = x.abs()
             self._absmax = torch.maximum(self._absmax, size.amax(0))
@@ -108,7 +111,7 @@ class InputStats:
         if Need.HESSIAN in self.needs:
             if self.outliers:
                 x = self._hold_back(x)
-            self._sum.addmm_(x.T, x)
+            add_products(self._sum, x, half=self.half)
             self.forget_factors()
 
     def __iadd__(self, part: InputStats) -> InputStats:

@@ -169,7 +169,7 @@ def _read_by_head(
         progress.step()
 
     def new() -> list[InputStats]:
-        return [InputStats(head.weight.shape[1], 0, decoder.device, needs, hadamard)]
+        return [InputStats(head.weight.shape[1], 0, decoder.device, needs, hadamard, half=decoder.autocast)]
 
     def gather(batches: range, stats: list[InputStats]) -> None:
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:

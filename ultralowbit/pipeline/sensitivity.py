@@ -158,7 +158,7 @@ class _Gathered(NamedTuple):
     def new(self) -> list[InputStats]:
         """For H_O, of at most ROWS outputs each: what arrives there counts as the inputs of a Linear do."""
         counts = [len(rows) for out in self.heard.values() for rows in torch.arange(out).split(ROWS)]
-        return [InputStats(count, 0, self.one.device, Need.HESSIAN) for count in counts]
+        return [InputStats(count, 0, self.one.device, Need.HESSIAN, half=self.one.call.autocast) for count in counts]
 
     def by_name(self, parts: Iterable[InputStats]) -> dict[str, list[InputStats]]:
         """What `new` has made, by the names of the Linears."""
@@ -217,7 +217,7 @@ def _statistics(
 
     def of(name: str) -> InputStats:
         _, columns = linear_shape(linears[name])
-        return InputStats(columns, 0, device, Need.HESSIAN, recipe.hadamard(name, columns))
+        return InputStats(columns, 0, device, Need.HESSIAN, recipe.hadamard(name, columns), half=call.autocast)
 
     for names, calls in ranks.agree(lambda: input_groups(block, dict(linears), call, entering[0].to(device))):
         local = names[0].removeprefix(prefix)

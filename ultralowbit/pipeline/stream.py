@@ -319,7 +319,7 @@ class BlockStream:
                 return InputStats(
                     width, self._outliers(mixture.seen(expert)), self.decoder.device,
                     needs[expert] | Need.ORIGINAL if corrected else needs[expert],
-                    self.recipe.hadamard(names[expert], width),
+                    self.recipe.hadamard(names[expert], width), half=self.decoder.autocast,
                 )  # fmt: skip
 
             measured = [e for e in names if needs[e]]
@@ -363,7 +363,8 @@ class BlockStream:
 
         def new() -> list[InputStats]:
             outliers, hadamard = self._outliers(self.data.tokens.numel()), self.recipe.hadamard(group.names[0], width)
-            return [InputStats(width, outliers, self.decoder.device, needs, hadamard, writes)]
+            half = self.decoder.autocast
+            return [InputStats(width, outliers, self.decoder.device, needs, hadamard, writes, half)]
 
         def gather(batches: range, stats: list[InputStats]) -> None:
             collect(block, name, group.calls, call, source, batches, *stats, beside)

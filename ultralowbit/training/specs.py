@@ -136,7 +136,7 @@ class CalibrationSpec(TextSpec):
     )
     autocast: Choice = Field(
         "auto",
-        description="bfloat16 products of blocks that run in fp32, as they do on CPUs; auto: on CPUs with AMX, where "
+        description="bfloat16 products where blocks run in fp32, as they do on CPUs; auto: on CPUs with AMX, where "
         "blocks have more than 2^24 weights in all",
     )
 
