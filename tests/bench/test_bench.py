@@ -143,8 +143,9 @@ def test_quantize_bench(tmp_path):
     rows = quantize_bench(names, TINY, repeat=1, json_file=tmp_path / "quantize.json", say=said.append)
     assert [row["recipe"] for row in rows] == [*names] and rows[0]["ratio"] == 1
     assert all(row["seconds"] > 0 for row in rows)
-    assert json.loads((tmp_path / "quantize.json").read_text())["rows"] == rows
-    assert len(said) == 4
+    written = json.loads((tmp_path / "quantize.json").read_text())
+    assert written["rows"] == rows and written["statistics"].keys() == {"tokens", "float32", "bfloat16"}
+    assert len(said) == 5 and "statistics of 2,048 tokens" in said[-1]
 
 
 def test_methods_are_compared_with_the_first_by_their_fastest_turn(monkeypatch):
@@ -164,7 +165,7 @@ def test_methods_are_compared_with_the_first_by_their_fastest_turn(monkeypatch):
     said = []
     rows = quantize_bench(("gptq-2bit", "sign-1"), TINY, repeat=2, say=said.append)
     assert [(row["seconds"], row["ratio"]) for row in rows] == [(7.0, 1.0), (17.5, 2.5)]
-    assert "2.50 times gptq-2bit" in said[-1]
+    assert "2.50 times gptq-2bit" in said[-2]
 
 
 @pytest.mark.parametrize("given", [False, True])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ultralowbit.bench.models import Shape
+from ultralowbit.bench.timing import best_of
 from ultralowbit.methods.statistics import InputStats, Need
 from ultralowbit.recipe import Recipe
 
@@ -21,6 +22,7 @@ QUANTIZED = (
     "db-llm",
 )  # fmt: skip
 """Recipes whose `quantize` stage is timed; the first is what the others are compared with."""
+TOKENS = 2048
 
 
 def quantize_bench(
@@ -34,6 +36,7 @@ def quantize_bench(
 
     Statistics are given, factors are included. The methods take turns, `repeat` times; the fastest turn counts, by the
     thread's own clock where there is one. Returns a row for each recipe: its seconds, and their ratio to the first's.
+    What the statistics of `TOKENS` tokens take is said beside them, with products in fp32 and in bfloat16.
     """
     shape = shape or Shape()
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -66,6 +69,21 @@ def quantize_bench(
     say(f"Linears of one block of {shape}, {torch.get_num_threads()} threads")
     for row in rows:
         say(f"{row['recipe']:>14}: {row['seconds']:6.2f} s, {row['ratio']:.2f} times {recipes[0]}")
+    statistics = _statistics_seconds([stats.features for stats, _ in inputs.values()], repeat)
+    fp32, half = statistics.values()
+    say(f"statistics of {TOKENS:,} tokens: {fp32:.3f} s, in bfloat16 {half:.3f} s, {fp32 / half:.1f} times as fast")
     if json_file is not None:
-        Path(json_file).write_text(json.dumps({"shape": asdict(shape), "rows": rows}, indent=1) + "\n")
+        written = {"shape": asdict(shape), "rows": rows, "statistics": {"tokens": TOKENS} | statistics}
+        Path(json_file).write_text(json.dumps(written, indent=1) + "\n")
     return rows
+
+
+def _statistics_seconds(widths: Sequence[int], repeat: int) -> dict[str, float]:
+    """Seconds of the Hessians of inputs of these widths, by the dtype of their products."""
+    inputs = [torch.randn(TOKENS, m, generator=torch.Generator().manual_seed(m), dtype=torch.float32) for m in widths]
+
+    def add(half: bool) -> None:
+        for x in inputs:
+            InputStats(x.shape[1], half=half).add(x)
+
+    return {dtype: best_of(lambda half=dtype == "bfloat16": add(half), repeat) for dtype in ("float32", "bfloat16")}

@@ -53,7 +53,7 @@ def seconds(work: Workload, size: Size, rates: Rates) -> dict[str, float]:
     # files are hashed at the same time, by a core each
     together = min(len(files), os.cpu_count() or 1)
     hashed = size.total_bytes + sum((folder / file).stat().st_size for file in files) / together
-    single, own = rates.single, rates.products(work.runs_in_half)
+    single, own, summed = rates.single, rates.products(work.runs_in_half), rates.products(work.sums_in_half)
     alike = Counter((work.methods[name], shape) for name, shape in work.shapes.items())
     rounding = sum(
         count * (m * per_column + n * m * per_weight)
@@ -82,12 +82,12 @@ def seconds(work: Workload, size: Size, rates: Rates) -> dict[str, float]:
         # forwards, forwards and backwards; the head and its gradient
         measuring = work.backwards * (4 * token + 6 * work.hidden * work.vocabulary) / own
         heights = [n for n, _ in (work.shapes[name] for name in work.with_hessian)]
-        measuring += 2 * work.heard * sum(n * min(n, ROWS) for n in heights) / single
+        measuring += 2 * work.heard * sum(n * min(n, ROWS) for n in heights) / summed
         # every Linear packed once more
-        packing = 2 * work.costed * sums / single + rounding + factors + updates
+        packing = 2 * work.costed * sums / summed + rounding + factors + updates
         parts["what matters"] = measuring + packing * (work.costed > 0)
     return parts | {
-        "Hessians": 2 * work.tokens * sums / single,
+        "Hessians": (4 if work.paired else 2) * work.tokens * sums / summed,  # with those of both models together
         "factors": factors,
         "updates": updates,
         "output errors": 4 * products / single,

@@ -8,6 +8,7 @@ from typing import Any
 
 from ultralowbit.checkpoint.names import expert_of
 from ultralowbit.format.weight import Format
+from ultralowbit.kernels import cpu
 from ultralowbit.methods.output_feedback import ROWS
 from ultralowbit.methods.statistics import Need
 from ultralowbit.nn.decoder import Decoder
@@ -97,6 +98,11 @@ class Workload:
     def runs_in_half(self) -> bool:
         """Whether the blocks' products are made in 16 bits where nothing is trained."""
         return self.decoder.autocast or self.decoder.dtype.itemsize == 2
+
+    @property
+    def sums_in_half(self) -> bool:
+        """Whether statistics are sums of products of 16-bit numbers."""
+        return self.decoder.autocast and cpu.has_amx()
 
     def autocasts(self, spec: Trained) -> bool:
         """Whether a stage that trains makes its products in bfloat16 on this device."""
