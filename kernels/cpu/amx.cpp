@@ -98,8 +98,13 @@ void add_rows_of_products(const PairsJob& job, int64_t first, int64_t last) {
     for (int64_t i = first; i < (job.symmetric ? std::min(last, j + 1) : last); i++) {
       float* const total = job.total + 32 * i * job.m + 32 * j;
       block(job.x + 2 * i * panel, panel, job.y + 2 * j * panel, panel, job.steps, sums);
-      for (int64_t r = 0; r < std::min<int64_t>(32, job.n - 32 * i); r++)
+      const int64_t rows = std::min<int64_t>(32, job.n - 32 * i);
+      for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < columns; c++) total[r * job.m + c] += sums[32 * r + c];
+      if (!job.symmetric || i == j) continue;
+      float* const mirrored = job.total + 32 * j * job.m + 32 * i;
+      for (int64_t c = 0; c < columns; c++)
+        for (int64_t r = 0; r < rows; r++) mirrored[c * job.m + r] = total[r * job.m + c];
     }
   }
   _tile_release();

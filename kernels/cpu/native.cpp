@@ -114,7 +114,7 @@ struct Slices {  // aligned parts of a workspace, added up
 
 constexpr int64_t kRows = 128;  // of a chunk: their words stay in L2 while one superblock after the other passes
 constexpr int64_t kTogether = 16;  // rows that a thread takes where each is on its own
-constexpr int64_t kTokens = 1024, kBlocks = 4;  // that are packed for AMX at a time; of 32 rows, which stay in L2
+constexpr int64_t kTokens = 2048, kBlocks = 4;  // that are packed for AMX at a time; of 32 rows, which stay in L2
 constexpr int64_t kTables = 4 << 20;  // bytes of tables at a time: more tokens take their turn
 
 }  // namespace
@@ -278,12 +278,6 @@ int ultralowbit_add_products(const float* x, const float* y, int64_t tokens, int
       add_rows_of_products(job, i * kBlocks, std::min(left / 2, (i + 1) * kBlocks));
     });
   }
-  if (y) return 0;
-  parallel(ceil_div(n, 32), threads, [&](int64_t block) {  // the lower half is the upper one
-    for (int64_t j = 0; j < 32 * block; j += 32)
-      for (int64_t i = 32 * block; i < std::min(n, 32 * (block + 1)); i++)
-        for (int64_t k = j; k < j + 32; k++) total[i * n + k] = total[k * n + i];
-  });
 #endif
   return 0;
 } catch (const std::bad_alloc&) {

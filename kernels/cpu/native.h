@@ -112,8 +112,8 @@ struct SignsJob {
 // AMX tiles, beside whatever instruction set the rest runs with: x^T y of bfloat16 numbers, in pairs of tokens (amx.cpp).
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define ULTRALOWBIT_AMX 1
-// Panels x [n / 16, steps] and y [m / 16, steps] of tiles; total [n, m]. symmetric: only blocks on the diagonal and
-// right of it are wanted.
+// Panels x [n / 16, steps] and y [m / 16, steps] of tiles; total [n, m]. symmetric: blocks left of the diagonal
+// are those right of it, transposed.
 struct PairsJob {
   const uint32_t *x, *y;
   int64_t steps, n, m;
