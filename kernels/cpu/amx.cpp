@@ -70,22 +70,21 @@ bool amx_runs_here() {
   return runs;
 }
 
-void pack_pairs(const float* x, int64_t tokens, int64_t columns, int64_t tile, uint32_t* to) {
+void pack_pairs(const float* x, int64_t tokens, int64_t columns, int64_t tile, uint32_t* left, uint32_t* right) {
+  alignas(64) uint32_t pairs[kTile];
   const int64_t width = std::min<int64_t>(16, columns - 16 * tile);
   const __mmask16 mask = width >= 16 ? 0xFFFF : (1u << std::max<int64_t>(0, width)) - 1;
-  for (int64_t k = 0; k < ceil_div(tokens, 32); k++)
+  const __m512i rows = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
+  for (int64_t k = 0; k < ceil_div(tokens, 32); k++) {
     for (int64_t p = 0; p < 16; p++) {
       const int64_t token = 32 * k + 2 * p;
-      _mm512_store_si512(to + k * kTile + 16 * p, pair(x + token * columns + 16 * tile, columns, tokens - token, mask));
+      const __m512i row = pair(x + token * columns + 16 * tile, columns, tokens - token, mask);
+      _mm512_store_si512(pairs + 16 * p, row);
+      if (right) _mm512_store_si512(right + k * kTile + 16 * p, row);
     }
-}
-
-void transpose_pairs(const uint32_t* from, int64_t steps, uint32_t* to) {
-  const __m512i rows = _mm512_mullo_epi32(_mm512_set1_epi32(16),
-                                          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-  for (int64_t k = 0; k < steps; k++)
-    for (int64_t i = 0; i < 16; i++)
-      _mm512_store_si512(to + k * kTile + 16 * i, _mm512_i32gather_epi32(rows, from + k * kTile + i, 4));
+    for (int64_t i = 0; left && i < 16; i++)
+      _mm512_store_si512(left + k * kTile + 16 * i, _mm512_i32gather_epi32(rows, pairs + i, 4));
+  }
 }
 
 void add_rows_of_products(const PairsJob& job, int64_t first, int64_t last) {

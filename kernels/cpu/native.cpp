@@ -114,7 +114,7 @@ struct Slices {  // aligned parts of a workspace, added up
 
 constexpr int64_t kRows = 128;  // of a chunk: their words stay in L2 while one superblock after the other passes
 constexpr int64_t kTogether = 16;  // rows that a thread takes where each is on its own
-constexpr int64_t kTokens = 2048, kBlocks = 4;  // that are packed for AMX at a time; of 32 rows, which stay in L2
+constexpr int64_t kPacked = 32 << 20, kBlocks = 4;  // bytes for AMX tiles; blocks of 32 rows, which stay in L2
 constexpr int64_t kTables = 4 << 20;  // bytes of tables at a time: more tokens take their turn
 
 }  // namespace
@@ -259,20 +259,15 @@ int ultralowbit_add_products(const float* x, const float* y, int64_t tokens, int
                              int64_t threads) try {
 #if ULTRALOWBIT_AMX
   const int64_t left = 2 * ceil_div(n, 32), right = 2 * ceil_div(m, 32);  // tiles, which are multiplied in pairs
-  for (int64_t from = 0; from < tokens; from += kTokens) {
-    const int64_t count = std::min(kTokens, tokens - from), steps = ceil_div(count, 32), panel = steps * 256;
+  const int64_t most = std::min<int64_t>(2048, std::max<int64_t>(128, kPacked / (2 * (n + m)) / 32 * 32));
+  for (int64_t from = 0; from < tokens; from += most) {
+    const int64_t count = std::min(most, tokens - from), steps = ceil_div(count, 32), panel = steps * 256;
     auto* memory = reinterpret_cast<uint32_t*>(workspace((left + right) * panel * sizeof(uint32_t)));
     uint32_t* const packed = memory + left * panel;
-    parallel(right, threads, [&](int64_t i) {
-      pack_pairs((y ? y : x) + from * m, count, m, i, packed + i * panel);
-    });
     parallel(left, threads, [&](int64_t i) {
-      static thread_local std::vector<char> kept;
-      kept.resize(panel * sizeof(uint32_t) + 64);
-      auto* own = reinterpret_cast<uint32_t*>(kept.data() + (64 - reinterpret_cast<uintptr_t>(kept.data()) % 64) % 64);
-      if (y) pack_pairs(x + from * n, count, n, i, own);
-      transpose_pairs(y ? own : packed + i * panel, steps, memory + i * panel);
+      pack_pairs(x + from * n, count, n, i, memory + i * panel, y ? nullptr : packed + i * panel);
     });
+    if (y) parallel(right, threads, [&](int64_t i) { pack_pairs(y + from * m, count, m, i, nullptr, packed + i * panel); });
     const PairsJob job{memory, packed, steps, n, m, !y, total};
     parallel(ceil_div(left, 2 * kBlocks), threads, [&](int64_t i) {
       add_rows_of_products(job, i * kBlocks, std::min(left / 2, (i + 1) * kBlocks));

@@ -121,10 +121,9 @@ struct PairsJob {
   float* total;
 };
 bool amx_runs_here();
-// Columns [16 tile, 16 tile + 16) of x [tokens, columns] -> its tiles, as the right side of a product has them.
-void pack_pairs(const float* x, int64_t tokens, int64_t columns, int64_t tile, uint32_t* to);
-// The same tiles as its left side has them.
-void transpose_pairs(const uint32_t* from, int64_t steps, uint32_t* to);
+// Columns [16 tile, 16 tile + 16) of x [tokens, columns] -> its tiles, as the left and the right side of a product have
+// them, where those are not null.
+void pack_pairs(const float* x, int64_t tokens, int64_t columns, int64_t tile, uint32_t* left, uint32_t* right);
 // Rows [32 first, 32 last) of total.
 void add_rows_of_products(const PairsJob&, int64_t first, int64_t last);
 #endif
