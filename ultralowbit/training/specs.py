@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatch
-from typing import Annotated, Any, ClassVar, Literal, Self, Union
+from typing import Annotated, Any, ClassVar, Literal, Union
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -84,7 +84,7 @@ class TextSpec(StrictModel):
         return source
 
     @model_validator(mode="after")
-    def _reads_each(self) -> Self:
+    def _reads_each(self) -> TextSpec:
         left = dict.fromkeys(self.shares)
         for text in self.dealt():
             left.pop(text, None)
@@ -118,7 +118,7 @@ class TextSpec(StrictModel):
             counts[text] += 1
             yield text
 
-    def renamed(self, rename: Callable[[str], str]) -> Self:
+    def renamed(self, rename: Callable[[str], str]) -> TextSpec:
         """The same with each text's name or path replaced by what `rename` makes of it."""
         texts = self.source
         new = rename(texts) if isinstance(texts, str) else {rename(text): share for text, share in texts.items()}
