@@ -23,6 +23,7 @@ QUANTIZED = (
 )  # fmt: skip
 """Recipes whose `quantize` stage is timed; the first is what the others are compared with."""
 TOKENS = 2048
+"""Of which the statistics are timed: a batch of a calibration."""
 
 
 def quantize_bench(

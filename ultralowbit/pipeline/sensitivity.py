@@ -114,7 +114,7 @@ def _outputs_file(job: Job, i: int) -> Path:
 
 def sensitivities(
     decoder: Decoder, recipe: Recipe, methods: Mapping[str, Method], tokens: Tensor, scratch: Path,
-    progress: Progress,    ranks: Ranks, costed: int | None = None, outputs: Outputs | None = None,
+    progress: Progress, ranks: Ranks, costed: int | None = None, outputs: Outputs | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """KL in nats a token that each Linear that is reached would cost alone, packed by its method.
 

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def open_decoder(
     says whether products in fp32 are made in bfloat16; none are without it."""
     decoder = Decoder(folder, torch.float32 if device.type == "cpu" else None, device, trust_remote_code)
     if spec is not None and decoder.dtype == torch.float32:
-        blocks = sum(math.prod(shape) for i in range(len(decoder.blocks)) for shape in decoder.shapes(i).values())
-        decoder.autocast = spec.autocasts(device, blocks)
+        names = chain.from_iterable(map(decoder.names_of_block, range(len(decoder.blocks))))
+        decoder.autocast = spec.autocasts(device, sum(math.prod(decoder.specs[name].shape) for name in names))
     return decoder
 
 

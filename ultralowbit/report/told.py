@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from ultralowbit.errors import InputError, reason
 from ultralowbit.eval.base import Column
-from ultralowbit.eval.schema import first_mistake
+from ultralowbit.eval.schema import Record, first_mistake
 from ultralowbit.recipe import read_yaml
 from ultralowbit.report.schema import ComparedRow, Value
 
@@ -22,11 +22,7 @@ EXAMPLE = (
 )
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ToldRow(_Strict):
+class ToldRow(Record):
     """One result. bits: of a weight of the packed Linears; file: bytes of the whole; values: by the names of what the
     comparison draws, such as "perplexity on wiki.test.raw"."""
 
@@ -36,7 +32,7 @@ class ToldRow(_Strict):
     values: dict[str, float] = Field(min_length=1)
 
 
-class Told(_Strict):
+class Told(Record):
     """Results that nothing here has measured. source: who tells them, and what was measured how."""
 
     source: str
