@@ -20,11 +20,7 @@ from torch import Tensor
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.kernels.columns import round_block, round_block_ref
 from ultralowbit.methods.base import Rounding
-from ultralowbit.methods.statistics import Factor, invert_upper
-
-BLOCK = 256
-"""Columns of a block, where groups are fitted beforehand or all columns are one. In larger ones sweeps take longer than
-they bring, in smaller ones they bring less."""
+from ultralowbit.methods.statistics import BLOCK, Factor, invert_upper
 
 
 def round_to_nearest(weight: Tensor, rounding: Rounding) -> PackedWeight:

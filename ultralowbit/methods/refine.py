@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ultralowbit.format.words import to_scale
 from ultralowbit.methods.base import Rounding
-from ultralowbit.methods.compensate import BLOCK, compensated, fit_groups, rounded, stored
-from ultralowbit.methods.statistics import Factor, invert_upper, upper_cholesky
+from ultralowbit.methods.compensate import compensated, fit_groups, rounded, stored
+from ultralowbit.methods.statistics import BLOCK, Factor
 
 SWEEPS = 8
 """Over the columns of a block, at most: they stop where nothing changes any more. Four leave 0.7 % more of the error of
@@ -104,13 +104,13 @@ class _Fit:
     """Codes [in, out] uint8 and e [in, out], columns of the weight in the order of rounding."""
 
     def __init__(self, rounding: Refinable, codes: Tensor, rest: Tensor, factor: Factor) -> None:
-        self.rounding, self.codes, self.rest, self.R = rounding, codes, rest, factor.R
-        total = len(self.R)
-        self.places = torch.arange(total, device=self.R.device) if factor.order is None else factor.order
+        self.rounding, self.codes, self.rest, self.factor = rounding, codes, rest, factor
+        total = len(factor.R)
+        self.places = torch.arange(total, device=codes.device) if factor.order is None else factor.order
         self.group = rounding.group or total
         groups = self.places // self.group
         self.columns = [(groups == g).nonzero()[:, 0] for g in range(len(rounding.scale))]  # of each group, rising
-        ends = torch.arange(BLOCK, total + BLOCK, BLOCK, device=self.R.device)
+        ends = torch.arange(BLOCK, total + BLOCK, BLOCK, device=codes.device)
         self.above = [torch.searchsorted(columns, ends).tolist() for columns in self.columns]  # those before each end
 
     def fit_scales(self) -> None:
@@ -118,7 +118,7 @@ class _Fit:
         out = self.codes.shape[1]
         scale = _by_group(self.rounding.scale).clone()
         unknowns = scale.shape[0] * scale.shape[1]
-        step = max(1, min(_ROWS, _PRODUCTS // (unknowns * max(unknowns, len(self.R)))))
+        step = max(1, min(_ROWS, _PRODUCTS // (unknowns * max(unknowns, len(self.rest)))))
         for start in range(0, out, step):
             rows = slice(start, start + step)
             self._fit_scales(rows, scale[..., rows])
@@ -151,31 +151,28 @@ class _Fit:
 
     def _products(self, rows: slice, planes: int) -> Tensor:
         """v_s R of all scales [groups K, rows, in]."""
-        total = len(self.R)
+        R, total = self.factor.R, len(self.rest)
         products = self.rest.new_empty(len(self.columns), planes, self.rest[:, rows].shape[1], total)
         for g, columns in enumerate(self.columns):
-            R = self.R if len(columns) == total else self.R[columns]
+            part = R if len(columns) == total else R[columns]
             for p, plane in enumerate(self.rounding.multiples(g, self.codes[columns][:, rows], rows)):
                 for low, above in zip(range(0, total, BLOCK), self.above[g], strict=True):
                     here = slice(low, min(low + BLOCK, total))  # where R is 0 for columns after it
-                    torch.mm(plane[:above].T, R[:above, here], out=products[g, p, :, here])
+                    torch.mm(plane[:above].T, part[:above, here], out=products[g, p, :, here])
         return products.flatten(0, 1)
 
     def fit_codes(self) -> None:
         """One pass over the blocks of columns."""
-        R, rest = self.R, self.rest
+        R, rest = self.factor.R, self.rest
         values = torch.empty_like(rest)
         for g, columns in enumerate(self.columns):
             values[columns] = self._values(g, self.rounding.scale[g])
-        for low in range(0, len(R), BLOCK):
+        for low, (own, inverse) in zip(range(0, len(R), BLOCK), self.factor.blocks, strict=True):
             block = slice(low, min(low + BLOCK, len(R)))
             here, after = R[block, low:], rest[low:]
-            wide = here.double()  # the rounding of fp32 sums could leave a matrix that is not positive definite
-            gram = wide @ wide.T
-            own = upper_cholesky(gram)
-            left = invert_upper(own.clone()).float() @ (here @ after)  # [columns, out]
+            left = inverse @ (here @ after)  # [columns, out]
             held = values[block]
-            codes, tried, new = rounded(self.rounding, held, left, own.float(), self.places[block], self.group, SWEEPS)
+            codes, tried, new = rounded(self.rounding, held, left, own, self.places[block], self.group, SWEEPS)
             better = new.square_().sum(0) < left.square_().sum(0)  # [out]
             self.codes[block] = torch.where(better, codes, self.codes[block])
             after.addmm_(here.T, held.sub_(tried).mul_(better))

@@ -19,6 +19,10 @@ from ultralowbit.kernels.hadamard import block_hadamard
 from ultralowbit.kernels.products import add_products
 from ultralowbit.methods.bound import Spectrum, spectrum
 
+BLOCK = 256
+"""Columns of a block that methods search and update at once. In larger ones a search takes longer than it brings, in
+smaller ones it brings less."""
+
 
 class SingularHessian(ArithmeticError):
     """No damping made the Hessian positive definite."""
@@ -52,6 +56,16 @@ class Factor:
         """R^-1 [in, in] fp32, so that (H + damp mean(diag H) I)^-1 = U^T U: row j says how the later columns make up
         for an error of column j."""
         return invert_upper(self.R.double()).float()
+
+    @cached_property
+    def blocks(self) -> list[tuple[Tensor, Tensor]]:
+        """S and S^-1 fp32, S upper triangular with S S^T what R R^T is for the columns of one block, for each."""
+        blocks = []
+        for low in range(0, len(self.R), BLOCK):
+            wide = self.R[low : low + BLOCK, low:].double()  # fp32 sums may leave what is not positive definite
+            S = upper_cholesky(wide @ wide.T)
+            blocks.append((S.float(), invert_upper(S.clone()).float()))
+        return blocks
 
 
 @dataclass

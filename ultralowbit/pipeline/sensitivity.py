@@ -34,6 +34,7 @@ from ultralowbit.kernels.hadamard import block_hadamard
 from ultralowbit.methods.base import Method
 from ultralowbit.methods.output_feedback import ROWS
 from ultralowbit.methods.statistics import InputStats, Need, SingularHessian
+from ultralowbit.nn.calls import products
 from ultralowbit.nn.decoder import Decoder
 from ultralowbit.nn.inputs import input_groups
 from ultralowbit.nn.linear import linear_shape, linear_weight
@@ -174,8 +175,9 @@ class _Gathered(NamedTuple):
             def arrived(name: str, x: Tensor, g: Tensor, k: int = k, costs: dict[str, float] = costs) -> None:
                 g = g.flatten(0, -2).float()  # [tokens, out]
                 if name in costs:
-                    moved = (x.float() @ self.lost[name].T).flatten(0, -2)
-                    costs[name] += (g * moved).sum(1).square().sum().item()
+                    with products(x, self.one.call.autocast):
+                        moved = x.float() @ self.lost[name].T
+                    costs[name] += (g * moved.flatten(0, -2)).sum(1).square().sum().item()
                 if name in stats and k < self.listened:
                     for part, rows in zip(stats[name], g.split(ROWS, 1), strict=True):
                         part.add(rows)
