@@ -20,6 +20,7 @@ from ultralowbit.errors import CheckpointError, InputError
 from ultralowbit.format.weight import Format
 from ultralowbit.nn.calls import CallSpy, run_block
 from ultralowbit.nn.decoder import Decoder
+from ultralowbit.nn.embedding import TiedHead
 from ultralowbit.nn.inputs import input_groups
 from ultralowbit.nn.linear import PackedLinear, linear_shape
 from ultralowbit.nn.original import build_on_meta
@@ -306,6 +307,10 @@ def test_a_stored_head_that_config_ties_is_kept_where_it_differs(tmp_path, save_
     head = ultralowbit.load(out).lm_head.weight
     assert torch.equal(head, AutoModelForCausalLM.from_pretrained(folder).lm_head.weight)
     assert torch.equal(head, tensors["lm_head.weight"])
+    packed = Recipe.model_validate(recipe.model_dump() | {"embeddings": {"method": "ints", "bits": 8}})
+    out = ultralowbit.compress(str(folder), packed, tmp_path / "packed").folder
+    assert isinstance(ultralowbit.load(out).lm_head, TiedHead) is equal
+    torch.testing.assert_close(ultralowbit.load(out).dequantize().lm_head.weight, head, rtol=0, atol=2e-2)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from ultralowbit.format.words import TensorSpec
 from ultralowbit.nn.calls import BlockCall, CallSpy, Reached, products
 from ultralowbit.nn.experts import Experts, routing_linears, separate_experts
 from ultralowbit.nn.folding import Folding, why_not_foldable
-from ultralowbit.nn.hf_names import match_stored, tied_names
+from ultralowbit.nn.hf_names import match_stored, separate, tied_names
 from ultralowbit.nn.linear import PackedLinear, linear_shape
 from ultralowbit.nn.original import build_on_meta, read_config, refuse_adapters, refuse_codes
 
@@ -77,8 +77,11 @@ class Decoder:
         specs, missing, joins = {}, [], {}
         for name, tensor in self.model.state_dict().items():
             key = key_of.get(name)
-            if name in tied and tied[name] != name and self._stored_alike(key, key_of.get(tied[name])):
-                continue  # stored once, under the name it is tied to
+            if name in tied and tied[name] != name:
+                if self._stored_alike(key, key_of.get(tied[name])):
+                    continue  # stored once, under the name it is tied to
+                separate(self.model, name)
+                self.config.tie_word_embeddings = False
             spec = self._joined_spec(name, joins) if key is None else self.source.specs[key]
             if spec is None:
                 missing.append(name)

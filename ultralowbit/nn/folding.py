@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ultralowbit.checkpoint.names import weight_name
 from ultralowbit.kernels.hadamard import block_hadamard
-from ultralowbit.nn.hf_names import tied_names, untie
+from ultralowbit.nn.hf_names import separate, tied_names
 
 if TYPE_CHECKING:
     from ultralowbit.nn.decoder import Decoder
@@ -147,9 +147,7 @@ def _untie(decoder: Decoder, head: str, embedding: str) -> bool:
     """Give a tied head, by name, a weight of its own, for now the embedding's; False where the files hold one."""
     own, source = f"{head}.weight", f"{embedding}.weight"
     if tied_names(decoder.model).get(own) == source:
-        untie(decoder.model, source)
-        module = decoder.model.get_submodule(head)
-        module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
+        separate(decoder.model, own)
         decoder.config.tie_word_embeddings = False
     if own in decoder.specs:
         return False

@@ -154,6 +154,13 @@ def untie(model: PreTrainedModel, source: str) -> None:
     model.all_tied_weights_keys = {name: other for name, other in tied_names(model).items() if other != source}
 
 
+def separate(model: PreTrainedModel, name: str) -> None:
+    """Give a tied weight, by name, an empty one of its own on meta."""
+    untie(model, tied_names(model)[name])
+    module = model.get_submodule(name.rpartition(".")[0])
+    module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
+
+
 def retie(model: PreTrainedModel) -> None:
     """Undo every `untie`."""
     del model._tied_weights_keys
