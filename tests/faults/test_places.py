@@ -40,24 +40,48 @@ OURS = {"config.json", "generation_config.json", SHARD, "recipe.yaml", "tokenize
 
 
 def test_links_in_a_circle_pipes_and_devices_are_not_carried(model, tmp_path):
-    os.symlink("a.txt", model / "a.txt")
-    os.symlink("c.py", model / "b.py")
-    os.symlink("b.py", model / "c.py")
+    os.symlink("vocab.txt", model / "vocab.txt")
+    os.symlink("c.jinja", model / "b.jinja")
+    os.symlink("b.jinja", model / "c.jinja")
     os.symlink("..", model / "up")
-    os.symlink("/dev/zero", model / "zero.json")
-    os.mkfifo(model / "pipe.txt")
+    os.symlink("/dev/zero", model / "added_tokens.json")
+    os.symlink("/dev/zero", model / "zero")
+    os.mkfifo(model / "merges.txt")
     assert packed_files(model, tmp_path / "out") == OURS
 
 
-NAMES = ["two\nlines.txt", "[red] `x` $(y).txt", unicodedata.normalize("NFD", "é.txt"), os.fsdecode(b"\xff.txt"), "-q"]
+def test_what_no_model_needs_is_not_carried(model, tmp_path):
+    """Other weights, data and scripts: a folder may be anything's home, and the result may be published."""
+    (tmp_path / "id_rsa").write_text("secret")
+    (model / "scripts").mkdir()
+    for name in ("rust_model.ot", "optimizer.pt.1", "customers.jsonl", "notes.txt", "mine.py", "scripts/deploy.py"):
+        (model / name).write_text("x")
+    os.symlink(tmp_path / "id_rsa", model / "LICENSE")
+    assert packed_files(model, tmp_path / "out") == OURS
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}}))
+    assert packed_files(model, tmp_path / "coded") == {*OURS, "mine.py", "scripts/deploy.py"}
+
+
+def test_a_folder_of_links_is_carried_like_one_of_files(model, tmp_path):
+    (model / "LICENSE").write_text("mine")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in model.iterdir():
+        os.symlink(path, linked / path.name)
+    assert packed_files(linked, tmp_path / "out") == {*OURS, "LICENSE"}
+
+
+NAMES = ["two\nlines", "[red] `x` $(y)", unicodedata.normalize("NFD", "é"), os.fsdecode(b"\xff"), "-q"]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=["newline", "markup", "nfd", "no utf-8", "option"])
 def test_any_name_may_be_carried_and_written_to(model, tmp_path, name):
-    (model / name).write_text("x")
-    (model / "é.txt").write_text("y")
+    template = f"{name}.jinja"
+    (model / template).write_text("x")
+    (model / "é.jinja").write_text("y")
     folder = name.encode("utf-8", "replace").decode()  # safetensors opens no other
-    assert packed_files(model.rename(tmp_path / folder), tmp_path / f"{folder}.out") == {*OURS, name, "é.txt"}
+    assert packed_files(model.rename(tmp_path / folder), tmp_path / f"{folder}.out") == {*OURS, template, "é.jinja"}
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from ultralowbit.checkpoint.config import CONFIG, DIGEST, config_digest
-from ultralowbit.checkpoint.files import INDEX
 from ultralowbit.checkpoint.job import EMBEDDINGS, LOCAL, Job
 from ultralowbit.checkpoint.manifest import MANIFEST
 from ultralowbit.checkpoint.merge import merge_tensors
@@ -23,9 +22,13 @@ from ultralowbit.nn.quantizer import UltraLowBitConfig
 from ultralowbit.recipe import Recipe
 from ultralowbit.system import environment, peak_memory
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
-_NOT_CARRIED = {CONFIG, "README.md", INDEX, MANIFEST, "recipe.yaml"}
-_MEASURED = ("eval*.json", "report.*")  # of the original, and not of what is made from it
+_TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*vocab*", "merges*", "encoder.json",
+    "normalizer.json", "emoji.json", "tekken.json", "dict.txt", "*.model", "*.tiktoken", "*.spm", "*.bpe", "*.codes",
+    "*.jinja", "chat_template*", "generation_config.json",
+)  # fmt: skip
+_LICENCES = ("*license*", "*licence*", "notice*", "copying*", "use_policy*")
+_CODE = "*.py"
 _RECORDED = (
     "rotation",
     "preprocess",
@@ -35,7 +38,6 @@ _RECORDED = (
     "blockwise",
     "finetune",
 )  # what stages note of themselves
-_IN_FOLDERS = (".py", ".jinja")  # what sub-folders hold that loading needs: code, and further chat templates
 
 log = logging.getLogger(__name__)
 
@@ -114,29 +116,32 @@ def _manifest(job: Job, model: str, decoder: Decoder, recipe: Recipe, data: Cali
 
 
 def carried_files(folder: Path, leave_out: Sequence[Path]) -> Iterator[str]:
-    """Names of the files that a packed checkpoint takes over from the original: tokenizer, chat templates, licence,
-    code. No weights, no hidden files, nothing that a link fetches from elsewhere, nothing of packed checkpoints or
-    folders to leave out."""
+    """Names of the files that a packed checkpoint takes over from the original: tokenizer, chat templates, licence, and
+    code where the config names some. No hidden files, nothing of packed checkpoints or folders to leave out, and
+    nothing that a link renames: another folder's files may be linked to under their own names."""
+    code = [_CODE] if any(_names_code(folder / name) for name in (CONFIG, "tokenizer_config.json")) else []
     for place, folders, names in os.walk(folder):
         here = Path(place)
         inside = [here / name for name in sorted(folders) if not name.startswith((".", "_"))]
         inside = [path for path in inside if path.resolve() not in leave_out and not (path / MANIFEST).exists()]
         folders[:] = [path.name for path in inside]
+        wanted = [*_TOKENIZER, *_LICENCES, *code] if here == folder else ["*.jinja", *code]
         for name in sorted(names):
-            path = here / name
-            top = here == folder
-            wanted = name not in _NOT_CARRIED and not any(fnmatch(name, p) for p in _MEASURED)
-            wanted = wanted if top else path.suffix in _IN_FOLDERS
-            if wanted and not name.startswith(".") and not name.endswith(_WEIGHTS) and _is_inside(path, folder):
-                yield str(path.relative_to(folder))
+            is_wanted = any(fnmatchcase(name.lower(), pattern) for pattern in wanted)
+            if is_wanted and not name.startswith(".") and _is_own(here / name, folder):
+                yield str((here / name).relative_to(folder))
 
 
-def _is_inside(path: Path, folder: Path) -> bool:
-    """Whether a path is a file of the folder itself, or of the hub's cache, whose snapshots are links to its blobs."""
-    target, homes = Path(os.path.realpath(path)), [folder.resolve()]  # unlike Path's, for links in a circle
-    if folder.resolve().parent.name == "snapshots":
-        homes.append(folder.resolve().parents[1] / "blobs")
-    return target.is_file() and any(target.is_relative_to(home) for home in homes)
+def _names_code(config: Path) -> bool:
+    return config.is_file() and '"auto_map"' in config.read_text(encoding="utf-8", errors="replace")
+
+
+def _is_own(path: Path, folder: Path) -> bool:
+    """Whether a path is a file of this name, here or where a link leads; or one of the hub's cache, whose snapshots are
+    links to its blobs."""
+    target = Path(os.path.realpath(path))  # unlike Path's, for links in a circle
+    of_cache = folder.resolve().parent.name == "snapshots" and folder.resolve().parents[1] / "blobs" == target.parent
+    return target.is_file() and (target.name == path.name or of_cache)
 
 
 def _files(out: Path) -> Iterator[str]:
