@@ -27,6 +27,7 @@ from ultralowbit.hub import open_tokenizer
 from ultralowbit.nn.experts import Experts
 from ultralowbit.nn.hf_names import experts_layout
 from ultralowbit.pipeline import experts, stream
+from ultralowbit.pipeline.compress import compress
 from ultralowbit.pipeline.estimate import estimate
 from ultralowbit.pipeline.source import open_decoder, planned_formats
 from ultralowbit.pipeline.verify import verify
@@ -126,6 +127,13 @@ def test_every_method_packs_experts_and_stages_that_train_say_that_they_do_not(
     assert not done.fallbacks
     expected = logits(ultralowbit.load(done.folder).dequantize())
     assert torch.allclose(logits(ultralowbit.load(done.folder)), expected, rtol=0, atol=1e-5 * expected.abs().max())
+
+
+def test_products_of_experts_may_be_made_in_bfloat16(source, text, tmp_path):
+    """With every part of our own recipe."""
+    few = [f"calibration.source={text}", "calibration.samples=4", "calibration.length=32", "allocate.bits=2.5"]
+    compress(str(source), Recipe.load("ulb-fast", [*few, "calibration.autocast=on"]), tmp_path / "out")
+    assert logits(ultralowbit.load(tmp_path / "out")).isfinite().all()
 
 
 def measured(monkeypatch) -> dict[str, tuple[int, torch.Tensor]]:

@@ -106,7 +106,7 @@ class Experts(nn.Module):
         # an index past the last expert means none
         for expert, rows in enumerate(order.split(pairs.bincount(minlength=self.count).tolist())[: self.count]):
             if len(rows):
-                outputs[rows] = self._run(expert, hidden[rows // k])
+                outputs[rows] = self._run(expert, hidden[rows // k]).to(outputs.dtype)  # autocast gives another
         return (outputs.view(*routed.shape, -1) * weights[..., None]).sum(-2).to(hidden.dtype)
 
     def drop_dense(self) -> None:
