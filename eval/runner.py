@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ultralowbit.checkpoint.config import QUANT_METHOD, read_config_json, text_config
+from ultralowbit.checkpoint.config import QUANT_METHOD, read_config_json
 from ultralowbit.checkpoint.size import measure_size
 from ultralowbit.data.corpora import public_name, token_sha256
 from ultralowbit.data.tokens import text_tokens
@@ -24,6 +24,7 @@ from ultralowbit.eval.windows import cut, framed, measure
 from ultralowbit.hub import open_tokenizer
 from ultralowbit.nn.decoder import find_blocks
 from ultralowbit.nn.hf import load
+from ultralowbit.nn.original import read_any_config
 from ultralowbit.progress import OnProgress, Progress, Silent
 from ultralowbit.system import available_memory, release
 from ultralowbit.units import format_bytes
@@ -67,8 +68,8 @@ def read_texts(
     `context` is 2048, or the model's positions if those are fewer. Raises `InputError` for a source that cannot be
     read, is shorter than a window, or has tokens that the model does not: before anything heavy has begun.
     """
-    config = text_config(read_config_json(folder))
-    positions = config.get("max_position_embeddings")
+    config = read_any_config(folder, trust_remote_code).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)  # whatever the family calls it in config.json
     positions = positions if isinstance(positions, int) and positions > 0 else context or DEFAULT_CONTEXT
     context = context or min(DEFAULT_CONTEXT, positions)
     if not 2 <= context <= positions:
@@ -84,7 +85,7 @@ def read_texts(
                 f"{source!r} gives {len(tokens)} tokens to measure perplexity on, expected at least one window of "
                 f"{context}: choose a smaller --context or a longer text"
             )
-        if isinstance(vocabulary := config.get("vocab_size"), int) and tokens.max() >= vocabulary:
+        if isinstance(vocabulary := getattr(config, "vocab_size", None), int) and tokens.max() >= vocabulary:
             raise InputError(
                 f"the tokenizer in {folder} makes token {int(tokens.max())} of {source!r}, but config.json says that "
                 f"the model has {vocabulary} tokens: give a folder whose two belong together"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from ultralowbit.cli.app import app
@@ -52,6 +52,16 @@ def test_perplexity_is_that_of_the_model_alone(folders, evaluate, text):
         model = open_model(Path(folder), torch.device("cpu"), torch.float32)
         assert row.metrics == {"perplexity": [perplexity(model, tokens.tokens, context=64, source="text.txt")]}
         assert (row.noise_floor, row.tasks) == ({}, None)
+
+
+def test_the_context_is_that_of_the_model_whatever_its_config_calls_it(save_model, text, tmp_path):
+    config = AutoConfig.for_model("gpt2", vocab_size=96, n_embd=40, n_layer=2, n_head=4, n_positions=64)
+    folder = save_model(config, tmp_path / "gpt2")
+    assert "max_position_embeddings" not in json.loads((folder / "config.json").read_text())
+    (tokens,) = read_texts(folder, [text])
+    assert tokens.context == 64
+    with pytest.raises(InputError, match="--context is 65, the model takes 2 to 64"):
+        read_texts(folder, [text], context=65)
 
 
 def test_fidelity(folders, evaluate, tmp_path):

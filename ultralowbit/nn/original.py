@@ -18,10 +18,10 @@ from ultralowbit.checkpoint.files import Source
 from ultralowbit.errors import InputError, reason
 
 
-def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The model's config; raises `InputError` where transformers cannot read it, or where it is quantized already."""
+def read_any_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a model, packed or not; raises `InputError` where transformers cannot read it."""
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as e:  # any value of any type can stand there, and each class trips over it in its own way
         if not trust_remote_code and "trust_remote_code" in str(e):
             raise InputError(
@@ -29,6 +29,11 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
                 "you trust it"
             ) from e
         raise InputError(f"{folder}/config.json is not one that transformers can read ({reason(e)}): correct it") from e
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a model to compress; raises `InputError` where it is quantized already too."""
+    config = read_any_config(folder, trust_remote_code)
     quantized = getattr(config, "quantization_config", None)
     if quantized:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
