@@ -70,6 +70,17 @@ def test_rows_are_those_of_the_decoded_weight(spec, block):
     assert embedding.num_embeddings == ROWS
 
 
+@pytest.mark.parametrize("rows", [5, 64])
+def test_the_compiler_sees_rotated_rows(rows):
+    """Few rows lie one after the other while they are rotated, many side by side."""
+    weight = packed(torch.randn(ROWS, COLUMNS, dtype=torch.float32), IntEmbeddings(), 32)
+    embedding = PackedEmbedding(nn.Embedding(ROWS, COLUMNS), weight.format)
+    embedding.fill(weight)
+    ids = torch.arange(rows)
+    compiled = torch.compile(embedding, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids), embedding(ids))
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_tied_model_computes_with_one_packed_weight(kind, tmp_path):
     model = tied(kind)
