@@ -1,12 +1,14 @@
-"""Digests of many files: the same as one after the other, with all bytes counted, and ended by what goes wrong."""
+"""Digests of many files: the same as one after the other, with all bytes counted, and ended by what goes wrong. Files
+that are written beside others."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 
 import pytest
 
-from ultralowbit.checkpoint.storage import sha256_files
+from ultralowbit.checkpoint.storage import UNFINISHED, sha256_files, write_atomic
 
 
 def test_digests_are_those_of_each_file(tmp_path):
@@ -38,3 +40,22 @@ def test_what_goes_wrong_ends_the_others(tmp_path):
     assert 1 <= len(calls) <= len(paths)
     with pytest.raises(FileNotFoundError):
         sha256_files([tmp_path / "missing", *paths[:1]])
+
+
+@pytest.mark.parametrize("name", ["report.json", "n" * 255, os.fsdecode(b"\xff")], ids=["short", "long", "no utf-8"])
+def test_a_file_is_written_beside_whatever_lies_there(tmp_path, name):
+    """What is half-written after a kill has a name of its own, which the next writing replaces."""
+
+    def killed():
+        yield b"half"
+        raise KeyboardInterrupt
+
+    mine = tmp_path / "report.json.tmp"
+    mine.write_text("mine")
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(tmp_path / name, killed())
+    (left,) = {path.name for path in tmp_path.iterdir()} - {mine.name}
+    assert left.startswith(UNFINISHED)
+    write_atomic(tmp_path / name, b"whole")
+    assert (tmp_path / name).read_bytes() == b"whole" and mine.read_text() == "mine"
+    assert len([*tmp_path.iterdir()]) == 2

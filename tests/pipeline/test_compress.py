@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 import ultralowbit
 from ultralowbit.checkpoint.job import LOCAL
 from ultralowbit.checkpoint.manifest import MANIFEST
+from ultralowbit.checkpoint.storage import UNFINISHED, write_atomic
 from ultralowbit.data.calibration import calibrate
 from ultralowbit.data.corpora import public_name
 from ultralowbit.errors import CheckpointError, DiskFull, InputError
@@ -462,6 +463,19 @@ def test_restart_makes_a_finished_folder_again(source, recipe, tmp_path):
     compress(str(source), recipe(), tmp_path / "out", restart=True, progress=lines)
     assert lines.said[0].startswith("model.layers.0")
     assert (tmp_path / "out/manifest.json").stat().st_mtime_ns != before
+
+
+def test_restart_removes_what_a_kill_left_half_written(source, recipe, tmp_path):
+    def killed():
+        yield b"half"
+        raise KeyboardInterrupt
+
+    out = compress(str(source), recipe(), tmp_path / "out").folder
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(out / "report.json", killed())
+    assert any(path.name.startswith(UNFINISHED) for path in out.iterdir())
+    compress(str(source), recipe(), out, restart=True)
+    assert not any(path.name.startswith(UNFINISHED) for path in out.iterdir())
 
 
 def test_a_restart_that_fails_keeps_the_old_folder(source, recipe, tmp_path, monkeypatch):

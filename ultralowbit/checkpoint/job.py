@@ -27,6 +27,7 @@ from torch import Tensor
 from ultralowbit.checkpoint.manifest import MANIFEST, changed_files, read_manifest
 from ultralowbit.checkpoint.storage import (
     FULL,
+    UNFINISHED,
     json_digest,
     raise_disk_full,
     read_json,
@@ -50,10 +51,10 @@ EMBEDDINGS = "embeddings.safetensors"
 _OUTSIDE = "finetuned/outside.safetensors"
 _MARK = {"made_by": "ultralowbit"}
 _FOLDERS = ("blocks", "checkpoint", "replaced", "finetuned", "preprocess")
-_FILES = ("job.json", "job.json.tmp", "lock")
+_FILES = ("job.json", "lock")
 _PREFIXES = (
     "activations-", "original-", "targets-", "experts.", "allocation.", "outputs-", EMBEDDINGS, "blockwise-",
-    "finetune.", "outside.",
+    "finetune.", "outside.", UNFINISHED,
 )  # fmt: skip
 _BESIDE = {MANIFEST, LOCAL, "README.md", "report.md", "report.json"}  # what is ours in a finished OUT, and not listed
 
@@ -187,7 +188,7 @@ class Job:
                 raise InputError(f"{self.out / name} {problem}: --restart makes the checkpoint again")
             return True
         written = _BESIDE | {Path(name).parts[0] for name in manifest["files"]}
-        if foreign := sorted(names - written):
+        if foreign := sorted(name for name in names - written if not name.startswith(UNFINISHED)):
             raise InputError(
                 f"{self.out} holds {foreign[0]}, which `compress` did not write and --restart would remove: move it, "
                 "or choose another --out"

@@ -23,6 +23,8 @@ DTYPES = {  # the names safetensors headers use
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
+UNFINISHED = ".ultralowbit-unfinished-"
+"""What the name of a file begins with until all of it is written; what lies there after a kill is ours to replace."""
 
 
 def sha256_file(path: Path, progress: Callable[[int], object] | None = None) -> str:
@@ -59,7 +61,8 @@ def sha256_files(paths: Iterable[Path], progress: Callable[[int], object] | None
 def write_atomic(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
     """Write a file so that it holds `data`, whole or in pieces, or what it held before, also after a power cut;
     `DiskFull` keeps the old."""
-    temporary = path.with_name(path.name + ".tmp")
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]  # with the name itself it might be too long
+    temporary = path.with_name(UNFINISHED + name)
     try:
         with temporary.open("wb") as f:
             f.writelines([data] if isinstance(data, bytes) else data)
