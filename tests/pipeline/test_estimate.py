@@ -14,13 +14,16 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 
 from ultralowbit.bench.models import Shape, write_headers, write_model, write_text
 from ultralowbit.bench.scale import Card
+from ultralowbit.checkpoint.config import DIGEST, config_digest
+from ultralowbit.checkpoint.merge import most_beside
 from ultralowbit.checkpoint.size import measure_size
 from ultralowbit.errors import InputError
 from ultralowbit.nn.experts import ExpertLinear
 from ultralowbit.nn.inputs import shared_inputs
 from ultralowbit.pipeline.compress import compress
-from ultralowbit.pipeline.estimate import estimate
-from ultralowbit.pipeline.source import open_decoder
+from ultralowbit.pipeline.embed import planned_embeddings
+from ultralowbit.pipeline.estimate import estimate, planned_size, planned_tensors
+from ultralowbit.pipeline.source import open_decoder, planned_formats
 from ultralowbit.recipe import Recipe, shipped
 
 SHAPE = Shape(hidden=64, inter=172, heads=4, kv_heads=2, vocab=96)
@@ -124,6 +127,23 @@ def test_sizes_are_exact_for_tied_biased_and_transposed(config, tmp_path):
     rtn = Recipe.model_validate({"name": "rtn", "quantize": {"method": "rtn", "bits": 2, "group": 32}})
     planned = estimate(folder, rtn, device="cpu")
     assert planned.size == replace(measure_size(compress(folder, rtn, tmp_path / "out").folder), header_bytes=0)
+
+
+@pytest.mark.parametrize("limit", [5 * 10**9, 20_000], ids=["one file", "an index"])
+@pytest.mark.parametrize("kind", ["gpt2", "olmoe"])  # many norms and biases; a tensor in the place of all experts
+def test_headers_are_no_more_than_is_counted_for_them(kind, limit, mixture_config, save_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("ultralowbit.checkpoint.merge.SHARD_BYTES", limit)
+    gpt2 = GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=8, n_head=4)
+    folder = save_model(gpt2 if kind == "gpt2" else mixture_config(kind), tmp_path / "model")
+    rtn = Recipe.model_validate({"name": "rtn", "quantize": {"method": "rtn"}, "embeddings": {"method": "ints"}})
+    decoder = open_decoder(folder, torch.device("cpu"))
+    formats = planned_formats(decoder, rtn) | planned_embeddings(decoder, rtn)
+    done = compress(str(folder), rtn, tmp_path / "out").folder
+    written = [path.stat().st_size for path in done.glob("model*.safetensors*")]  # with the index
+    tensors, nbytes = planned_tensors(decoder, formats), planned_size(decoder, formats).total_bytes
+    assert len(written) == 1 or limit < nbytes
+    most = most_beside(tensors, {DIGEST: config_digest({})}, nbytes)
+    assert 0 <= nbytes + most - sum(written) <= 8 * len(tensors) + 250 * len(written)
 
 
 def test_groups_are_the_pipelines(model, tmp_path):

@@ -85,7 +85,12 @@ def raise_disk_full(error: OSError, path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """A JSON file with sorted keys, atomically."""
-    write_atomic(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+    write_atomic(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
 def json_digest(value: Any) -> str:

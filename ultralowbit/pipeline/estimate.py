@@ -6,7 +6,6 @@ time (rates.py) are estimates for the pipeline as it is.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from dataclasses import dataclass, field, replace
@@ -17,10 +16,13 @@ from typing import Any
 import psutil
 import torch
 
-from ultralowbit.checkpoint.names import weight_name
+from ultralowbit.checkpoint.config import DIGEST, config_digest
+from ultralowbit.checkpoint.merge import most_beside
+from ultralowbit.checkpoint.names import expert_of, weight_name
 from ultralowbit.checkpoint.size import Size
 from ultralowbit.errors import InputError
 from ultralowbit.format.weight import Format
+from ultralowbit.format.words import TensorSpec
 from ultralowbit.hub import resolve_model
 from ultralowbit.methods.base import Method
 from ultralowbit.methods.statistics import InputStats
@@ -207,16 +209,16 @@ def estimate(
 
 
 def bits_for_size(model: str, recipe: Recipe, nbytes: int, device: str, trust_remote_code: bool = False) -> float:
-    """The bits a weight with which a recipe that allocates them writes a file of at most `nbytes`, headers included.
+    """The bits a weight with which a recipe that allocates them writes files of at most `nbytes`, headers and an index
+    included.
 
     Raises `InputError` where one plane for every Linear, with all that is not packed, is larger than that.
     """
     decoder, recipe, _ = open_folded(resolve_model(model), pick_device(device), recipe, trust_remote_code)
     least = recipe.model_copy(update={"allocate": None, "quantize": replace(recipe.quantize, planes=1)})
-    size = planned_size(decoder, {**planned_formats(decoder, least), **planned_embeddings(decoder, least)})
-    names = [f"{layer.name}.weight_{part}" for layer in (*size.layers, *size.outside) for part in layer.parts]
-    entry = {"dtype": "BF16", "shape": [10**7] * 3, "data_offsets": [nbytes] * 2}
-    headers = len(json.dumps(dict.fromkeys([*names, *decoder.names_outside_blocks()], entry))) + (1 << 12)
+    formats = {**planned_formats(decoder, least), **planned_embeddings(decoder, least)}
+    size, metadata = planned_size(decoder, formats), {DIGEST: config_digest({})}
+    headers = most_beside(planned_tensors(decoder, formats), metadata, max(nbytes, size.total_bytes))
     beside = size.total_bytes - size.linear_bytes + headers
     if beside + size.linear_bytes > nbytes:
         raise InputError(
@@ -228,14 +230,21 @@ def bits_for_size(model: str, recipe: Recipe, nbytes: int, device: str, trust_re
 
 
 def planned_size(decoder: Decoder, formats: dict[str, tuple[Format, tuple[int, int]]]) -> Size:
+    """What the tensors of the packed checkpoint will take."""
+    tensors = planned_tensors(decoder, formats)
+    vocabulary = getattr(decoder.config.get_text_config(), "vocab_size", None)
+    return Size.of(tensors, {name: format for name, (format, _) in formats.items()}, vocabulary)
+
+
+def planned_tensors(decoder: Decoder, formats: dict[str, tuple[Format, tuple[int, int]]]) -> dict[str, TensorSpec]:
     """What the packed checkpoint will hold: the packed tensors of each Linear, all else as it is stored now."""
     packed = {weight_name(name) for name in formats}
     tensors = {name: spec for name, spec in decoder.specs.items() if name not in packed}
     stored = cache(Format.tensors)
     for name, (format, shape) in formats.items():
         tensors |= {f"{name}.{suffix}": spec for suffix, spec in stored(format, *shape).items()}
-    vocabulary = getattr(decoder.config.get_text_config(), "vocab_size", None)
-    return Size.of(tensors, {name: format for name, (format, _) in formats.items()}, vocabulary)
+    in_the_place_of_all = {weight_name(name) for name in formats if expert_of(name)}
+    return tensors | dict.fromkeys(in_the_place_of_all, TensorSpec(torch.uint8, (0,)))
 
 
 def _depends_on_data(method: Method) -> bool:
