@@ -124,6 +124,14 @@ def test_the_page_is_whole_in_itself(run, build, tmp_path):
     assert any("<text" in d and ">gptq</text>" in d for d in drawings)  # text is text
 
 
+def test_names_are_drawn_as_they_are(run, build, tmp_path):
+    name = r"$\frac{a}$ x"
+    write_comparison([run("a", name, 2.1, [build.perplexity(62.5, source=name)])], tmp_path / "out")
+    for plot in ("size", "bit-budget"):
+        (picture,) = (tmp_path / "out/plots").glob(f"*{plot}.svg")
+        assert f">{name}</text>" in picture.read_text()
+
+
 def test_the_same_numbers_in_json_and_markdown(run, build, tmp_path):
     folders = [run("a", "sign-2", 2.1, [build.perplexity(62.5)]), run("b", "g|ptq", 3.15, [build.perplexity(math.inf)])]
     write_comparison(folders, tmp_path / "out")

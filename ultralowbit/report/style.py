@@ -42,6 +42,7 @@ _STYLE = {
     "svg.fonttype": "none",  # text stays text
     "font.family": "DejaVu Sans",  # in every install of matplotlib; wider than what a page shows, so labels have room
     "font.size": 11,
+    "text.parse_math": False,  # names are no TeX
     "axes.edgecolor": LIGHT["muted"],
     "axes.labelcolor": LIGHT["muted"],
     "axes.labelsize": 10.5,
