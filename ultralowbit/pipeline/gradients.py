@@ -21,6 +21,10 @@ from ultralowbit.nn.decoder import Decoder
 from ultralowbit.pipeline.ranks import Ranks, own_batches
 from ultralowbit.progress import OnProgress, Progress
 
+LOGITS = 1 << 24
+"""Predictions that are made at a time, 64 MB each of what is made of them in fp32: for so many tokens at once that the
+products with a large head are not much slower than for all."""
+
 Seen = Callable[[str, Tensor, Tensor], None]
 """Is told of each Linear in turn its name, what enters it [..., in] and the gradient at what leaves it
 [..., out]."""
@@ -115,17 +119,26 @@ def _after_blocks(
     """The gradient [1, length, d] of log p(y) with respect to what leaves the blocks, on the host, for y that the model
     draws at every position, by window."""
     generator = torch.Generator().manual_seed(0)
-    gradients = {}
+    few, gradients = max(1, LOGITS // decoder.config.get_text_config().vocab_size), {}
     with decoder.after_blocks() as logits:
         for k, window in enumerate(tokens):
             draw = torch.rand(len(window), 1, generator=generator, dtype=torch.float32).to(decoder.device)
             if k not in own:
                 continue
-            leaving = hidden[k][-1].to(decoder.device).requires_grad_(True)
-            log_p = logits(window[None].to(decoder.device), leaving).float().log_softmax(-1)[0]  # [length, vocab]
-            with torch.no_grad():
-                y = torch.searchsorted(log_p.exp().cumsum(-1), draw).clamp_max(log_p.shape[-1] - 1)
-            (gradient,) = torch.autograd.grad(log_p.gather(1, y).sum(), leaving)
-            gradients[k] = gradient.cpu()
+            parts = (part.split(few) for part in (window.to(decoder.device), hidden[k][-1][0].to(decoder.device), draw))
+            gradients[k] = torch.cat([_of_drawn(logits, *rows).cpu() for rows in zip(*parts, strict=True)], 1)
             step(len(gradients), len(own))
     return gradients
+
+
+def _of_drawn(logits: Callable[[Tensor, Tensor], Tensor], tokens: Tensor, leaving: Tensor, draw: Tensor) -> Tensor:
+    """The gradient [1, tokens, d] of log p(y), y drawn by numbers `draw` [tokens, 1] below 1, for some tokens of which
+    `leaving` [tokens, d] leaves the blocks; no position looks at another there."""
+    leaving = leaving[None].requires_grad_(True)
+    z = logits(tokens[None], leaving)[0]  # [tokens, vocab]
+    with torch.no_grad():
+        p = z.float().log_softmax(-1).exp_()
+        y = torch.searchsorted(p.cumsum(-1), draw).clamp_max(p.shape[-1] - 1)
+        of_logits = p.neg_().scatter_add_(1, y, torch.ones_like(draw)).to(z.dtype)
+    (gradient,) = torch.autograd.grad(z, leaving, of_logits)
+    return gradient
