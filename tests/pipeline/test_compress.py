@@ -544,13 +544,33 @@ def test_an_out_below_a_file_is_refused(source, recipe, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_work_folder_that_is_not_ours_is_refused_and_untouched(source, recipe, tmp_path):
-    (tmp_path / "out.work").mkdir()
-    (tmp_path / "out.work/thesis.txt").write_text("mine")
+@pytest.mark.parametrize("name", ["thesis.txt", "blocks/house.blend", "job.json", "lock"])
+def test_a_work_folder_that_is_not_ours_is_refused_and_untouched(source, recipe, tmp_path, name):
+    mine = tmp_path / "out.work" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
     for restart in (False, True):
-        with pytest.raises(InputError, match=r"out.work"):
+        with pytest.raises(InputError, match=r"out.work holds files that are not ours"):
             compress(str(source), recipe(), tmp_path / "out", restart=restart)
-    assert (tmp_path / "out.work/thesis.txt").read_text() == "mine"
+    assert mine.read_text() == "mine" and [*(tmp_path / "out.work").rglob("*.*")] in ([], [mine])
+
+
+@pytest.mark.parametrize("keep", [{"job.json", "lock"}, {"lock"}, set()])
+def test_a_work_folder_that_was_being_removed_is_ours(source, undisturbed, tmp_path, monkeypatch, keep):
+    """A kill while unfinished work is discarded leaves the mark until the lock alone is left."""
+    monkeypatch.chdir(tmp_path)
+    interrupted(source, undisturbed[0], Path("out"))
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+
+        def killed(path: Path) -> None:
+            if {other.name for other in path.parent.iterdir()} == keep:
+                raise KeyboardInterrupt
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+        patch.setattr("ultralowbit.checkpoint.job._remove", killed)
+        compress(str(source), undisturbed[0], "out", restart=True)
+    compress(str(source), undisturbed[0], "out", restart=True)
+    assert_same(tmp_path / "out", undisturbed[1])
 
 
 def test_two_processes_do_not_write_one_out(source, recipe, tmp_path):

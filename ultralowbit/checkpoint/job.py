@@ -198,11 +198,7 @@ class Job:
     def _start(self) -> None:
         """Begin with an empty work folder, once OUT is known to be one that can be replaced."""
         self._remove_work(keep=("lock",))
-        try:
-            (self.work / "blocks").mkdir()
-            self.commit()
-        except OSError as e:
-            raise_disk_full(e, self.work)
+        self.commit()
 
     def block_file(self, i: int) -> Path:
         return self.work / self.state.get("block_folder", "blocks") / f"{i:05d}.safetensors"
@@ -216,6 +212,10 @@ class Job:
         self._write(self.work / _OUTSIDE, tensors)
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except OSError as e:
+            raise_disk_full(e, path)
         write_tensors(path, tensors)
         self.record([path])
 
@@ -305,8 +305,9 @@ class Job:
             self._lock.release()
 
     def _remove_work(self, keep: tuple[str, ...] = ()) -> None:
-        """Remove what jobs make, and the folder if nothing else is in it."""
-        for path in self.work.iterdir() if self.work.exists() else ():
+        """Remove what jobs make, the mark after all else but the lock, and the folder if nothing else is in it."""
+        there = self.work.iterdir() if self.work.exists() else ()
+        for path in sorted(there, key=lambda path: (path.name == "lock", path.name == "job.json")):
             if _is_ours(path) and path.name not in keep:
                 _remove(path)
         if not keep:
@@ -353,14 +354,21 @@ def _is_ours(path: Path) -> bool:
 
 
 def _is_work(folder: Path) -> bool:
-    """Whether a folder is the work folder of a job: it has the mark, or nothing but what a start leaves."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"not a folder"}
-    if names <= {*_FILES, "blocks"}:
-        return True
+    """Whether a folder is the work folder of a job: it has the mark, or nothing but what lies there before the mark."""
+    return _is_marked(folder) or (folder.is_dir() and all(map(_is_of_a_start, folder.iterdir())))
+
+
+def _is_marked(folder: Path) -> bool:
     try:
         return read_json(folder / "job.json").items() >= _MARK.items()
     except CheckpointError:
         return False
+
+
+def _is_of_a_start(path: Path) -> bool:
+    if path.name.startswith(UNFINISHED):
+        return True
+    return path.name == "lock" and path.is_file() and path.stat().st_size == 0
 
 
 def _remove(path: Path) -> None:

@@ -251,8 +251,6 @@ def _finetune(
         state["layers"][name] |= {"error": None}
     for i in blocks:
         blocks[i] |= {name: plain.pop(name) for name in blocks[i].keys() & plain.keys()}
-    if ranks.is_first:
-        (job.work / "finetuned").mkdir(exist_ok=True)
     for i, tensors in blocks.items():
         job.write_block(i, tensors, "finetuned")
     if plain:
