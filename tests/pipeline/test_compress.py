@@ -244,15 +244,12 @@ def test_what_belongs_to_the_model_comes_along(model, recipe, tmp_path):
     (model / "linked.txt").symlink_to(tmp_path / "elsewhere.txt")
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates/tools.jinja").write_text("{{ tools }}")
-    (model / "code").mkdir()
-    (model / "code/layers.py").write_text("x = 1")
     out = compress(str(model), recipe(), tmp_path / "out").folder
     names = {p.name for p in out.iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= names
     assert {p.name for p in out.glob("*.safetensors")} == {"model.safetensors"}
     assert not {"README.md", "pytorch_model.bin", "folder", ".env", "linked.txt"} & names
     assert (out / "additional_chat_templates/tools.jinja").read_text() == "{{ tools }}"
-    assert (out / "code/layers.py").read_text() == "x = 1"
     again = Recipe.load(out / "recipe.yaml")
     assert again == recipe().with_sources(public_name)
     assert (out / "recipe.yaml").read_text().startswith("# ultralowbit compress ")
@@ -555,7 +552,7 @@ def test_a_work_folder_that_is_not_ours_is_refused_and_untouched(source, recipe,
     assert mine.read_text() == "mine" and [*(tmp_path / "out.work").rglob("*.*")] in ([], [mine])
 
 
-@pytest.mark.parametrize("keep", [{"job.json", "lock"}, {"lock"}, set()])
+@pytest.mark.parametrize("keep", [{"job.json", "lock"}, {"lock"}])
 def test_a_work_folder_that_was_being_removed_is_ours(source, undisturbed, tmp_path, monkeypatch, keep):
     """A kill while unfinished work is discarded leaves the mark until the lock alone is left."""
     monkeypatch.chdir(tmp_path)
