@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ultralowbit.recipe import Recipe, shipped
-from ultralowbit.report.gates import LADDER, Continuation, advice, collapsed, continuations, exceeded
+from ultralowbit.recipe import Recipe, at_bits, shipped
+from ultralowbit.report.gates import Continuation, advice, collapsed, continuations, exceeded
 from ultralowbit.report.schema import Limits
 
 
@@ -53,26 +53,44 @@ def test_worse_than_a_guess_is_a_collapse(build, value, vocabulary, gone):
 
 @pytest.mark.parametrize("name", shipped())
 def test_what_to_try_can_be_typed(name):
-    text = advice(Recipe.load(name))
-    settings = re.findall(r"--set (\S+?)\)", text)
-    assert text.startswith("Try ") and text.endswith(").") and settings
+    recipe = Recipe.load(name)
+    text = advice(recipe, 2.154, 4096)
+    settings, bits = re.findall(r"--set (\S+?)\)", text), re.findall(r"--bits ([\d.]+)", text)
+    assert text.startswith("Try ") and text.endswith(").") and bits and (settings or recipe.allocate is not None)
     for setting in settings:
-        assert Recipe.load(name, [setting]) != Recipe.load(name)
-    for recipe in re.findall(r"--recipe (\S+?)\)", text):
-        assert recipe in LADDER and recipe != name
+        assert Recipe.load(name, [setting]) != recipe
+    for number in bits:
+        assert Recipe.load("ulb", at_bits("ulb", number, "")).allocate.bits == float(number) <= 4
 
 
 def test_advice_goes_up():
-    assert "--set quantize.planes=2" in advice(Recipe.load("sign-1")) and "--recipe sign-2)" in advice(
-        Recipe.load("sign-1")
-    )
-    two = advice(Recipe.load("gptq-2bit"))
-    assert all(part in two for part in ("quantize.bits=3", "quantize.group=64", "--samples 256", "--recipe gptq-3bit"))
-    assert "quantize.bits=8" in advice(Recipe.load("gptq-4bit")) and "--recipe" not in advice(Recipe.load("gptq-4bit"))
-    assert "--samples" not in advice(Recipe.load("rtn-4bit"))  # it reads no text
-    assert "quantize.group" not in advice(Recipe.load("gptq-2bit", ["quantize.group=32"]))
+    assert "--set quantize.planes=2" in advice(Recipe.load("sign-1"), 1.004, 4096)
+    two = advice(Recipe.load("gptq-2bit"), 2.154, 256)
+    assert all(part in two for part in ("quantize.bits=3", "quantize.group=64", "--samples 256"))
+    assert "(--bits 2.2 --effort fast)" in two
+    four = advice(Recipe.load("gptq-4bit"), 4.156, 4096)
+    assert "quantize.bits=8" in four and "--effort" not in four
+    assert "--samples" not in advice(Recipe.load("rtn-4bit"), 4.156, 4096)  # it reads no text
+    assert "quantize.group" not in advice(Recipe.load("gptq-2bit", ["quantize.group=32"]), 2.2, 4096)
     skipped = Recipe.load("gptq-4bit", ["quantize.bits=8", "quantize.group=32", "calibration.samples=3"])
-    assert advice(skipped) == "Try more calibration text (--samples 6)."
+    assert advice(skipped, 8.5, 4096) == "Try more calibration text (--samples 6)."
+
+
+def test_advice_is_what_the_readme_measures():
+    """At any bits up to four ours is better than the papers', and a training is worth more than anything else."""
+    fast, trained = (advice(Recipe.load(name), 2.05, 4096) for name in ("ulb-fast", "ulb"))
+    assert fast.startswith("Try a short training (--bits 2 --effort default), more bits (--bits 2.5)")
+    assert trained.startswith("Try more bits (--bits 2.5)") and "--recipe" not in fast + trained
+    assert "group" not in fast + trained
+    assert "(--bits 2.1)" in advice(Recipe.load("sign-2-distilled"), 2.008, 4096)  # it trains too
+    most = advice(Recipe.load("ulb-fast", ["allocate.bits=4"]), 4, 4096)
+    assert "more bits" not in most and "--effort default" in most
+
+
+def test_groups_are_smaller_than_the_rows():
+    assert "quantize.group" not in advice(Recipe.load("sign-2"), 2.5, 32)
+    assert "quantize.group=32" in advice(Recipe.load("sign-2"), 2.5, 64)
+    assert "quantize.group=64" in advice(Recipe.load("sign-2"), 2.5, 128)
 
 
 class Words:

@@ -169,6 +169,18 @@ def test_calibrating_on_what_is_measured_is_told(compress, text, tmp_path):
             assert ("**Seen before.**" in (folder / name).read_text()) is seen
 
 
+def test_an_original_that_guesses_is_told_of_itself(compress):
+    """Not as a collapse of what was made from it: on the screen, in report.md and the card."""
+    result, folder = compress()
+    report = read_file(folder / "report.json", RunReport, "")
+    assert report.original.metrics["perplexity"][0].perplexity > report.vocabulary  # it is random
+    assert report.hopeless == ["text.txt"] and not report.collapsed
+    assert "THE ORIGINAL GUESSES" in result.output and "than a guess" in result.output
+    assert "the packed model predicts worse" not in " ".join(result.output.split())
+    for name in ("report.md", CARD):
+        assert "**The original guesses.** On text.txt" in (folder / name).read_text()
+
+
 @pytest.mark.parametrize("part", ["environment", "calibration", "layers"])
 def test_a_manifest_that_was_edited_is_one_sentence(compress, part):
     """Also where what is left of it satisfies all that the packed model needs to load."""

@@ -31,6 +31,12 @@ def show(report: RunReport, folder: Path) -> None:
         say(line, "dim")
     if original.not_measured:
         say(f"original {original.not_measured}", "yellow")
+    for source in report.hopeless:
+        shout(
+            "THE ORIGINAL GUESSES",
+            f"On {source} the original itself predicts worse than a guess among the {report.vocabulary} tokens of its "
+            "vocabulary: figures of it say nothing. Give a text that it was made for (--eval), or check the model.",
+        )
     for source in report.collapsed:
         shout(
             "COLLAPSED",

@@ -21,10 +21,8 @@ from ultralowbit.report.schema import Limits
 REPEATS = 0.5
 """Where one token takes this share of a continuation, it says nothing."""
 
-LADDER = ("sign-2", "gptq-3bit", "gptq-4bit")
-"""Recipes that measured best at about 2, 3 and 4 bits: see "Measured" in the README."""
-
-_COLUMNS = 4096
+OURS_TO = 4
+"""Bits a weight up to which `--bits` measured best: see "Measured" in the README."""
 
 
 def exceeded(limits: Limits, original: Measured, packed: Measured) -> list[str]:
@@ -111,10 +109,31 @@ def continuations(
     return results
 
 
-def advice(recipe: Recipe) -> str:
-    """Say in one sentence what to try where a model came out too bad, and what to type for it."""
-    quantize = recipe.quantize
-    smaller = lambda size: [s for s in (128, 64, 32) if size is None or s < size]  # noqa: E731
+def advice(recipe: Recipe, bits: float, columns: int) -> str:
+    """Say in one sentence what to try where a model came out too bad, and what to type for it.
+
+    bits: true ones of a packed weight; columns: of the narrowest one.
+    """
+    hints = _about_ours(recipe) if recipe.allocate is not None else _about_others(recipe, bits, columns)
+    if recipe.reads_text:
+        hints.append(f"more calibration text (--samples {2 * recipe.calibration.samples})")
+    return f"Try {', '.join(hints[:-1])} or {hints[-1]}." if hints[1:] else f"Try {hints[0]}." if hints else ""
+
+
+def _about_ours(recipe: Recipe) -> list[str]:
+    """What helps where planes are shared out among Linears."""
+    bits, hints = recipe.allocate.bits, []
+    if recipe.finetune is None:
+        hints.append(f"a short training (--bits {bits:g} --effort default)")
+    if bits < OURS_TO:
+        hints.append(f"more bits (--bits {min(bits + 0.5, OURS_TO):g})")
+    return hints
+
+
+def _about_others(recipe: Recipe, bits: float, columns: int) -> list[str]:
+    """What helps where each Linear is packed alike."""
+    quantize, hints = recipe.quantize, []
+    smaller = lambda size: [s for s in (128, 64, 32) if s < min(size or columns, columns)]  # noqa: E731
     steps: Sequence[tuple[str, str, Callable[[Any], Iterable[Any]]]] = (
         ("bits", "more bits", lambda bits: range(bits + 1, 9)),
         ("planes", "more sign planes", lambda planes: range(planes + 1, 9)),
@@ -122,18 +141,15 @@ def advice(recipe: Recipe) -> str:
         ("group", "smaller groups", smaller),
         ("block", "smaller blocks", smaller),
     )
-    hints = []
-    if recipe.allocate is not None:
-        hints.append(f"more bits (--bits {recipe.allocate.bits + 0.5:g})")
     for key, words, values in steps:
-        if hasattr(quantize, key) and not (key == "planes" and recipe.allocate is not None):
+        if hasattr(quantize, key):
             value = next((v for v in values(getattr(quantize, key)) if _takes(quantize, key, v)), None)
             hints += [] if value is None else [f"{words} (--set quantize.{key}={value})"]
-    if recipe.reads_text:
-        hints.append(f"more calibration text (--samples {2 * recipe.calibration.samples})")
-    if larger := _next_recipe(recipe):
-        hints.append(f"another recipe (--recipe {larger})")
-    return f"Try {', '.join(hints[:-1])} or {hints[-1]}." if hints[1:] else f"Try {hints[0]}." if hints else ""
+    if bits < OURS_TO:
+        trains = any((recipe.preprocess, recipe.blockwise, recipe.finetune))
+        alike = f"--bits {math.ceil(10 * bits) / 10:g}{'' if trains else ' --effort fast'}"
+        hints.append(f"our best at about as many bits ({alike})")
+    return hints
 
 
 def _takes(quantize: Any, key: str, value: Any) -> bool:
@@ -142,13 +158,3 @@ def _takes(quantize: Any, key: str, value: Any) -> bool:
     except ValidationError:
         return False
     return True
-
-
-def _next_recipe(recipe: Recipe) -> str | None:
-    """The first recipe of the ladder that stores clearly more bits than this one."""
-
-    def bits(quantize: Any) -> float:
-        return 8 * quantize.format(_COLUMNS).nbytes(_COLUMNS, _COLUMNS) / _COLUMNS**2
-
-    enough = (bits(recipe.quantize) if recipe.allocate is None else recipe.allocate.bits) + 0.25
-    return next((name for name in LADDER if bits(Recipe.load(name).quantize) > enough), None)

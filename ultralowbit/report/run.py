@@ -121,8 +121,11 @@ def compress_and_measure(
     models = Models(folder, out, where, pick_dtype(folder, where), trust_remote_code, watch, model, recipe.name)
     models.measure(report, wanted, known or {}, thorough)
     report.seen = _seen(compressed, wanted)
-    report.limits, report.advice = limits, advice(recipe)
-    report.collapsed = collapsed(report.packed.metrics, report.vocabulary)
+    columns = min(layer.shape[1] for layer in report.layers)
+    report.limits, report.advice = limits, advice(recipe, report.packed.size.bits, columns)
+    report.hopeless = collapsed(report.original.metrics, report.vocabulary)
+    gone = collapsed(report.packed.metrics, report.vocabulary)
+    report.collapsed = [source for source in gone if source not in report.hopeless]
     report.exceeded = exceeded(limits, report.original.metrics, report.packed.metrics)
     write_file(out / REPORT, report)
     write_texts(report, model, folder, out, load_from or out.resolve().name, watch)

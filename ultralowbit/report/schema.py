@@ -189,7 +189,9 @@ class RunReport(File):
     exceeded: list[str] = Field(default_factory=list)
     """A sentence for each limit that does not hold."""
     collapsed: list[str] = Field(default_factory=list)
-    """The texts that the packed model predicts worse than a guess."""
+    """The texts that the packed model predicts worse than a guess, and the original does not."""
+    hopeless: list[str] = Field(default_factory=list)
+    """The texts that the original predicts worse than a guess."""
     advice: str = ""
 
     @field_serializer("recipe")
