@@ -343,6 +343,14 @@ def spawn(source: Path, recipe: Recipe, root: Path) -> subprocess.Popen:
     )
 
 
+def test_a_mean_over_fewer_linears_says_so(source, recipe, tmp_path):
+    """Rounding asks for no statistics: what it loses in a Linear with inputs of its own is not measured."""
+    lines = Lines()
+    method = {"match": "*.down_proj", "quantize": {"method": "rtn", "bits": 4}}
+    compress(str(source), recipe(overrides=[method]), tmp_path / "out", progress=lines)
+    assert ", 6 of 7 measured, " in lines.said[0]
+
+
 def test_a_process_killed_after_a_block_is_gone_on_with_by_another(source, undisturbed, tmp_path):
     recipe, expected = undisturbed
     with spawn(source, recipe, tmp_path) as process:

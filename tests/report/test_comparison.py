@@ -26,12 +26,14 @@ from ultralowbit.eval.fidelity import Depth
 from ultralowbit.eval.schema import Evaluation, ModelResults, read_file, to_json, write_file
 from ultralowbit.eval.scores import Score, averages
 from ultralowbit.eval.zeroshot import ZeroShot
+from ultralowbit.progress import Silent
 from ultralowbit.report import labels, plots, style
 from ultralowbit.report.columns import cell
 from ultralowbit.report.comparison import collect, front, write_comparison
 from ultralowbit.report.figures import pictures
+from ultralowbit.report.run import write_texts
 from ultralowbit.report.runs import read_run
-from ultralowbit.report.schema import ComparedRow, Comparison, Section
+from ultralowbit.report.schema import ComparedRow, Comparison, RunReport, Section
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -444,6 +446,23 @@ def test_blocks_without_a_packed_linear_are_gaps(run, build, tmp_path):
     (axes,) = plot.draw(style.WIDE).axes
     first, gap, last = axes.get_lines()[0].get_ydata()
     assert math.isnan(gap) and axes.get_ylim()[0] < first < last < axes.get_ylim()[1]
+
+
+def test_means_over_fewer_linears_say_so(run, build, tmp_path):
+    whole = run("a", "sign-2", 2.1, [build.perplexity(62.5)])
+    some = run("b", "mixed", 2.2, [build.perplexity(61.5)])
+    report = read_file(some / "report.json", RunReport, "")
+    report.layers[0].error = None
+    write_file(some / "report.json", report)
+    write_comparison([whole, some], tmp_path / "out")
+    captions = [
+        plot.caption for plot in pictures(collect([whole, some], tmp_path)[0]) if plot.name.startswith("error-")
+    ]
+    assert captions and all(caption.endswith(" Of mixed, 5 of 6 measured.") for caption in captions)
+    assert (tmp_path / "out/report.html").read_text().count("with the largest error, 5 of 6 measured") == 1
+    write_texts(report, "tiny", tmp_path, some, "tiny", Silent())
+    said = (some / "report.md").read_text()
+    assert "These 6 of 6 Linears have the largest error (5 of 6 measured), which" in said
 
 
 def test_long_names_leave_room():

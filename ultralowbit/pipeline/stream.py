@@ -419,5 +419,6 @@ def _block_line(name: str, layers: dict[str, dict[str, Any]], tuned: dict[str, A
     weights = sum(v["shape"][0] * v["shape"][1] for v in layers.values())
     seconds = sum(layer["seconds"] for layer in layers.values())
     error = f"output error {sum(errors) / len(errors):.2%} mean, {max(errors):.2%} worst, " if errors else ""
+    error += f"{len(errors)} of {len(layers)} measured, " if 0 < len(errors) < len(layers) else ""
     line = f"{name}: {len(layers)} Linears, {error}{bits / weights:.3f} bits per weight, {seconds:.1f} s quantizing"
     return line if tuned is None else f"{line}, tuned from {tuned['before']:.4g} to {tuned['after']:.4g}"

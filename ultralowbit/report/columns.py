@@ -8,7 +8,7 @@ from itertools import groupby
 
 from ultralowbit.eval.base import Column
 from ultralowbit.report.markdown import escape, table
-from ultralowbit.report.schema import ComparedRow, Section
+from ultralowbit.report.schema import ComparedRow, PackedLinear, Section
 from ultralowbit.units import format_quantity
 
 FIXED = (
@@ -58,6 +58,12 @@ def section_table(section: Section) -> str:
         label = escape(row.label)
         lines.append([f"**{label}**" if row.on_front else label, *(cell(row, column) for column in section.columns)])
     return table(["", *titles], lines)
+
+
+def measured(layers: Sequence[PackedLinear]) -> str:
+    """How many of the Linears have a measured error, "5 of 6 measured", where not all of them have one."""
+    count = sum(layer.error is not None for layer in layers)
+    return f"{count} of {len(layers)} measured" if count < len(layers) else ""
 
 
 def slug(name: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ultralowbit.eval.base import Column
 from ultralowbit.report import plots
-from ultralowbit.report.columns import place, slug
+from ultralowbit.report.columns import measured, place, slug
 from ultralowbit.report.labels import Point
 from ultralowbit.report.schema import ORIGINAL, ComparedLayer, ComparedRow, Section
 from ultralowbit.report.style import Plot
@@ -111,14 +111,17 @@ def _errors(section: Section) -> list[Plot]:
     if not depth:
         return []
     lost = "share of the output lost"
+    fewer = [(row.label, measured(row.layers)) for row in section.rows if row.label in labels]
+    noted = "".join(f" Of {label}, {of}." for label, of in fewer if of)
     drawn = [
         Plot(
             "error-by-depth", "Where in the model it is lost",
-            "Share of the energy of the Linears' outputs that is lost on the calibration text: the mean of a block.",
+            "Share of the energy of the Linears' outputs that is lost on the calibration text: the mean of a block."
+            + noted,
             plots.lines(depth, "block", lost, percent=True),
         ),
         Plot(
-            "error-by-linear", "In which Linears it is lost", "The same share: the mean of a kind of Linear.",
+            "error-by-linear", "In which Linears it is lost", "The same share: the mean of a kind of Linear." + noted,
             plots.dots(by_kind, labels, lost),
         ),
     ]  # fmt: skip
@@ -126,7 +129,7 @@ def _errors(section: Section) -> list[Plot]:
     if by_kind:
         caption = (
             "What the Linears lose, divided by the least that any code of as many bits can lose, scales included: the "
-            "rate-distortion bound of their inputs for Gaussian weights. The mean of a kind of Linear."
+            f"rate-distortion bound of their inputs for Gaussian weights. The mean of a kind of Linear.{noted}"
         )
         plot = plots.dots(by_kind, labels, "times the bound", percent=False)
         drawn.append(Plot("error-beside-the-bound", "How far it is from the limit", caption, plot))

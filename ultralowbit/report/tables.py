@@ -15,7 +15,7 @@ from ultralowbit.eval.base import Measured, without_original
 from ultralowbit.eval.metric import METRICS, protocols, sentences
 from ultralowbit.eval.schema import Evaluation, ModelResults
 from ultralowbit.eval.scores import Average
-from ultralowbit.report.columns import place
+from ultralowbit.report.columns import measured, place
 from ultralowbit.report.markdown import code, escape, table
 from ultralowbit.report.schema import Layer, Row
 from ultralowbit.units import format_bytes, format_number, format_seconds
@@ -42,7 +42,7 @@ def render(template: str, **values: Any) -> str:
     }
     environment.globals |= {
         "markdown": markdown, "protocols": protocols, "sentences": sentences, "sparsity_lines": sparsity_lines,
-        "bits_map": bits_map, "mean_times_bound": mean_times_bound,
+        "bits_map": bits_map, "mean_times_bound": mean_times_bound, "measured": measured,
     }  # fmt: skip
     text = (files("ultralowbit.report") / "templates" / template).read_text(encoding="utf-8")
     return environment.from_string(text).render(values)
