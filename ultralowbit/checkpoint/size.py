@@ -129,8 +129,8 @@ class Size:
 
     @property
     def compression(self) -> float:
-        """How many times smaller than in fp16."""
-        return self.fp16_bytes / self.total_bytes
+        """How many times smaller the files are than the weights in fp16."""
+        return self.fp16_bytes / self.file_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Fields and totals, as JSON values."""
