@@ -296,7 +296,22 @@ def test_recipes(run, tmp_path):
 def test_dry_run_writes_nothing(run, model, text, tmp_path):
     result = run("compress", model, "--recipe", "sign-1", *options(text), "--dry-run")
     assert result.exit_code == 0 and "bits per weight" in result.stdout
+    assert "packed blocks and the files they are merged into" in result.stdout
+    assert f"measuring on {text} is not in the estimates" in " ".join(result.stdout.split())
     assert not list(tmp_path.iterdir())
+    none = run("compress", model, "--recipe", "sign-1", *options(text)[:-6], "--eval", "none", "--dry-run")
+    assert none.exit_code == 0 and "measuring on" not in none.stdout
+
+
+def test_a_dry_run_refuses_a_place_that_cannot_be_written(run, model, text, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine.work").mkdir()
+    (tmp_path / "mine.work/notes.txt").write_text("")
+    for out, words in (("file/a/b", "cannot be written"), ("file", "is a file"), ("mine", "not ours")):
+        result = run("compress", model, "--recipe", "rtn-4bit", "--out", out, "--dry-run")
+        assert result.exit_code == 2 and words in result.stderr and "choose another --out" in result.stderr
+    assert len(list(tmp_path.rglob("*"))) == 4
 
 
 def test_demo_is_resumed_and_then_instant(run, model, text, tmp_path, monkeypatch):

@@ -165,7 +165,7 @@ def test_memory_and_disk_follow_the_calibration(model):
     small = estimate(str(model), recipe(model), device="cpu")
     large = estimate(str(model), recipe(model, samples=400), device="cpu")
     assert large.disk["activation files"] == 100 * small.disk["activation files"] == 100 * 2 * 4 * 16 * 64 * 4
-    assert large.disk["packed checkpoint"] == 2 * small.size.total_bytes
+    assert large.disk["packed blocks and the files they are merged into"] == 2 * small.size.total_bytes
     assert small.device_memory == {} and small.memory["this process"] > 1e7
     # the widest, of down: an fp32 sum and an fp32 factor
 

@@ -85,13 +85,7 @@ class Job:
         another model, recipe or calibration (`restart` discards it), if a file of it is not as it was committed, or if
         another process is at it.
         """
-        try:
-            job = cls(out, fingerprint)
-            job._refuse_what_is_not_ours()
-        except InputError:
-            raise
-        except (OSError, RuntimeError, ValueError) as e:  # too long, links in a circle, characters that no name has
-            raise InputError(f"--out is {str(out)!r}, which cannot be a folder ({reason(e)}): choose another") from e
+        job = cls._at(out, fingerprint)
         job._acquire()
         try:
             if job._resume(restart, progress):
@@ -104,6 +98,26 @@ class Job:
             job.close()
             raise
         return job
+
+    @classmethod
+    def _at(cls, out: Path, fingerprint: dict[str, Any]) -> Job:
+        """The job that would write `out`; `InputError` where that can be no folder, or holds something else."""
+        try:
+            job = cls(out, fingerprint)
+            job._refuse_what_is_not_ours()
+        except InputError:
+            raise
+        except (OSError, RuntimeError, ValueError) as e:  # too long, links in a circle, characters that no name has
+            raise InputError(f"--out is {str(out)!r}, which cannot be a folder ({reason(e)}): choose another") from e
+        return job
+
+    @classmethod
+    def check(cls, out: Path) -> None:
+        """Raise `InputError` where a job could not write `out`; nothing is written."""
+        work = cls._at(out, {}).work
+        above = next(path for path in (work, *work.parents) if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise InputError(f"{out} cannot be written (no folder can be made in {above}): choose another --out")
 
     @property
     def place(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,6 +37,8 @@ from ultralowbit.cli.render import show
 from ultralowbit.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
+    from ultralowbit.recipe import Recipe
+    from ultralowbit.report.run import Texts
     from ultralowbit.report.schema import RunReport
 
 OutOption = Annotated[
@@ -93,7 +96,6 @@ def compress(
 
     [bold]ultralowbit compress ./model --recipe gptq-2bit --set quantize.group=64 --calib notes.txt --out small[/]
     """
-    from ultralowbit.pipeline.estimate import estimate
     from ultralowbit.pipeline.ranks import Ranks
     from ultralowbit.report.run import Texts, compress_and_measure
     from ultralowbit.report.schema import Limits
@@ -106,7 +108,7 @@ def compress(
         folder = out_folder or Path(default_name(model, chosen))
         if dry_run:
             if ranks.is_first:
-                say(str(estimate(model, chosen, ranks.device(device), trust_remote_code, folder, ranks.size)))
+                _say_plan(model, chosen, ranks.device(device), trust_remote_code, folder, ranks.size, measured)
             return
         _check_push(push_to_hub, private)
         download(model, quiet)
@@ -122,6 +124,22 @@ def compress(
 def _windows(samples: int | None, length: int | None) -> list[str]:
     """Settings of the calibration windows that options ask for."""
     return [f"calibration.{key}={value}" for key, value in given(samples=samples, length=length).items()]
+
+
+def _say_plan(
+    model: str, recipe: Recipe, device: str, trust_remote_code: bool, folder: Path, ranks: int, measured: Texts
+) -> None:
+    """Print what the run would need, also that what it measures afterwards is not counted; `InputError` where it could
+    not write its folder."""
+    from ultralowbit.checkpoint.job import Job
+    from ultralowbit.pipeline.estimate import estimate
+
+    Job.check(folder)
+    planned = estimate(model, recipe, device, trust_remote_code, folder, ranks)
+    if sources := measured.for_recipe(recipe).sources:
+        note = f"measuring on {' and '.join(sources)} is not in the estimates (--eval none leaves it out)"
+        planned = replace(planned, notes=[*planned.notes, note])
+    say(str(planned))
 
 
 def _check_push(repo: str | None, private: bool) -> None:

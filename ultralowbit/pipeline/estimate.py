@@ -195,7 +195,7 @@ def estimate(
         stages=stage_memory(work, recipe),
         smaller=smaller_memory(work, recipe),
         disk={
-            "packed checkpoint": 2 * size.total_bytes,  # the blocks, and what they are merged into
+            "packed blocks and the files they are merged into": 2 * size.total_bytes,
             "activation files": work.files * work.activations,
             **({"what enters every block": work.depths} if work.depths else {}),
             **({"Fisher information of outputs": work.kept_outputs} if work.kept_outputs else {}),
