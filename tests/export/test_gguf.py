@@ -148,10 +148,19 @@ def test_packed_embeddings_are_exact_in_blocks_of_32(method, kind, name, save_pa
 
 def test_packed_embeddings_that_no_block_holds(save_packed, small_config, tmp_path):
     folder = save_packed(small_config("llama"), FOUR, tmp_path / "model", embeddings=RTN(bits=8, group=None))
-    refused(folder, tmp_path, "embed_tokens exactly as it is stored.*embeddings: {method: ints, group: 32, symmetric")
+    refused(folder, tmp_path, "embed_tokens exactly as stored.*embeddings={method: ints, group: 32, symmetric")
     _, tensors = read(export(folder, "gguf", tmp_path / "m.gguf", dequantize=True))
     expected = load(folder).get_input_embeddings().packed.dequantize()
     assert torch.equal(values(tensors["token_embd.weight"]), expected.half().float())
+
+
+def test_all_that_no_block_holds_is_refused_with_one_remedy(save_packed, small_config, tmp_path):
+    """A recipe that leaves the embedding in 16 bits is enough for both."""
+    folder = save_packed(
+        small_config("llama"), Sign(planes=2, group=128), tmp_path / "model", embeddings=RTN(bits=8, group=None)
+    )
+    weights = len(json.loads((folder / "config.json").read_text())["quantization_config"]["modules"])
+    refused(folder, tmp_path, f"{weights} of the packed weights, such as model.layers.0.*2sign.*--recipe q2_0`, whose")
 
 
 def test_norms_of_gemma_are_what_transformers_multiplies_by(save_packed, small_config, tmp_path):

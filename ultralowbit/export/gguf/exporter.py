@@ -147,7 +147,7 @@ def _say_types(tensors: Tensors, progress: Progress) -> None:
 
 def _why_larger(packed: list[Stored]) -> str:
     """Rows that the blocks of the recipe's own type do not divide, or another recipe."""
-    recipe, kind = fitting_recipe(packed[0].format)
+    recipe, kind = fitting_recipe(packed[0].format.claimed_bits)
     undivided = next((tensor for tensor in packed if tensor.shape[1] % kind.size), None)
     if undivided is not None:
         return f"rows of {undivided.shape[1]} columns are no whole blocks of {kind.name}, which have {kind.size}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,13 +75,13 @@ class Tensors:
     def _plan(self, model: PreTrainedModel) -> Iterator[Stored]:
         modules = {n: module for n, module in model.named_modules() if isinstance(module, PackedModule)}
         inside = {f"{n}.{tensor}" for n, module in modules.items() for tensor in module.format.row_axes}
-        for name, module in modules.items():
-            if not self.dequantize:
-                _check_format(name, module.format)
+        blocks = {} if self.dequantize else {name: self._block(name, module) for name, module in modules.items()}
+        if unfit := {name: modules[name].format for name, block in blocks.items() if block is None}:
+            raise _inexact(unfit)
         for name, tensor in model.state_dict().items():
             module = modules.get(name.removesuffix(".weight"))
             if module is not None and name.endswith(".weight"):
-                yield self._packed(name, module)
+                yield self._packed(name, module, blocks.get(name.removesuffix(".weight")))
             elif name not in inside and name in self.key_of:
                 yield self._plain(name, tuple(tensor.shape))
             elif name not in inside and name not in tied_names(model):
@@ -97,15 +98,18 @@ class Tensors:
             )
         return own
 
-    def _packed(self, name: str, module: PackedModule) -> Stored:
+    def _block(self, name: str, module: PackedModule) -> BlockType | None:
+        """The block type that holds a packed module's weight exactly; None where none does."""
+        if not is_product(module.format):
+            return None
         shape = (module.out_features, module.in_features)
-        weight = self._weight(name, module.format, shape)
-        if self.dequantize:
+        return exact_type(Multiples.of(self._weight(f"{name}.weight", module.format, shape)))
+
+    def _packed(self, name: str, module: PackedModule, block: BlockType | None) -> Stored:
+        shape = (module.out_features, module.in_features)
+        if block is None:
             read = partial(self._dequantized, name, module.format, shape)
             return Stored(self._name(name), shape, F16, 2 * math.prod(shape), read, module.format)
-        block = exact_type(Multiples.of(weight))
-        if block is None:
-            raise _inexact(name, module.format)
         read = partial(self._blocks, name, module.format, shape, block)
         return Stored(self._name(name), shape, block.number, block.bytes_of(shape), read, module.format, block)
 
@@ -175,28 +179,28 @@ def _is_outside(name: str) -> bool:
     return name.removesuffix(".weight").endswith(("embed_tokens", "lm_head"))
 
 
-def _check_format(name: str, format: Format) -> None:
-    """Raise `InputError` for a format that no block type holds, whatever is stored."""
-    if not is_product(format):
-        raise _inexact(name, format)
-
-
-def fitting_recipe(format: Format) -> tuple[str, BlockType]:
-    """The recipe nearest to a format, and the block type that holds its weights exactly."""
-    enough = [(recipe, kind) for recipe, kind in _RECIPES.items() if kind.bits > format.claimed_bits]
+def fitting_recipe(bits: float) -> tuple[str, BlockType]:
+    """The recipe nearest to so many bits a code, and the block type that holds its weights exactly."""
+    enough = [(recipe, kind) for recipe, kind in _RECIPES.items() if kind.bits > bits]
     return enough[0] if enough else ("q4_0", _RECIPES["q4_0"])
 
 
-def _inexact(name: str, format: Format) -> InputError:
-    if format.in_features % 32:
+def _inexact(unfit: Mapping[str, Format]) -> InputError:
+    """The error for packed weights, by name, that no block type holds, with what makes all of them fit."""
+    inside = {name: format for name, format in unfit.items() if not _is_outside(name)}
+    undivided = {name: format for name, format in unfit.items() if format.in_features % 32}
+    name, format = next(iter((undivided or inside or unfit).items()))
+    if undivided:
         remedy = f"all of them hold blocks of 32 to 128 columns, and its rows have {format.in_features}"
-    elif _is_outside(name):
-        remedy = "compress again with `embeddings: {method: ints, group: 32, symmetric: true}` and without rotation"
+    elif inside:
+        recipe, _ = fitting_recipe(statistics.fmean(format.claimed_bits for format in inside.values()))
+        remedy = f"compress the model again with `--recipe {recipe}`, whose weights they do hold"
     else:
-        remedy = f"compress the model again with `--recipe {fitting_recipe(format)[0]}`, whose weights they do hold"
+        remedy = "compress the model again with `--set 'embeddings={method: ints, group: 32, symmetric: true}'`"
+    what = name if len(unfit) == 1 else f"{len(unfit)} of the packed weights, such as {name},"
     return InputError(
-        f"no block type of llama.cpp holds {name.removesuffix('.weight')} exactly as it is stored, {format.summary}: "
-        f"{remedy}, or give --dequantize to write 16 bits a weight"
+        f"no block type of llama.cpp holds {what} exactly as stored, {format.summary}: {remedy}, or give --dequantize "
+        "to write 16 bits a weight"
     )
 
 
