@@ -181,6 +181,7 @@ def test_a_text_is_tokenized_once(tmp_path, kept, gpt2, small):
     size = (tmp_path / "a.txt").stat().st_size
     assert seen[-1] == (size, size)
     assert len(kept()) == 1 and small
+    assert kept()[0].stat().st_mode == (tmp_path / "a.txt").stat().st_mode  # for whom the umask says
     small.clear()
     again = text_tokens(source, "train", gpt2)
     assert isinstance(again, np.memmap) and np.array_equal(again, first)

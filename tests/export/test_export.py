@@ -49,6 +49,12 @@ def test_a_dense_checkpoint_is_a_plain_one_with_the_same_weights(packed, tmp_pat
     assert not (out / "manifest.json").exists() and not (out / "recipe.yaml").exists()
 
 
+def test_files_are_for_whom_the_umask_says(packed, tmp_path):
+    (tmp_path / "new").write_text("")
+    out = export(packed, "dense", tmp_path / "dense")
+    assert {path.stat().st_mode for path in out.iterdir() if path.is_file()} == {(tmp_path / "new").stat().st_mode}
+
+
 def test_what_cannot_be_exported_is_said_before_anything_is_written(packed, tmp_path):
     with pytest.raises(InputError, match=r"no exporter 'onnx', expected one of dense, gguf"):
         export(packed, "onnx", tmp_path / "x")

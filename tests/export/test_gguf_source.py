@@ -38,6 +38,8 @@ def test_a_file_is_the_model_that_it_means(save_packed, small_config, tmp_path, 
     file = export(folder, "gguf", tmp_path / "m.gguf")
     decoded = resolve_model(str(file))
     assert "m.gguf is a GGUF file whose weights are 85% Q4_0, 15% F16: they are read as 16-bit floats" in caplog.text
+    for path in (decoded, *decoded.iterdir()):  # for whom the umask says, whatever wrote it
+        assert path.stat().st_mode == (tmp_path / "model" if path.is_dir() else decoded / "config.json").stat().st_mode
     theirs, mine = AutoModelForCausalLM.from_pretrained(decoded, dtype=torch.float32), load(folder)
     for name, module in mine.named_modules():
         if hasattr(module, "packed"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ultralowbit.checkpoint.storage import json_digest
+from ultralowbit.checkpoint.storage import follow_umask, json_digest
 from ultralowbit.errors import InputError, reason
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def _decode(file: Path, folder: Path) -> None:
     place = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         _save(file, place, torch.bfloat16 if "BF16" in weights else torch.float16)
+        follow_umask(place, *place.iterdir())
         place.replace(folder)
     finally:
         shutil.rmtree(place, ignore_errors=True)

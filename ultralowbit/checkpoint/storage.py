@@ -153,6 +153,15 @@ def read_json(path: Path, remedy: str = "copy it again") -> dict[str, Any]:
     return value
 
 
+def follow_umask(*paths: Path) -> None:
+    """Give files and folders the modes that new ones get here: safetensors and tempfile make theirs for the owner
+    alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in paths:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 def sync_folder(path: Path) -> None:
     """Wait until the names in a folder are on disk."""
     fd = os.open(path, os.O_RDONLY)

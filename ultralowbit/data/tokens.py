@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ultralowbit.checkpoint.storage import json_digest
+from ultralowbit.checkpoint.storage import follow_umask, json_digest
 from ultralowbit.data.corpora import Split, read_pieces
 from ultralowbit.data.tokenize import rust_tokenizer, tokenize
 from ultralowbit.errors import InputError, reason
@@ -167,6 +167,7 @@ def _write(path: Path, parts: Iterable[np.ndarray]) -> None:
             file.write(digest.digest())
             file.flush()
             os.fsync(file.fileno())
+        follow_umask(part_file)
         part_file.replace(path)
     finally:
         part_file.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ultralowbit.checkpoint.manifest import MANIFEST, read_manifest
+from ultralowbit.checkpoint.storage import follow_umask
 from ultralowbit.export.base import Exporter
 from ultralowbit.nn.hf import load
 from ultralowbit.progress import Progress
@@ -21,6 +22,7 @@ class DenseExporter(Exporter):
         manifest = read_manifest(folder)
         progress.start("writing the dense model", 1)
         load(folder).dequantize().save_pretrained(out)
+        follow_umask(*out.iterdir())
         written = {path.name for path in out.iterdir()} | {MANIFEST, "recipe.yaml", "config.json"}
         for name in manifest["files"]:
             if name not in written and not name.endswith((".safetensors", ".safetensors.index.json")):
