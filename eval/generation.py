@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, TextStreamer
 
 from ultralowbit.errors import CheckpointError, InputError
+
+log = logging.getLogger(__name__)
 
 
 class _Stream(TextStreamer):
@@ -48,11 +51,13 @@ def generate(
 ) -> str:
     """The prompt and what the model writes after it: the likeliest tokens at temperature 0, else samples.
 
-    `on_text` gets the same text in pieces as it comes. The global random state stays as it was.
+    `on_text` gets the same text in pieces as it comes. The global random state stays as it was. It ends with the
+    model's context; `InputError` where the prompt leaves no room in it.
     """
     inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].shape[1]:
         raise InputError("the prompt has no tokens: give a few words to continue")
+    max_new_tokens = _within_context(model, inputs["input_ids"].shape[1], max_new_tokens)
     sampling = {"do_sample": False}
     if temperature:
         checks = LogitsProcessorList([_Samples(temperature)])
@@ -68,3 +73,19 @@ def generate(
             **sampling,
         )
     return tokenizer.decode(tokens[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _within_context(model: PreTrainedModel, prompt: int, wanted: int) -> int:
+    """How many tokens can be written after a prompt of so many, where so many are wanted; fewer are warned of."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None or prompt + wanted <= context:
+        return wanted
+    if prompt >= context:
+        raise InputError(
+            f"the prompt has {prompt} tokens and the model's context is {context}: give at most {context - 1} of them"
+        )
+    log.warning(
+        "the model's context is %d tokens, of which the prompt takes %d: at most %d are written instead of %d",
+        context, prompt, context - prompt, wanted,
+    )  # fmt: skip
+    return context - prompt

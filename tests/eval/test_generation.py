@@ -40,3 +40,15 @@ def test_a_collapsed_model_is_named(model, tokenizer, value):
 def test_a_temperature_too_small_to_divide_by_is_named(model, tokenizer):
     with pytest.raises(InputError, match="temperature of 1e-42 is too small"):
         generate(model, tokenizer, "ab", max_new_tokens=2, temperature=1e-42)
+
+
+def test_it_ends_with_the_context(model, tokenizer, caplog):
+    model.config.max_position_embeddings = 12
+    text = generate(model, tokenizer, "abcd", max_new_tokens=2000)
+    prompt = tokenizer("abcd")["input_ids"]
+    written = len(tokenizer(text)["input_ids"])
+    assert written <= 12 and f"context is 12 tokens, of which the prompt takes {len(prompt)}: at most" in caplog.text
+    caplog.clear()
+    assert generate(model, tokenizer, "abcd", max_new_tokens=12 - len(prompt)) == text and not caplog.text
+    with pytest.raises(InputError, match=r"tokens and the model's context is 12: give at most 11 of them"):
+        generate(model, tokenizer, "abcd" * 3, max_new_tokens=1)
