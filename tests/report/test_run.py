@@ -86,7 +86,8 @@ def compress(save_model, tiny_config, text, tmp_path, monkeypatch):
 
     def run(*options: str):
         command = ["compress", str(model), "--recipe", "rtn-4bit", "--out", "packed", "--device", "cpu", "-q"]
-        result = CliRunner().invoke(app, [*command, "--eval", text, "--max-tokens", "640", *options])
+        texts = [] if "--eval" in options else ["--eval", text]
+        result = CliRunner().invoke(app, [*command, *texts, "--max-tokens", "640", *options])
         return result, tmp_path / "packed"
 
     return run
@@ -167,6 +168,21 @@ def test_calibrating_on_what_is_measured_is_told(compress, text, tmp_path):
         assert ("figures of it flatter" in " ".join(result.output.split())) is seen
         for name in ("report.md", CARD):
             assert ("**Seen before.**" in (folder / name).read_text()) is seen
+
+
+def test_a_default_text_of_another_kind_is_told(compress, text, monkeypatch):
+    """On the screen, in report.json, report.md and the card; not where one was named, or none was calibrated on."""
+    monkeypatch.setattr("ultralowbit.report.run.AUTO_TOKENS", 640)
+    calibrated = ["--recipe", "gptq-4bit", "--calib", text, "--length", "32", "--samples", "4"]
+    cases = (["--eval", "auto", *calibrated], True), (calibrated, False), (["--eval", "auto"], False)
+    for options, told in cases:
+        result, folder = compress(*options, "--restart")
+        assert result.exit_code == 0, result.output
+        words = "measured on python-docs, which is not the calibration's kind of text: give --eval"
+        assert (words in " ".join(result.output.split())) is told
+        assert read_file(folder / "report.json", RunReport, "").unlike == ("python-docs" if told else None)
+        for name in ("report.md", CARD):
+            assert ("**Another kind of text.**" in (folder / name).read_text()) is told
 
 
 def test_an_original_that_guesses_is_told_of_itself(compress):

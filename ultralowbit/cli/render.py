@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 def show(report: RunReport, folder: Path) -> None:
     """Print the table of a report, and below it what nobody may miss; `folder` is where it lies."""
     from ultralowbit.eval.metric import protocols, sentences
-    from ultralowbit.report.tables import sparsity_lines
+    from ultralowbit.report.tables import sparsity_lines, unlike_lines
 
     original, packed = report.original, report.packed
     out.print(rows_table([original, packed]))
     for line in [*protocols(packed.metrics), *sentences(packed.metrics), *sparsity_lines(packed)]:
         say(line, "dim")
+    for line in unlike_lines(report.unlike):
+        say(line, "yellow")
     if original.not_measured:
         say(f"original {original.not_measured}", "yellow")
     for source in report.hopeless:

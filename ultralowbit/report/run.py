@@ -53,6 +53,11 @@ class Texts:
             return self
         return replace(self, sources=(default_source(recipe),), max_tokens=self.max_tokens or AUTO_TOKENS)
 
+    def unlike(self, recipe: Recipe) -> str | None:
+        """The text that is measured on by default, where it is none that the recipe calibrates on."""
+        source = default_source(recipe) if self.sources is None and recipe.reads_text else None
+        return None if source in recipe.calibration.shares else source
+
     def read(
         self, folder: Path, recipe: Recipe, trust_remote_code: bool = False, progress: Progress | None = None
     ) -> list[EvalText]:
@@ -120,7 +125,7 @@ def compress_and_measure(
         ) from error
     models = Models(folder, out, where, pick_dtype(folder, where), trust_remote_code, watch, model, recipe.name)
     models.measure(report, wanted, known or {}, thorough)
-    report.seen = _seen(compressed, wanted)
+    report.seen, report.unlike = _seen(compressed, wanted), texts.unlike(recipe)
     columns = min(layer.shape[1] for layer in report.layers)
     report.limits, report.advice = limits, advice(recipe, report.packed.size.bits, columns)
     report.hopeless = collapsed(report.original.metrics, report.vocabulary)

@@ -183,6 +183,8 @@ class RunReport(File):
     left_out: dict[str, LeftOut] = Field(default_factory=dict)
     seen: dict[str, float] = Field(default_factory=dict)
     """Of each text that it is measured on, the share of the calibration text that stands in it, where there is any."""
+    unlike: str | None = None
+    """The text that it was measured on because none was named, where that is not what it was calibrated on."""
     continuation: Written | None = None
     samples: list[Sample] = Field(default_factory=list)
     limits: Limits = Limits()

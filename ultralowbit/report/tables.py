@@ -42,7 +42,7 @@ def render(template: str, **values: Any) -> str:
     }
     environment.globals |= {
         "markdown": markdown, "protocols": protocols, "sentences": sentences, "sparsity_lines": sparsity_lines,
-        "bits_map": bits_map, "mean_times_bound": mean_times_bound, "measured": measured,
+        "unlike_lines": unlike_lines, "bits_map": bits_map, "mean_times_bound": mean_times_bound, "measured": measured,
     }  # fmt: skip
     text = (files("ultralowbit.report") / "templates" / template).read_text(encoding="utf-8")
     return environment.from_string(text).render(values)
@@ -81,6 +81,11 @@ def markdown(rows: Sequence[Row]) -> str:
     """The grid as a Markdown table."""
     headers, *lines = grid(rows)
     return table([escape(header) for header in headers], [[escape(cell) for cell in line] for line in lines])
+
+
+def unlike_lines(source: str | None) -> list[str]:
+    """That a text which stood in for one to be named is of another kind; no line where it is not."""
+    return [f"measured on {source}, which is not the calibration's kind of text: give --eval"] if source else []
 
 
 def sparsity_lines(packed: Row) -> list[str]:
