@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, TextStreamer
 
+from ultralowbit.checkpoint.config import positions
 from ultralowbit.errors import CheckpointError, InputError
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def generate(
 
 def _within_context(model: PreTrainedModel, prompt: int, wanted: int) -> int:
     """How many tokens can be written after a prompt of so many, where so many are wanted; fewer are warned of."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = positions(model.config)
     if context is None or prompt + wanted <= context:
         return wanted
     if prompt >= context:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ultralowbit.checkpoint.config import QUANT_METHOD, read_config_json
+from ultralowbit.checkpoint.config import QUANT_METHOD, positions, read_config_json
 from ultralowbit.checkpoint.size import measure_size
 from ultralowbit.data.corpora import public_name, token_sha256
 from ultralowbit.data.tokens import text_tokens
@@ -68,12 +68,12 @@ def read_texts(
     `context` is 2048, or the model's positions if those are fewer. Raises `InputError` for a source that cannot be
     read, is shorter than a window, or has tokens that the model does not: before anything heavy has begun.
     """
-    config = read_any_config(folder, trust_remote_code).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)  # whatever the family calls it in config.json
-    positions = positions if isinstance(positions, int) and positions > 0 else context or DEFAULT_CONTEXT
-    context = context or min(DEFAULT_CONTEXT, positions)
-    if not 2 <= context <= positions:
-        raise InputError(f"--context is {context}, the model takes 2 to {positions} tokens")
+    config = read_any_config(folder, trust_remote_code)
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    most = positions(config) or context or DEFAULT_CONTEXT
+    context = context or min(DEFAULT_CONTEXT, most)
+    if not 2 <= context <= most:
+        raise InputError(f"--context is {context}, the model takes 2 to {most} tokens")
     tokenizer = open_tokenizer(folder, trust_remote_code)
     texts: list[EvalText] = []
     for source in dict.fromkeys(sources):
@@ -85,7 +85,7 @@ def read_texts(
                 f"{source!r} gives {len(tokens)} tokens to measure perplexity on, expected at least one window of "
                 f"{context}: choose a smaller --context or a longer text"
             )
-        if isinstance(vocabulary := getattr(config, "vocab_size", None), int) and tokens.max() >= vocabulary:
+        if isinstance(vocabulary, int) and tokens.max() >= vocabulary:
             raise InputError(
                 f"the tokenizer in {folder} makes token {int(tokens.max())} of {source!r}, but config.json says that "
                 f"the model has {vocabulary} tokens: give a folder whose two belong together"

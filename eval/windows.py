@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ultralowbit.checkpoint.config import positions
 from ultralowbit.data.corpora import token_sha256
 from ultralowbit.data.tokenize import encode, tokenize
 from ultralowbit.errors import InputError, naming_memory
@@ -75,9 +76,9 @@ def forward(model: nn.Module, windows: Tensor, batch_size: int | None = None) ->
     Raises `InputError` for windows longer than its positions.
     """
     context = windows.shape[1]
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if positions is not None and context > positions:
-        raise InputError(f"context is {context}, but the model has {positions} positions: choose a context up to those")
+    most = positions(model.config) if hasattr(model, "config") else None
+    if most is not None and context > most:
+        raise InputError(f"context is {context}, but the model has {most} positions: choose a context up to those")
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, expected at least 1, or None for the default")
     device = _device(model, windows)

@@ -32,6 +32,13 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, Mapping) else config
 
 
+def positions(config: Any) -> int | None:
+    """How many positions a model of this transformers config has, whatever its family calls them in config.json; None
+    where it names no number."""
+    named = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return named if isinstance(named, int) and named > 0 else None
+
+
 def packed_formats(config: Mapping[str, Any]) -> dict[str, Format]:
     """The format of each packed Linear by its name in a config.json; empty for a model that is not packed.
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ultralowbit.checkpoint.config import positions
 from ultralowbit.data.corpora import is_collection, read_documents, token_sha256
 from ultralowbit.data.tokenize import encode
 from ultralowbit.data.tokens import text_tokens
@@ -121,9 +122,9 @@ def _own_samples(
     progress: OnProgress,
 ) -> Tensor:
     model = _load(model_path, device)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise InputError(f"length is {length} but the model has {positions} positions: choose a length up to those")
+    most = positions(model.config) or length
+    if length > most:
+        raise InputError(f"length is {length} but the model has {most} positions: choose a length up to those")
     allowed = _plain_ids(tokenizer, model)
     rng, generator = random.Random(seed), torch.Generator(model.device).manual_seed(seed)
     batches = []

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ultralowbit.checkpoint.config import positions
 from ultralowbit.checkpoint.storage import sha256_files
 from ultralowbit.data.calibration import Calibration, calibrate
 from ultralowbit.errors import InputError, naming_memory
@@ -63,8 +64,7 @@ def open_folded(
 
 def window_length(spec: TextSpec, decoder: Decoder) -> int:
     """The length of windows that is asked for, cut to the model's positions."""
-    positions = getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
-    return min(spec.length, positions or spec.length)
+    return min(spec.length, positions(decoder.config) or spec.length)
 
 
 def packed_linears(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[int, int]]:

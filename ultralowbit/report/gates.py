@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from ultralowbit.checkpoint.config import positions
 from ultralowbit.eval.base import Measured
 from ultralowbit.progress import OnProgress
 from ultralowbit.recipe import Recipe
@@ -88,10 +89,10 @@ def continuations(
     progress: OnProgress | None = None,
 ) -> list[Continuation]:
     """Continue each start, tokens [n], by `length` more, also beyond an end token; by fewer in a short context."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    starts = [start[: max(1, positions - length)] for start in starts]
+    most = positions(model.config) or sys.maxsize
+    starts = [start[: max(1, most - length)] for start in starts]
     longest = max(map(len, starts))
-    steps = min(length, positions - longest)
+    steps = min(length, most - longest)
     ids = torch.zeros(len(starts), longest + steps, dtype=torch.int64, device=next(model.parameters()).device)
     for row, start in zip(ids, starts, strict=True):
         row[: len(start)] = start
