@@ -23,7 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 import ultralowbit
-from ultralowbit.checkpoint.job import LOCAL
+from ultralowbit.checkpoint.card import CARD, signed
+from ultralowbit.checkpoint.contents import LOCAL
 from ultralowbit.checkpoint.manifest import MANIFEST
 from ultralowbit.checkpoint.storage import UNFINISHED, write_atomic
 from ultralowbit.data.calibration import calibrate
@@ -502,6 +503,89 @@ def test_a_restart_that_was_interrupted_is_gone_on_with(source, recipe, undistur
     compress(str(source), undisturbed[0], "out", progress=lines)
     assert lines.said[0].startswith("going on after block 0")
     assert_same(tmp_path / "out", undisturbed[1])
+
+
+@pytest.fixture
+def finished(source, recipe, tmp_path, monkeypatch) -> Path:
+    """A finished checkpoint of another recipe, with a card."""
+    monkeypatch.chdir(tmp_path)
+    out = compress(str(source), recipe(quantize={"method": "sign"}), "out").folder
+    (out / CARD).write_text(signed("A card.\n"))
+    return out
+
+
+MINE = ["thesis.txt", "notes/thesis.txt", "tokenizer/x/thesis.txt", ".git/config", CARD]
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_what_restart_would_remove_of_others_is_refused_before(source, undisturbed, finished, name):
+    (finished / name).parent.mkdir(parents=True, exist_ok=True)
+    (finished / name).write_text("mine")
+    with pytest.raises(InputError, match=f"out holds {name}, which --restart would remove"):
+        compress(str(source), undisturbed[0], "out", restart=True)
+    assert (finished / name).read_text() == "mine" and not Path("out.work").exists()
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_what_is_put_into_out_meanwhile_is_kept(source, undisturbed, finished, name):
+    interrupted(source, undisturbed[0], Path("out"), restart=True)
+    (finished / name).parent.mkdir(parents=True, exist_ok=True)
+    (finished / name).write_text("mine")
+    with pytest.raises(InputError, match=f"{name} has been put into .*out while it was being made: move it"):
+        compress(str(source), undisturbed[0], "out")
+    assert (finished / name).read_text() == "mine"
+    (finished / name).unlink()
+    lines = Lines()
+    compress(str(source), undisturbed[0], "out", progress=lines)
+    assert lines.said[0].startswith("going on after block 0")
+    assert_same(Path("out"), undisturbed[1])
+
+
+def test_another_checkpoint_that_is_put_into_out_meanwhile_is_kept(source, recipe, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    interrupted(source, undisturbed[0], Path("out"))
+    other = compress(str(source), recipe(quantize={"method": "sign"}), "other").folder
+    before = shards(other)
+    other.rename("out")
+    with pytest.raises(InputError, match=r"has been put into .*out while it was being made: move it"):
+        compress(str(source), undisturbed[0], "out")
+    assert all(torch.equal(t, before[name]) for name, t in shards(Path("out")).items())
+
+
+def test_inside_a_folder_that_cannot_be_renamed_only_our_files_are_replaced(source, undisturbed, finished, monkeypatch):
+    monkeypatch.chdir(finished)
+    interrupted(source, undisturbed[0], Path("."), restart=True)
+    (finished / "notes").mkdir()
+    (finished / "notes/thesis.txt").write_text("mine")
+    compress(str(source), undisturbed[0], ".")
+    assert (finished / "notes/thesis.txt").read_text() == "mine"
+    shutil.rmtree(finished / "notes")
+    assert_same(finished, undisturbed[1])
+
+
+def test_inside_a_folder_that_cannot_be_renamed_nothing_is_overwritten(source, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    interrupted(source, undisturbed[0], Path("."))
+    Path("config.json").write_text("mine")
+    with pytest.raises(InputError, match=r"config.json has been put into"):
+        compress(str(source), undisturbed[0], ".")
+    assert Path("config.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("first", ["within", "beside"])
+def test_work_goes_on_from_within_out_and_from_beside_it(source, undisturbed, tmp_path, monkeypatch, first):
+    (tmp_path / "out").mkdir()
+    places = [(tmp_path / "out", "."), (tmp_path, "out")]
+    for i, (here, out) in enumerate(places if first == "within" else places[::-1]):
+        monkeypatch.chdir(here)
+        if i == 0:
+            interrupted(source, undisturbed[0], Path(out))
+            continue
+        lines = Lines()
+        compress(str(source), undisturbed[0], out, progress=lines)
+        assert lines.said[0].startswith("going on after block 0")
+    assert_same(tmp_path / "out", undisturbed[1])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_another_text_makes_no_difference_to_a_method_that_reads_none(source, recipe, tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ultralowbit.bench.models import Shape, write_model, write_text
-from ultralowbit.checkpoint.job import LOCAL
+from ultralowbit.checkpoint.contents import LOCAL
 from ultralowbit.checkpoint.storage import sha256_file
 from ultralowbit.cli.app import app
 from ultralowbit.errors import CheckpointError

@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ultralowbit.checkpoint.job import LOCAL
+from ultralowbit.checkpoint.card import CARD, is_edited
+from ultralowbit.checkpoint.contents import LOCAL
 from ultralowbit.cli.app import app
 from ultralowbit.cli.console import Pace
 from ultralowbit.cli.render import rows_table, show
@@ -24,7 +25,6 @@ from ultralowbit.eval.schema import read_file, write_file
 from ultralowbit.hub import open_tokenizer
 from ultralowbit.progress import Silent
 from ultralowbit.recipe import Recipe
-from ultralowbit.report.card import CARD, is_edited
 from ultralowbit.report.comparison import write_comparison
 from ultralowbit.report.gates import continuations
 from ultralowbit.report.run import default_source, write_texts

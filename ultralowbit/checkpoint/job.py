@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ultralowbit.checkpoint.contents import WORK, files_in, own_files
 from ultralowbit.checkpoint.manifest import MANIFEST, changed_files, read_manifest
 from ultralowbit.checkpoint.storage import (
     FULL,
@@ -40,11 +41,6 @@ from ultralowbit.checkpoint.storage import (
 from ultralowbit.errors import CheckpointError, InputError, naming_memory, reason
 from ultralowbit.progress import Progress
 
-INSIDE = ".ultralowbit-work"
-LOCAL = ".ultralowbit-local.json"
-"""Where the model and the texts lay on this machine, for `verify --rerun`, and the memory that the run took; it is not
-uploaded with the checkpoint."""
-
 EMBEDDINGS = "embeddings.safetensors"
 """The packed embedding and head, in the work folder."""
 
@@ -56,7 +52,6 @@ _PREFIXES = (
     "activations-", "original-", "targets-", "experts.", "allocation.", "outputs-", EMBEDDINGS, "blockwise-",
     "finetune.", "outside.", UNFINISHED,
 )  # fmt: skip
-_BESIDE = {MANIFEST, LOCAL, "README.md", "report.md", "report.json"}  # what is ours in a finished OUT, and not listed
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +63,13 @@ class Job:
         self.out = out.expanduser().resolve()
         if not self.out.name:
             raise InputError(f"--out is {str(out)!r}, which is the root of the file system: name a folder in it")
-        self.inside = not _can_be_renamed(self.out)
-        self.work = self.out / INSIDE if self.inside else self.out.with_name(self.out.name + ".work")
+        beside, inside = self.out.with_name(self.out.name + ".work"), self.out / WORK
+        self.inside = _is_marked(inside) or not _can_be_renamed(self.out)  # where unfinished work is, it goes on
+        self.work = inside if self.inside and not _is_marked(beside) else beside
         self.checkpoint = self.work / "checkpoint"
         self.state: dict[str, Any] = {
             **_MARK, "fingerprint": fingerprint, "blocks": 0, "layers": {}, "seconds": {}, "blockwise": {},
-            "files": {}, "publishing": False, "peak_memory_bytes": 0,
+            "files": {}, "publishing": False, "peak_memory_bytes": 0, "replaces": None,
         }  # fmt: skip
         self._lock = FileLock(self.work / "lock")
 
@@ -164,6 +160,7 @@ class Job:
                 "with, or --restart to discard it"
             )
         self.state = state
+        self._check_out()
         self._check_committed(progress)
         return True
 
@@ -182,7 +179,7 @@ class Job:
 
     def _is_finished(self, restart: bool, progress: Progress) -> bool:
         """Whether OUT already is what this job would write; `InputError` where it is something else."""
-        if not self.out.exists() or not (names := {path.name for path in self.out.iterdir()} - {INSIDE}):
+        if not self.out.exists() or all(path.name == WORK for path in self.out.iterdir()):
             return False
         try:
             manifest = read_manifest(self.out)
@@ -201,13 +198,30 @@ class Job:
             for name, problem in changed_files(self.out, manifest, progress.step).items():
                 raise InputError(f"{self.out / name} {problem}: --restart makes the checkpoint again")
             return True
-        written = _BESIDE | {Path(name).parts[0] for name in manifest["files"]}
-        if foreign := sorted(name for name in names - written if not name.startswith(UNFINISHED)):
+        if foreign := sorted(files_in(self.out) - own_files(self.out)):
             raise InputError(
-                f"{self.out} holds {foreign[0]}, which `compress` did not write and --restart would remove: move it, "
-                "or choose another --out"
+                f"{self.out} holds {foreign[0]}, which --restart would remove and `compress` did not write, or not as "
+                "it is now: move it, or choose another --out"
             )
+        self.state["replaces"] = sha256_file(self.out / MANIFEST)
         return False
+
+    def _check_out(self) -> None:
+        """Raise `InputError` where publishing would remove or overwrite what this job was not told to replace."""
+        foreign = files_in(self.out) - self._replaced()
+        if self.inside:
+            foreign &= files_in(self.checkpoint)
+        if foreign:
+            raise InputError(
+                f"{min(foreign)} has been put into {self.out} while it was being made: move it, then run the same "
+                "command to go on"
+            )
+
+    def _replaced(self) -> set[str]:
+        """Names of what is still there of the checkpoint that --restart replaces."""
+        manifest = self.out / MANIFEST
+        is_old = manifest.is_file() and sha256_file(manifest) == self.state.get("replaces")
+        return own_files(self.out) if is_old else set()
 
     def _start(self) -> None:
         """Begin with an empty work folder, once OUT is known to be one that can be replaced."""
@@ -284,27 +298,22 @@ class Job:
         self.close(finished=True)
 
     def _publish_by_rename(self) -> None:
+        self._check_out()
         if self.out.exists():
-            if (self.out / MANIFEST).exists():
-                self.out.replace(self.work / "replaced")
-            else:
-                try:
-                    self.out.rmdir()
-                except OSError as e:
-                    raise InputError(
-                        f"files have been put into {self.out} while it was being made: move them, then run the same "
-                        "command to go on"
-                    ) from e
+            _remove(self.work / "replaced")
+            self.out.replace(self.work / "replaced")
         self.checkpoint.replace(self.out)
         sync_folder(self.out.parent)
 
     def _publish_inside(self) -> None:
-        """Move the files one by one, the manifest last: it is what makes OUT a checkpoint."""
-        names = [path.name for path in self.checkpoint.iterdir()]
-        if (self.out / MANIFEST).exists() and MANIFEST in names:  # of the checkpoint that --restart replaces
-            for name in {Path(name).parts[0] for name in read_manifest(self.out)["files"]} | _BESIDE:
-                _remove(self.out / name)
-        for name in sorted(names, key=lambda name: name == MANIFEST):
+        """Remove the files of the checkpoint that --restart replaces, then move the new ones, each manifest last: it is
+        what makes OUT a checkpoint."""
+        self._check_out()
+        for name in sorted(self._replaced(), key=_manifest_last):
+            (self.out / name).unlink()
+            _remove_empty((self.out / name).parent, self.out)
+        for name in sorted(files_in(self.checkpoint), key=_manifest_last):
+            (self.out / name).parent.mkdir(parents=True, exist_ok=True)
             (self.checkpoint / name).replace(self.out / name)
         sync_folder(self.out)
 
@@ -349,6 +358,17 @@ class Follower(Job):
     def commit(self) -> None: ...
 
     def close(self, finished: bool = False) -> None: ...
+
+
+def _manifest_last(name: str) -> tuple[bool, str]:
+    return name == MANIFEST, name
+
+
+def _remove_empty(folder: Path, above: Path) -> None:
+    """Remove a folder, and those that it lies in up to one above, where nothing is left in them."""
+    while folder != above and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
 
 
 def _can_be_renamed(out: Path) -> bool:

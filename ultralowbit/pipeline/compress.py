@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultralowbit.checkpoint.job import LOCAL, Follower, Job, difference
+from ultralowbit.checkpoint.contents import LOCAL
+from ultralowbit.checkpoint.job import Follower, Job, difference
 from ultralowbit.checkpoint.manifest import read_manifest
 from ultralowbit.checkpoint.packed import named_tensors, packed_weight
 from ultralowbit.checkpoint.storage import read_json

@@ -12,8 +12,8 @@ import torch
 
 from ultralowbit.checkpoint.check import by_module, weight_mismatches
 from ultralowbit.checkpoint.config import packed_formats, read_config_json
+from ultralowbit.checkpoint.contents import LOCAL
 from ultralowbit.checkpoint.files import read_headers
-from ultralowbit.checkpoint.job import LOCAL
 from ultralowbit.checkpoint.manifest import MANIFEST, changed_files, read_manifest
 from ultralowbit.checkpoint.storage import read_json, sha256_file
 from ultralowbit.errors import CheckpointError, FormatError, InputError

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ultralowbit.checkpoint.config import CONFIG, DIGEST, config_digest
-from ultralowbit.checkpoint.job import EMBEDDINGS, LOCAL, Job
+from ultralowbit.checkpoint.contents import LOCAL
+from ultralowbit.checkpoint.job import EMBEDDINGS, Job
 from ultralowbit.checkpoint.manifest import MANIFEST
 from ultralowbit.checkpoint.merge import merge_tensors
 from ultralowbit.checkpoint.storage import sha256_files, write_atomic, write_json, write_tensors

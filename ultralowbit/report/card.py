@@ -1,19 +1,15 @@
-"""The model card of a packed checkpoint: a README.md with the fields that the hub reads and what its report says.
-
-The last line of a card holds a digest of all lines above it. A card whose digest still holds is ours and is written
-anew; one that somebody has edited is left alone, whenever and however often it was written before.
-"""
+"""The model card of a packed checkpoint: a README.md with the fields that the hub reads and what its report says."""
 
 from __future__ import annotations
 
 import math
 import re
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ultralowbit.checkpoint.card import CARD, signed
 from ultralowbit.errors import InputError
 from ultralowbit.eval.base import Metric, Result, without_original
 from ultralowbit.eval.metric import METRICS
@@ -21,8 +17,6 @@ from ultralowbit.recipe import read_yaml
 from ultralowbit.report.schema import RunReport
 from ultralowbit.report.tables import render
 
-CARD = "README.md"
-_MARK = "<!-- written by ultralowbit; sha256 of the lines above: {} -->\n"
 _FRONT_BYTES = 1 << 16  # of a README.md that are looked at
 _PASSED_ON = {"license": str, "license_name": str, "license_link": str, "language": list, "pipeline_tag": str}
 _LICENSES = {  # what the text of a licence file begins with -> the hub's name of it
@@ -136,14 +130,4 @@ def card_text(report: RunReport, model: str, source: Path, load_from: str) -> st
     template = "---\n{{ card_data }}\n---\n\n{{ body }}"
     card = ModelCard.from_template(metadata(report, base, source, name), template_str=template, body=body.rstrip())
     text = str(card).rstrip("\n") + "\n\n"
-    return text + _MARK.format(sha256(text.encode()).hexdigest())
-
-
-def is_edited(path: Path) -> bool:
-    """Whether the file is there and is not a card as it was written."""
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        return False
-    above, _, last = text.rstrip(b"\n").rpartition(b"\n")
-    return last + b"\n" != _MARK.format(sha256(above + b"\n").hexdigest()).encode()
+    return signed(text)

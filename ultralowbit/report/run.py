@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ultralowbit.checkpoint.card import CARD, is_edited
 from ultralowbit.checkpoint.config import read_config_json, text_config
 from ultralowbit.checkpoint.manifest import MANIFEST
 from ultralowbit.checkpoint.size import LayerSize, measure_size
@@ -25,7 +26,7 @@ from ultralowbit.pipeline.compress import Compressed, compress
 from ultralowbit.pipeline.ranks import Ranks
 from ultralowbit.progress import Progress
 from ultralowbit.recipe import Recipe
-from ultralowbit.report.card import CARD, card_text, is_edited
+from ultralowbit.report.card import card_text
 from ultralowbit.report.gates import advice, collapsed, exceeded
 from ultralowbit.report.markdown import public_command
 from ultralowbit.report.measure import Models, plane_sparsity
