@@ -154,12 +154,13 @@ class Metric(ABC):
         """How large the change is, in words that follow the sentence of `change`; nothing unless a metric knows."""
         return ""
 
-    def readings(self, result: Result, original: str = "") -> Readings:
-        """The columns of `compare` that a result stands in; `original` names what it was compared with."""
+    def readings(self, result: Result, original: str = "", digest: str | None = None) -> Readings:
+        """The columns of `compare` that a result stands in. `original` names what it was compared with; two of one name
+        are told apart by the `digest` of their files, where that is known."""
         how, window = result.protocol, f"{result.sha256[:16]}:{result.dtype}:{result.bos}"
         if self.needs_original:
             how = f"{how}, against {original} in {result.original_dtype}"
-            window = f"{original}:{window}:{result.original_dtype}"
+            window = f"{digest or original}:{window}:{result.original_dtype}"
         alone = len(self.quantities) == 1
         readings = {}
         for q in self.quantities:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from ultralowbit.checkpoint.files import hash_model
+from ultralowbit.checkpoint.storage import json_digest
 from ultralowbit.errors import InputError
 from ultralowbit.eval import zeroshot
 from ultralowbit.eval.base import Bos
@@ -88,7 +90,8 @@ def evaluate_models(
         questions = zeroshot.read_tasks(wanted.tasks, wanted.tasks_dir, watch.counter)
     for model in models if questions else ():
         open_tokenizer(folders[model], trust_remote_code)
-    results = {model: ModelResults(model=model) for model in folders}
+    digests = {model: json_digest(hash_model(folder, watch)) for model, folder in folders.items()}
+    results = {model: ModelResults(model=model, sha256=digest) for model, digest in digests.items()}
     if texts:
         _measure_texts(results, folders, texts, wanted, where, trust_remote_code, watch)
     for model in dict.fromkeys(models if questions else ()):

@@ -37,10 +37,10 @@ def protocols(*rows: Measured) -> list[str]:
     return list(dict.fromkeys(result.protocol for result in results))
 
 
-def readings(measured: Measured, original: str = "") -> Readings:
-    """The columns of `compare` that the results stand in; `original` names what they were compared with."""
+def readings(measured: Measured, original: str = "", digest: str | None = None) -> Readings:
+    """The columns of `compare` that the results stand in, see `Metric.readings`."""
     columns: Readings = {}
     for name, metric in METRICS.items():
         for result in measured.get(name, ()):
-            columns |= metric.readings(result, original)
+            columns |= metric.readings(result, original, digest)
     return columns

@@ -66,19 +66,21 @@ class ModelResults(Record):
 
     model: str
     """As it was named to the command."""
+    sha256: str | None = None
+    """Digest of its config and weights, see `hash_model`; older releases did not write it."""
     metrics: Results = {}
     noise_floor: Results = {}
     """Of the original in another precision, against itself."""
     tasks: ZeroShot | None = None
 
-    def readings(self, original: str) -> Readings:
-        """The columns of `compare` that it stands in; `original` names what it was compared with."""
+    def readings(self, original: str, digest: str | None) -> Readings:
+        """The columns of `compare` that it stands in, see `Metric.readings`."""
         floor = {
             name: [result.__class__(**{**vars(result), "dtype": result.original_dtype}) for result in results]
             for name, results in self.noise_floor.items()
         }  # stands in the column of what is measured in the original's own precision
         tasks = task_readings(self.tasks.scores, self.tasks.averages) if self.tasks else {}
-        return {**readings(floor, original), **readings(self.metrics, original), **tasks}
+        return {**readings(floor, original, digest), **readings(self.metrics, original, digest), **tasks}
 
 
 class Evaluation(File):

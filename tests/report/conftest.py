@@ -115,7 +115,8 @@ def run(tmp_path) -> Callable[..., Path]:
         if no_text:
             del fingerprint["recipe"]["calibration"]
         manifest = {
-            "fingerprint": fingerprint, "files": {}, "block_seconds": {}, "environment": {},
+            "fingerprint": fingerprint, "model": model, "files": {"config.json": name}, "block_seconds": {},
+            "environment": {},
             "layers": {layer.name: {"shape": layer.shape, "format": layer.format} for layer in made},
         }  # fmt: skip
         (folder / "manifest.json").write_text(json.dumps(manifest))

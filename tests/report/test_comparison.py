@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from ultralowbit.checkpoint.storage import sha256_file
+from ultralowbit.checkpoint.storage import json_digest, sha256_file
 from ultralowbit.cli.app import app
 from ultralowbit.errors import InputError
 from ultralowbit.eval.fidelity import Depth
@@ -269,14 +269,48 @@ def test_eval_json_of_many_models_is_read_by_name(run, build, tmp_path):
         ModelResults(model=name, metrics={"perplexity": [build.perplexity(value, "d", source="wiki")]})
         for name, value in values.items()
     ]
-    measured = Evaluation(created="", results=results)
+    measured = Evaluation(created="", results=results)  # as older releases wrote it, without digests
     a = run("a", "sign-2", 2.1, [build.perplexity(62.5)], evaluated=measured)
     reading = read_run(a)
     assert sorted(value for _, value in reading.readings.values()) == [44.0, 62.5]
     assert sorted(value for _, value in reading.original.values()) == [40.0, 50.0]
-    c = run("c", "sign-2", 2.2, [build.perplexity(62.5)], evaluated=measured)
-    with pytest.raises(InputError, match="none of which is this folder"):
-        read_run(c)
+    for place, why in (
+        ("c", "none of which is this folder"),
+        ("other/tiny", "which tiny is which"),
+        ("twice/a", "which a is which"),
+    ):
+        if place == "twice/a":
+            measured.results.append(measured.results[1].model_copy(update={"model": "elsewhere/a"}))
+        folder = run(place, "sign-2", 2.2, [build.perplexity(62.5)], evaluated=measured)
+        with pytest.raises(InputError, match=why):
+            read_run(folder)
+
+
+def test_eval_json_is_read_by_the_digests_of_its_models(run, build, tmp_path):
+    """Folders of one name, also one that is called like its original, do not share numbers."""
+    originals = {name: json_digest({"model.safetensors": name}) for name in ("tiny", "small")}
+    digests = {"x/tiny": json_digest({"config.json": "x/tiny"}), "y/tiny": json_digest({"config.json": "y/tiny"})}
+    results = [
+        ModelResults(model=name, sha256=digest, metrics={"fidelity": [build.fidelity(kl, sha256="d" * 64)]})
+        for kl, (name, digest) in enumerate({**digests, "models/tiny": originals["tiny"]}.items(), 1)
+    ]
+    measured = Evaluation(created="", fidelity_to="models/tiny", results=results)
+    for name, kl in (("x/tiny", 1.0), ("y/tiny", 2.0)):
+        reading = read_run(run(name, "sign-2", 2.1, [build.perplexity(62.5)], evaluated=measured))
+        assert [v for c, v in reading.readings.values() if c.title == "KL mean, nats"] == [kl]
+        assert [v for c, v in reading.original.values() if c.title == "KL mean, nats"] == [3.0]
+    other = run("z/tiny", "sign-2", 2.1, [build.perplexity(62.5)], evaluated=measured)
+    with pytest.raises(InputError, match="none of which is this folder as it is: measure again"):
+        read_run(other)  # also one whose weights were compressed anew since
+    write_file(other / "eval.json", Evaluation(created="", results=results[:1]))
+    with pytest.raises(InputError, match="x/tiny, none of which"):
+        read_run(other)
+    results[0] = results[0].model_copy(update={"sha256": json_digest({"config.json": "w/tiny"})})
+    results[2] = results[2].model_copy(update={"sha256": originals["small"]})
+    measured = Evaluation(created="", fidelity_to="models/tiny", results=results)
+    run("w/tiny", "sign-2", 2.2, [build.perplexity(62.5)], evaluated=measured)
+    (section,) = collect([tmp_path / "w", tmp_path / "x"], tmp_path)
+    assert len([c for c in section.columns if c.title.startswith("KL mean")]) == 2  # against another model of that name
 
 
 def test_runs_that_were_not_measured_are_refused(run, build, tmp_path):

@@ -6,6 +6,7 @@ import html
 import io
 import json
 import math
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +22,14 @@ from ultralowbit.cli.app import app
 from ultralowbit.cli.console import Pace
 from ultralowbit.cli.render import rows_table, show
 from ultralowbit.eval.runner import open_model
-from ultralowbit.eval.schema import read_file, write_file
+from ultralowbit.eval.schema import Evaluation, read_file, write_file
 from ultralowbit.hub import open_tokenizer
 from ultralowbit.progress import Silent
 from ultralowbit.recipe import Recipe
 from ultralowbit.report.comparison import write_comparison
 from ultralowbit.report.gates import continuations
 from ultralowbit.report.run import default_source, write_texts
+from ultralowbit.report.runs import read_plain, read_run
 from ultralowbit.report.schema import RunReport
 from ultralowbit.report.tables import grid
 from ultralowbit.units import format_bytes, format_seconds
@@ -119,6 +121,23 @@ def test_a_kill_after_compressing_costs_no_figure(compress, monkeypatch, at):
     assert report.packed.metrics.keys() == {"perplexity", "fidelity"} and report.continuation
     assert (folder / CARD).exists() and not is_edited(folder / CARD)
     assert "edited" not in result.output and (folder / "report.md").exists()
+
+
+def test_eval_json_of_a_folder_that_is_called_like_its_original(compress, text, tmp_path):
+    """The digests that `eval` writes are those that `compare` finds, of a packed folder and of a plain one."""
+    assert compress("--out", "tiny", "--eval", "none")[0].exit_code == 0
+    folders = [tmp_path / "deep/tiny", tmp_path / "tiny"]
+    command = ["eval", *map(str, folders), "--ppl", text, "--max-tokens", "640", "--json", "tiny/eval.json"]
+    result = CliRunner().invoke(app, [*command, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    shutil.copy(tmp_path / "tiny/eval.json", tmp_path / "deep/tiny")
+    run, plain = read_run(folders[1]), read_plain(folders[0])
+    rows = read_file(tmp_path / "tiny/eval.json", Evaluation, "").results
+    before, after = (row.metrics["perplexity"][0].perplexity for row in rows)
+    assert before != after
+    assert [[value for _, value in r.values()] for r in (plain.readings, run.original, run.readings)] == [
+        [before], [before], [after],
+    ]  # fmt: skip
 
 
 def test_both_models_write_after_the_same_prompts(compress, monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from ultralowbit.cli.app import app
 from ultralowbit.errors import InputError
-from ultralowbit.eval.schema import Evaluation, ModelResults, read_file, write_file
+from ultralowbit.eval.schema import Evaluation, ModelResults, read_file
 from ultralowbit.eval.scores import Score
 from ultralowbit.eval.zeroshot import ZeroShot
 from ultralowbit.report import sweep_runs, sweep_tracks
@@ -146,15 +146,15 @@ def test_tasks_are_asked_once_and_stand_in_the_table(bench, tasks_dir, monkeypat
     assert result.exit_code == 2 and "did you mean 'toy'?" in result.stderr
 
 
-def test_tasks_are_taken_from_eval_json(tmp_path):
+def test_tasks_are_taken_from_eval_json(run, build):
     def row(model: str, value: float) -> ModelResults:
         score = Score("a", "acc", value, None, 0.5, documents=9, of=9, shots=0, version="1", higher_is_better=True)
         scores = [score, replace(score, metric="acc_norm", value=value + 0.1)]
         return ModelResults(model=model, tasks=ZeroShot(scores, [], 0, 9, 1.0, {}))
 
-    evaluation = Evaluation(created="", results=[row("models/tiny", 0.7), row(str(tmp_path), 0.6)])
-    write_file(tmp_path / "eval.json", evaluation)
-    packed, original = task_accuracies(tmp_path, "tiny")
+    evaluation = Evaluation(created="", results=[row("models/tiny", 0.7), row("packed/", 0.6)])
+    folder = run("packed", "sign-2", 2.1, [build.perplexity(62.5)], evaluated=evaluation)
+    packed, original = task_accuracies(folder)
     assert packed == {"a": (pytest.approx(0.7), 0.5)} and original == {"a": (pytest.approx(0.8), 0.5)}
 
 

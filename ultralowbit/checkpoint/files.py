@@ -16,9 +16,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ultralowbit.checkpoint.storage import DTYPES, read_json
+from ultralowbit.checkpoint.storage import DTYPES, read_json, sha256_files
 from ultralowbit.errors import CheckpointError, naming_memory
 from ultralowbit.format.words import TensorSpec
+from ultralowbit.progress import Progress
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -53,6 +54,14 @@ def weight_files(folder: Path) -> list[Path]:
         if not os.path.isfile(file):  # unlike Path's, for any name
             raise CheckpointError(f"{file} is missing, though {INDEX} names it: copy or download it again")
     return files
+
+
+def hash_model(folder: Path, progress: Progress) -> dict[str, str]:
+    """Name -> sha256 of config.json and of each file of weights: what tells a checkpoint from all others, whatever its
+    folder is called."""
+    paths = [folder / "config.json", *weight_files(folder)]
+    progress.start("hashing the model", sum(path.stat().st_size for path in paths))
+    return {path.name: digest for path, digest in sha256_files(paths, progress.step).items()}
 
 
 def read_headers(files: Sequence[str | Path]) -> dict[str, TensorSpec]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ultralowbit.checkpoint.contents import LOCAL
+from ultralowbit.checkpoint.files import hash_model
 from ultralowbit.checkpoint.job import Follower, Job, difference
 from ultralowbit.checkpoint.manifest import read_manifest
 from ultralowbit.checkpoint.packed import named_tensors, packed_weight
@@ -38,7 +39,7 @@ from ultralowbit.pipeline.embed import dense_embedding, packed_embeddings
 from ultralowbit.pipeline.memory import what_helps
 from ultralowbit.pipeline.ranks import Ranks, check_agreement, machine_facts
 from ultralowbit.pipeline.sensitivity import measure_predictions
-from ultralowbit.pipeline.source import TextReader, hash_model, open_decoder, open_folded, planned_formats
+from ultralowbit.pipeline.source import TextReader, open_decoder, open_folded, planned_formats
 from ultralowbit.pipeline.stream import BlockStream
 from ultralowbit.pipeline.write import write_checkpoint
 from ultralowbit.progress import Progress, Silent
@@ -149,7 +150,7 @@ def _shared_texts(ranks: Ranks, read: Callable[[], dict[str, Calibration]]) -> d
 def _model_digests(ranks: Ranks, decoder: Decoder, progress: Progress) -> dict[str, str] | None:
     """Digests of the model's files; None where another rank of this machine makes them."""
     is_local_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    return hash_model(decoder, progress) if ranks.is_first or is_local_first else None
+    return hash_model(decoder.source.folder, progress) if ranks.is_first or is_local_first else None
 
 
 def _open_job(

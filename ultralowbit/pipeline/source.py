@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ultralowbit.checkpoint.config import positions
-from ultralowbit.checkpoint.storage import sha256_files
 from ultralowbit.data.calibration import Calibration, calibrate
 from ultralowbit.errors import InputError, naming_memory
 from ultralowbit.format.weight import Format
@@ -142,14 +141,6 @@ def _check_rates(
             f"{stage}.training.lr has a rate for {missing[0]}, of which the model has nothing to train (it has "
             f"{', '.join(sorted(there))}): leave it out"
         )
-
-
-def hash_model(decoder: Decoder, progress: Progress) -> dict[str, str]:
-    folder = decoder.source.folder
-    names = ["config.json", *decoder.source.files]
-    progress.start("hashing the model", sum((folder / name).stat().st_size for name in names))
-    digests = sha256_files((folder / name for name in names), progress.step)
-    return {name: digests[folder / name] for name in names}
 
 
 class TextReader:

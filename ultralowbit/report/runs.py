@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ultralowbit.checkpoint.config import CONFIG
+from ultralowbit.checkpoint.files import hash_model
 from ultralowbit.checkpoint.manifest import MANIFEST, read_manifest
 from ultralowbit.checkpoint.size import measure_size
 from ultralowbit.checkpoint.storage import json_digest, sha256_file
@@ -14,7 +16,26 @@ from ultralowbit.errors import CheckpointError, InputError
 from ultralowbit.eval.base import Readings
 from ultralowbit.eval.metric import readings
 from ultralowbit.eval.schema import Evaluation, ModelResults, read_file
+from ultralowbit.progress import Silent
 from ultralowbit.report.schema import REPORT, RunReport, SizeRecord
+
+
+@dataclass(frozen=True)
+class Model:
+    """What tells a model from others."""
+
+    name: str
+    """Of its folder."""
+    sha256: str | None
+    """Of its config and weights; None where nobody has written it down."""
+
+    def is_of(self, name: str, sha256: str | None) -> bool:
+        """Whether it has this digest; without one, this name."""
+        return sha256 == self.sha256 if sha256 else name == self.name
+
+    def rows(self, evaluation: Evaluation) -> list[ModelResults]:
+        """What was measured of it, or of a model that is called so."""
+        return [row for row in evaluation.results if self.is_of(Path(row.model).resolve().name, row.sha256)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +65,7 @@ class Run:
     @property
     def base(self) -> str:
         """Digest of the original's files."""
-        return json_digest(self.manifest["fingerprint"]["model"])
+        return _original(self.manifest).sha256
 
     @property
     def but_for_the_seed(self) -> str:
@@ -111,8 +132,9 @@ def read_run(folder: Path) -> Run:
     report, digest = read_file(folder / REPORT, RunReport, again), sha256_file(folder / MANIFEST)
     if report.manifest.sha256 != digest:
         raise InputError(f"{folder / REPORT} is of another checkpoint than the {MANIFEST} there: {again}")
-    evaluated_here, evaluated_before = evaluated(folder, Path(report.model).name)
-    packed = {**evaluated_here, **readings(report.packed.metrics, Path(report.model).name)}
+    original = _original(manifest)
+    evaluated_here, evaluated_before = evaluated(folder, manifest)
+    packed = {**evaluated_here, **readings(report.packed.metrics, original.name, original.sha256)}
     return Run(folder, report, manifest, digest, packed, {**evaluated_before, **readings(report.original.metrics)})
 
 
@@ -128,37 +150,63 @@ def read_plain(folder: Path) -> Reference:
     return Reference(folder, folder.resolve().name, size, own)
 
 
-def evaluated(folder: Path, original: str | None = None) -> tuple[Readings, Readings]:
-    """The columns that a folder's eval*.json, which `ultralowbit eval --json` writes, fill for its model and for the
-    original; see `evaluations`."""
-    own, before = evaluations(folder, original)
+def evaluated(folder: Path, manifest: dict[str, Any] | None = None) -> tuple[Readings, Readings]:
+    """The columns that a folder's eval*.json fill for its model and for the original; see `evaluations`."""
     columns: tuple[Readings, Readings] = {}, {}
-    for rows, into in zip((own, before), columns, strict=True):
+    for rows, into in zip(evaluations(folder, manifest), columns, strict=True):
         for row, base in rows:
-            into |= row.readings(base)
+            into |= row.readings(base.name, base.sha256)
     return columns
 
 
 def evaluations(
-    folder: Path, original: str | None = None
-) -> tuple[list[tuple[ModelResults, str]], list[tuple[ModelResults, str]]]:
-    """What a folder's eval*.json hold of its model and of the original, each with what it was compared with.
+    folder: Path, manifest: dict[str, Any] | None = None
+) -> tuple[list[tuple[ModelResults, Model]], list[tuple[ModelResults, Model]]]:
+    """What a folder's eval*.json, which `ultralowbit eval --json` writes, hold of its model and of the original that
+    its manifest names, each with what it was compared with.
 
-    A file with one model is of the folder's, whatever its name; in one with several they go by the names of their
-    folders. Raises `InputError` for other files.
+    Models go by the digests of their files. Those of an older release, which wrote none, go by the names of their
+    folders; one that is alone in its file is of the folder where that lies. Raises `InputError` for a file of other
+    models, or where names do not tell which model is which.
     """
-    own: list[tuple[ModelResults, str]] = []
-    before: list[tuple[ModelResults, str]] = []
-    here = folder.resolve().name
-    for path in sorted(folder.glob("eval*.json")):
-        evaluation = read_file(path, Evaluation, "measure again with `ultralowbit eval --json`, or remove it")
-        base = Path(evaluation.fidelity_to or "").resolve().name
-        names = [Path(row.model).resolve().name for row in evaluation.results]
-        if len({*names}) > 1 and here not in names:
-            raise InputError(f"{path} is of {', '.join(names)}, none of which is this folder: put it into theirs")
-        for name, row in zip(names, evaluation.results, strict=True):
-            if name == here or len({*names}) == 1:
-                own.append((row, base))
-            elif name == original:
-                before.append((row, base))
+    own: list[tuple[ModelResults, Model]] = []
+    before: list[tuple[ModelResults, Model]] = []
+    remedy = "measure again with `ultralowbit eval --json`, or remove it"
+    files = {path: read_file(path, Evaluation, remedy) for path in sorted(folder.glob("eval*.json"))}
+    is_said = any(row.sha256 for evaluation in files.values() for row in evaluation.results)
+    here = Model(folder.resolve().name, _digest(folder, manifest) if is_said else None)
+    original = _original(manifest) if manifest else Model("", None)
+    for path, evaluation in files.items():
+        rows = evaluation.results
+        alone = len(rows) == 1 and rows[0].sha256 is None
+        mine, theirs = (rows, []) if alone else (here.rows(evaluation), original.rows(evaluation))
+        for guessed in ([row for row in found if row.sha256 is None] for found in (mine, theirs)):
+            if len(guessed) > 1 or any(row in mine and row in theirs for row in guessed):
+                raise InputError(f"{path} does not say which {Path(guessed[0].model).name} is which: {remedy}")
+        if not mine:
+            names = ", ".join(row.model for row in rows)
+            raise InputError(f"{path} is of {names}, none of which is this folder as it is: {remedy}")
+        base = _compared_with(evaluation, original)
+        own += [(row, base) for row in mine]
+        before += [(row, base) for row in theirs]
     return own, before
+
+
+def _digest(folder: Path, manifest: dict[str, Any] | None) -> str:
+    """The digest of a folder's files, which the manifest of a packed one holds."""
+    if manifest is None:
+        return json_digest(hash_model(folder, Silent()))
+    hashes = manifest["files"].items()
+    return json_digest({name: sha256 for name, sha256 in hashes if name == CONFIG or name.endswith(".safetensors")})
+
+
+def _original(manifest: dict[str, Any]) -> Model:
+    return Model(Path(manifest.get("model", "")).name, json_digest(manifest["fingerprint"]["model"]))
+
+
+def _compared_with(evaluation: Evaluation, original: Model) -> Model:
+    """What --fidelity named: the original, under the name that the manifest has for it, or another model."""
+    named = evaluation.fidelity_to or ""
+    digest = next((row.sha256 for row in evaluation.results if row.model == named), None)
+    base = Model(Path(named).resolve().name, digest)
+    return original if original.is_of(base.name, base.sha256) else base

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ultralowbit.checkpoint.config import read_config_json
+from ultralowbit.checkpoint.manifest import read_manifest
 from ultralowbit.data.corpora import read_text
 from ultralowbit.errors import InputError
 from ultralowbit.eval.perplexity import Perplexity
@@ -93,7 +94,7 @@ class _Observer:
             for p in other.packed.metrics.get("perplexity", ())
             if p.source == first
         }
-        accuracy = task_accuracies(self.results.folders[0], Path(report.model).name)
+        accuracy = task_accuracies(self.results.folders[0])
         bits = {"linear": report.packed.size.bits, "model": report.packed.size.model_bits_per_weight}
         several = first and len(self.results.reports) > 1
         original = Observed(
@@ -158,9 +159,9 @@ class _Observer:
         return measured
 
 
-def task_accuracies(folder: Path, original: str) -> tuple[Accuracies, Accuracies]:
+def task_accuracies(folder: Path) -> tuple[Accuracies, Accuracies]:
     """Accuracies of a run's model and of the original, where `ultralowbit eval --tasks` left them in its folder."""
-    own, before = evaluations(folder, original)
+    own, before = evaluations(folder, read_manifest(folder))
     return _best(row for row, _ in own), _best(row for row, _ in before)
 
 
