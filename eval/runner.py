@@ -177,18 +177,18 @@ def measure_alone(
     """
     dtype, progress = dtype or pick_dtype(folder, device), progress or Silent()
     known, metrics = known or {}, without_original(METRICS)
-    rows = {text.sha256: known_results(known, text, dtype, metrics) for text in texts}
-    missing = [text for text in texts if len(rows[text.sha256]) < len(metrics)]
+    rows = {text.source: known_results(known, text, dtype, metrics) for text in texts}
+    missing = [text for text in texts if len(rows[text.source]) < len(metrics)]
     if missing:
         model = open_model(folder, device, dtype, trust_remote_code)
         for text in missing:
             counter = progress.counter(f"{label or folder.name}: reading {text.source}")
-            (rows[text.sha256],) = measure(
+            (rows[text.source],) = measure(
                 [model], text.tokens, metrics, context=text.context, source=text.source, bos=text.bos, progress=counter
             )
         del model
         release(device)
-    return by_metric([rows[text.sha256] for text in texts])
+    return by_metric([*rows.values()])
 
 
 def known_results(

@@ -164,6 +164,10 @@ def test_texts_of_one_name_are_told_apart(folders, evaluate, text, tmp_path):
     (row,) = evaluate(folders[:1], sources=(text, str(other))).results
     first, second = row.metrics["perplexity"]
     assert (first.source, second.source) == ("text.txt", "text.txt (2)") and first.perplexity != second.perplexity
+    longer = tmp_path / "longer.txt"  # of the same first windows
+    longer.write_text(Path(text).read_text() + "more")
+    (row,) = evaluate(folders[:1], sources=(text, str(longer))).results
+    assert [result.source for result in row.metrics["perplexity"]] == ["text.txt", "longer.txt"]
 
 
 def test_tokens_that_the_model_lacks_are_refused_before_it_is_opened(save_model, tiny, evaluate, tmp_path, monkeypatch):

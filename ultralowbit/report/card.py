@@ -124,7 +124,7 @@ def card_text(report: RunReport, model: str, source: Path, load_from: str) -> st
         for key, metric in without_original(METRICS).items()
         for before in report.original.metrics.get(key, ())
         for after in report.packed.metrics.get(key, ())
-        if before.sha256 == after.sha256
+        if (before.source, before.sha256) == (after.source, after.sha256)
     ]
     body = render("card.md.j2", **dict(report), name=name, load_from=load_from, base=base, changes=pairs)
     template = "---\n{{ card_data }}\n---\n\n{{ body }}"
