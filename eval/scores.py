@@ -44,7 +44,7 @@ class Average:
     """Of the mean, the tasks being independent."""
     chance: float | None
     corrected: float | None
-    """Mean of (value - chance) / (1 - chance): 0 for a guess, 1 for no mistake."""
+    """Mean of (value - chance) / (1 - chance): 0 for a guess, 1 for no mistake; None where a guess cannot be wrong."""
     corrected_stderr: float | None
 
 
@@ -67,7 +67,7 @@ def _average(scores: Sequence[Score]) -> Average:
 
     chances = [score.chance for score in scores]
     corrected = corrected_stderr = None
-    if None not in chances:
+    if None not in chances and max(chances) < 1:
         corrected = fmean((s.value - s.chance) / (1 - s.chance) for s in scores)
         corrected_stderr = stderr(None if s.stderr is None else s.stderr / (1 - s.chance) for s in scores)
     return Average(

@@ -147,7 +147,7 @@ def across(families: Mapping[str, Sequence[Mapping[str, Track]]]) -> Track:
 
 
 def _above(accuracy: float, chance: float) -> float:
-    return max(0.0, (accuracy - chance) / (1 - chance))
+    return max(0.0, (accuracy - chance) / (1 - chance)) if chance < 1 else 0.0
 
 
 def _ratio(a: float, b: float) -> float:

@@ -118,6 +118,8 @@ def read_tasks(names: Sequence[str], folder: Path | None = None, progress: Stage
                 step(done, len(wanted))
             try:
                 parts = manager.load([name])
+            except (StopIteration, IndexError) as error:  # lm-eval looks at the first document
+                raise InputError(f"the task {name!r} has no document ({reason(error)}): check its data") from error
             except Exception as error:  # datasets lets through whatever the network, the cache and the parsers raise
                 raise InputError(
                     f"the task {name!r} cannot be read ({reason(error)}): connect to the hub, or give --tasks-dir with "

@@ -76,6 +76,8 @@ def test_ratios_by_hand():
         "typos": pytest.approx(0.5), "casing": pytest.approx(7.0), "whitespace": 1.0,
         "long windows": pytest.approx(0.5), "calibration on other": 0.5,
     }  # fmt: skip
+    sure = Observed(accuracy={"a": (1.0, 1.0)})  # one choice
+    assert tracks(sure, sure)["tasks"].missing == {"a": "the original does no better than a guess"}
     assert by_track["cost"] == {"time": 0.5, "seeds": 0.5}
     assert by_track["complexity"] == {"linear": 8.0, "model": 4.0}
     assert by_track["inference"] == {"decoding": 2.0}

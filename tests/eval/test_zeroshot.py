@@ -81,6 +81,11 @@ def tasks_dir(tmp_path_factory) -> Path:
     metrics = [{"metric": m} for m in ("word_perplexity", "byte_perplexity", "bits_per_byte")]
     rolling = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{page}}"}
     write("toy_pages", 5, **rolling, metric_list=metrics)
+    write("toy_none", 0, **choice, metric_list=both[:1])
+    write("toy_filtered", 4, **choice, metric_list=both[:1])
+    (folder / "empty.py").write_text("def none(docs):\n    return docs.select([])\n")
+    with (folder / "toy_filtered.yaml").open("a") as file:
+        file.write("process_docs: !function empty.none\n")
     write("toy_broken", 5, **choice, metric_list=both)
     (folder / "toy_broken.jsonl").unlink()
     return folder
@@ -193,6 +198,8 @@ def test_averages_by_hand():
     assert len(averages(scores[2:])) == 0  # of one task there is none
     (unknown,) = averages([row("a", "acc", 0.6, None, None), row("b", "acc", 0.4, 0.1, 0.5)])
     assert (unknown.value, unknown.stderr, unknown.chance, unknown.corrected) == (0.5, None, None, None)
+    (sure,) = averages([row("a", "acc", 1.0, 0.0, 1.0), row("b", "acc", 0.4, 0.1, 0.5)])  # a has one choice
+    assert (sure.value, sure.chance, sure.corrected, sure.corrected_stderr) == (0.7, 0.75, None, None)
 
 
 def test_the_same_seed_gives_the_same_numbers_and_no_trace_is_left(ask, tokenizer, capfd):
@@ -267,6 +274,8 @@ def test_mistakes(tasks_dir, tmp_path, monkeypatch, ask):
         (["qqqq"], tasks_dir, "there is no task 'qqqq'"),
         (["toy_choice"], tmp_path / "none", "is no folder"),
         (["toy_broken"], tasks_dir, "the task 'toy_broken' cannot be read"),
+        (["toy_none"], tasks_dir, "the task 'toy_none' has no document"),
+        (["toy_filtered"], tasks_dir, "the task 'toy_filtered' has no document"),
     ):
         with pytest.raises(InputError, match=said) as caught:
             zeroshot.read_tasks(names, folder)
