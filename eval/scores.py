@@ -83,19 +83,22 @@ def _average(scores: Sequence[Score]) -> Average:
 def task_readings(scores: Iterable[Score], means: Iterable[Average]) -> Readings:
     """The columns of `compare` for accuracies and their averages; two compare where they are of the same documents."""
     readings: Readings = {}
+    asked: dict[tuple[str, str], str] = {}
     for score in scores:
         if score.metric.partition(",")[0] in ACCURACIES:
             chance = "" if score.chance is None else f", chance {score.chance:.1%}"
-            asked = f"{score.documents} of {score.of} documents, {score.shots or 0} shots"
-            how = f"accuracy, {score.task} {score.metric}, version {score.version}, {asked}{chance}"
+            documents = f"{score.documents} of {score.of} documents, {score.shots or 0} shots"
             title = f"{score.task} {score.metric}"
+            how = asked[score.task, score.metric] = f"accuracy, {title}, version {score.version}, {documents}{chance}"
             column = Column(f"task:{how}", "accuracy", title, "percent", "higher", how, metric="tasks")
             readings[column.key] = column, score.value
     for mean in means:
-        names = ", ".join(f"{task} {metric}" for task, metric in mean.metrics.items())
-        documents = "; ".join(sorted(key for key in readings if any(task in key for task in mean.metrics)))
-        key = f"tasks:{sha256(f'{names}; {documents}'.encode()).hexdigest()[:16]}"
-        how = f"mean accuracy over {names}"
-        column = Column(key, "accuracy", "mean", "percent", "higher", how, "mean accuracy", metric="tasks")
-        readings[key] = column, mean.value
+        over = "; ".join(sorted(asked.get(which, "") for which in mean.metrics.items()))
+        how = f"mean accuracy over {', '.join(f'{task} {metric}' for task, metric in mean.metrics.items())}"
+        normed = ", normed by length" if "acc_norm" in mean.metrics.values() else ""
+        column = Column(
+            f"tasks:{sha256(over.encode()).hexdigest()[:16]}", "accuracy", f"mean{normed}", "percent", "higher", how,
+            f"mean accuracy{normed}", metric="tasks",
+        )  # fmt: skip
+        readings[column.key] = column, mean.value
     return readings

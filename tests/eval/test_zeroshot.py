@@ -8,7 +8,7 @@ import math
 import os
 import random
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from ultralowbit.cli.app import app
 from ultralowbit.errors import InputError
 from ultralowbit.eval import zeroshot
 from ultralowbit.eval.runner import open_model
-from ultralowbit.eval.scores import Score, averages
+from ultralowbit.eval.scores import Score, averages, task_readings
 from ultralowbit.methods.rtn import RTN
 from ultralowbit.nn.hf import pack_model
 
@@ -200,6 +200,21 @@ def test_averages_by_hand():
     assert (unknown.value, unknown.stderr, unknown.chance, unknown.corrected) == (0.5, None, None, None)
     (sure,) = averages([row("a", "acc", 1.0, 0.0, 1.0), row("b", "acc", 0.4, 0.1, 0.5)])  # a has one choice
     assert (sure.value, sure.chance, sure.corrected, sure.corrected_stderr) == (0.7, 0.75, None, None)
+
+
+def test_columns_of_averages_say_what_they_are_over():
+    def of(*scores: Score) -> dict[str, tuple[str, float]]:
+        found = task_readings(scores, averages(scores)).values()
+        return {c.drawn: (c.key, value) for c, value in found if c.drawn}
+
+    a, b = (Score(task, "acc", 0.5, None, 0.25, 10, 10, 0, "1", True) for task in ("arc", "b"))
+    normed = replace(a, metric="acc_norm", value=0.7)
+    both = of(a, normed, b)
+    assert {name: value for name, (_, value) in both.items()} == {
+        "mean accuracy": 0.5, "mean accuracy, normed by length": pytest.approx(0.6),
+    }  # fmt: skip
+    assert of(b, a)["mean accuracy"] == both["mean accuracy"]  # the order says nothing
+    assert of(a, replace(b, documents=5))["mean accuracy"] != both["mean accuracy"]
 
 
 def test_the_same_seed_gives_the_same_numbers_and_no_trace_is_left(ask, tokenizer, capfd):
