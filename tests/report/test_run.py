@@ -21,6 +21,7 @@ from ultralowbit.checkpoint.contents import LOCAL
 from ultralowbit.cli.app import app
 from ultralowbit.cli.console import Pace
 from ultralowbit.cli.render import rows_table, show
+from ultralowbit.data.corpora import has_test_split
 from ultralowbit.eval.runner import open_model
 from ultralowbit.eval.schema import Evaluation, read_file, write_file
 from ultralowbit.hub import open_tokenizer
@@ -256,12 +257,16 @@ def test_a_damaged_report_is_measured_again(compress, damage):
     [
         (["calibration.source=wikitext2"], "wikitext2"),
         (["calibration.source=org/name"], "org/name"),
+        (["calibration.source=org/train-only"], "python-docs"),
         (["calibration.source=self"], "python-docs"),
         (["calibration.source=pyproject.toml"], "python-docs"),
         (["quantize.method=rtn"], "python-docs"),  # reads no text, so none is to be fetched for it
     ],
 )
-def test_the_default_text(settings, expected):
+def test_the_default_text(settings, expected, monkeypatch):
+    splits = {"org/name": ["train", "test"], "org/train-only": ["train"]}
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda path, config: splits[path])
+    has_test_split.cache_clear()
     recipe = Recipe.model_validate({"name": "r", "quantize": {"method": "gptq"}})
     data = recipe.model_dump()
     for setting in settings:

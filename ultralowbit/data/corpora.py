@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -125,6 +126,20 @@ def is_collection(source: str) -> bool:
     """Whether `source` is a hub dataset whose rows are separate documents, as c4's are. Raises `InputError`."""
     place = _find(source)
     return isinstance(place, _Hub) and not place.lines
+
+
+@cache
+def has_test_split(source: str) -> bool:
+    """Whether a source has a test split, as far as the hub tells; raises `InputError` for a name that is none."""
+    place = _find(source)
+    if not isinstance(place, _Hub) or source in _HUB:
+        return True
+    try:
+        from datasets import get_dataset_split_names
+
+        return "test" in get_dataset_split_names(place.path, place.config)
+    except Exception:  # datasets lets through whatever the network and the cache raise
+        return False
 
 
 def public_name(source: str) -> str:

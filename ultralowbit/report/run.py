@@ -15,7 +15,7 @@ from ultralowbit.checkpoint.config import read_config_json, text_config
 from ultralowbit.checkpoint.manifest import MANIFEST
 from ultralowbit.checkpoint.size import LayerSize, measure_size
 from ultralowbit.checkpoint.storage import sha256_file, write_atomic
-from ultralowbit.data.corpora import SOURCES, public_name
+from ultralowbit.data.corpora import SOURCES, has_test_split, public_name
 from ultralowbit.data.overlap import seen_share
 from ultralowbit.errors import CheckpointError, FormatError, InputError, reason
 from ultralowbit.eval.base import Measured
@@ -71,10 +71,11 @@ class Texts:
 
 
 def default_source(recipe: Recipe) -> str:
-    """The first dataset of the calibration that is on the hub (its test split is read), else the text always there."""
+    """The first dataset of the calibration that is on the hub and has a test split, else the text always there."""
     texts = recipe.calibration.shares if recipe.reads_text else ()
     away = [text for text in texts if text not in ("python-docs", "self") and not Path(text).expanduser().exists()]
-    return next((text for text in away if text in SOURCES or "/" in text), "python-docs")
+    named = (text for text in away if text in SOURCES or "/" in text)
+    return next((text for text in named if has_test_split(text)), "python-docs")
 
 
 def compress_and_measure(
