@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -53,13 +54,22 @@ def test_more_effort_is_a_longer_training_of_the_same():
 def test_a_file_is_no_larger_than_what_is_asked_for(compress, room):
     told = compress("--size", "1kB")
     assert told.exit_code == 2
-    least = parse_bytes(told.stderr.split("ask for ")[1].split(" at least")[0])
+    least = int(re.search(r"ask for --size (\d+) at least", " ".join(told.stderr.split()))[1])
+    assert compress("--size", str(least - 1)).exit_code == 2
     wanted = int(room * least)
     done = compress("--size", str(wanted), "--effort", "fast", "--out", "packed")
     assert done.exit_code == 0, done.output
     size = measure_size(Path("packed"))
     assert size.file_bytes == (Path("packed") / "model.safetensors").stat().st_size <= wanted
     assert size.file_bytes > 0.9 * wanted - 400  # what is counted for headers is a bound
+
+
+def test_a_file_of_the_most_planes_is_the_largest_that_can_be_asked_for(compress):
+    told = compress("--size", "1TB")
+    most = int(re.search(r"ask for --size (\d+) at most", " ".join(told.stderr.split()))[1])
+    assert told.exit_code == 2 and compress("--size", str(most + 1)).exit_code == 2
+    assert compress("--size", str(most), "--effort", "fast", "--out", "packed").exit_code == 0
+    assert all("x4sign" in layer.format for layer in measure_size(Path("packed")).layers)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +81,13 @@ def test_a_file_is_no_larger_than_what_is_asked_for(compress, room):
         (["--recipe", "sign-1", "--effort", "best"], "--effort goes with --bits and --size"),
         (["--bits", "2", "--set", "allocate=null"], "--bits shares planes out among Linears, which --set"),
         (["--bits", "2", "--set", "quantize.method=gptq"], "allocate chooses planes: give it quantize: {method: sign"),
-        (["--bits", "0.9"], "one plane for every Linear takes"),
-        (["--bits", "nan"], "allocate.bits"),
+        (["--bits", "0.9"], "--bits is 0.9, expected true bits a packed weight from 1 to about 4"),
+        (["--bits", "5"], "--bits is 5, expected true bits a packed weight from 1 to about 4"),
+        (["--bits", "nan"], "--bits is nan"),
+        (["--bits", "1"], "allocate.bits, which --bits sets, is 1, and one plane for every Linear takes 1.2"),
+        (["--bits", "2", "--set", "name=mine"], "--bits says itself what --set name would"),
+        (["--size", "1MB", "--set", "quantize.planes=3"], "--size says itself what --set quantize.planes would"),
+        (["--bits", "2", "--set", "allocate.bits=3"], "--bits says itself what --set allocate.bits would"),
         (["--size", "60 potatoes"], "is no size"),
         (["--size", "10kB"], "embeddings, head, norms and headers take"),
     ],

@@ -181,7 +181,8 @@ def test_overrides_keep_their_method_and_count(source, recipe, tmp_path):
 @pytest.mark.parametrize(
     ("bits", "values", "words"),
     [
-        (1.0, {}, r"allocate\.bits is 1, and one plane for every Linear takes 1\.\d+ true bits"),
+        (1.0, {}, r"allocate\.bits, which --bits sets, is 1, and one plane for every Linear takes 1\.\d+ true bits"),
+        (8.0, {}, r"is 8, and 4 planes for every Linear take 4\.\d+ true bits .* ask for that at most"),
         (2.0, {"overrides": [{"match": "*", "quantize": {"method": "rtn"}}]}, "no Linear to choose planes for"),
     ],
 )

@@ -24,6 +24,8 @@ class Effort(StrEnum):
     BEST = "best"
 
 
+_OWN = ("allocate.bits", "quantize.planes", "name")
+"""Keys of the recipe that `--bits` and `--size` decide."""
 OURS = {Effort.FAST: "ulb-fast", Effort.DEFAULT: "ulb", Effort.BEST: "ulb-best"}
 
 RecipeOption = Annotated[
@@ -73,6 +75,14 @@ class Goal(NamedTuple):
             raise InputError(
                 f"{given[0]} shares planes out among Linears, which --set allocate=null turns off: leave that out, or "
                 f"give --recipe {name} instead of {given[0]}"
+            )
+        set_twice = [key for key in _OWN if any(s.partition("=")[0].strip() == key for s in settings)]
+        if set_twice:
+            raise InputError(f"{given[0]} says itself what --set {set_twice[0]} would: leave one of them out")
+        if bits is not None and not 1 <= bits < 5:  # where exactly it begins and ends is the model's
+            raise InputError(
+                f"--bits is {bits:g}, expected true bits a packed weight from 1 to about 4, such as 1.7; for more give "
+                "a recipe, such as --recipe gptq-4bit --set quantize.bits=8"
             )
         if self.size is not None:
             bits = bits_for_size(model, recipe, parse_bytes(self.size), device, trust_remote_code)

@@ -70,18 +70,21 @@ def _within_budget(decoder: Decoder, recipe: Recipe, losses: Mapping[str, float]
         return replace(recipe.quantize, planes=planes).format(m).nbytes(n, m)
 
     nbytes = torch.tensor([[sum(takes(shapes[name], K) for name in names) for K in PLANES] for names in free.values()])
-    least = 8 * (fixed + int(nbytes[:, 0].sum())) / weights
-    if least > recipe.allocate.bits:
+    asked = recipe.allocate.bits
+    least, most = (8 * (fixed + int(nbytes[:, choice].sum())) / weights for choice in (0, -1))
+    if not least <= asked <= most:
+        few = f"one plane for every Linear takes {math.ceil(1e4 * least) / 1e4:g}"
+        many = f"{PLANES[-1]} planes for every Linear take {math.floor(1e4 * most) / 1e4:g}"
         raise InputError(
-            f"allocate.bits is {recipe.allocate.bits:g}, and one plane for every Linear takes "
-            f"{math.ceil(1e4 * least) / 1e4:g} true bits a weight, scales included: ask for that at least"
+            f"allocate.bits, which --bits sets, is {asked:g}, and {few if asked < least else many} true bits a weight, "
+            f"scales included: ask for that at {'least' if asked < least else 'most'}"
         )
     sizes = torch.tensor([sum(math.prod(shapes[n]) for n in names) for names in free.values()], dtype=torch.float64)
     kl = torch.tensor([sum(losses.get(n, 0.0) for n in names) for names in free.values()], dtype=torch.float64)
     kl = kl if losses else sizes
     of_each = sizes * (kl / sizes).sqrt()
     lost = _lost_by_planes(recipe.quantize)
-    budget = int(recipe.allocate.bits * weights / 8) - fixed
+    budget = math.floor(asked * weights / 8 + 1e-3) - fixed  # whole bytes, where a float is next to less
     chosen = allocate(torch.outer(of_each, lost / lost[MEASURED - 1]), nbytes, budget)
     return recipe.with_planes(
         {name: PLANES[choice] for names, choice in zip(free.values(), chosen, strict=True) for name in names}

@@ -6,8 +6,8 @@ time (rates.py) are estimates for the pipeline as it is.
 
 from __future__ import annotations
 
-import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -27,7 +27,7 @@ from ultralowbit.hub import resolve_model
 from ultralowbit.methods.base import Method
 from ultralowbit.methods.statistics import InputStats
 from ultralowbit.nn.decoder import Decoder
-from ultralowbit.pipeline.allocate import expected_planes
+from ultralowbit.pipeline.allocate import PLANES, expected_planes
 from ultralowbit.pipeline.embed import planned_embeddings
 from ultralowbit.pipeline.memory import Memory, smaller_memory, stage_memory
 from ultralowbit.pipeline.rates import measured_rates, random, seconds
@@ -212,21 +212,41 @@ def bits_for_size(model: str, recipe: Recipe, nbytes: int, device: str, trust_re
     """The bits a weight with which a recipe that allocates them writes files of at most `nbytes`, headers and an index
     included.
 
-    Raises `InputError` where one plane for every Linear, with all that is not packed, is larger than that.
+    Raises `InputError` where that is less than one plane for every Linear takes with all that is not packed, or more
+    than as many planes as there can be.
     """
     decoder, recipe, _ = open_folded(resolve_model(model), pick_device(device), recipe, trust_remote_code)
-    least = recipe.model_copy(update={"allocate": None, "quantize": replace(recipe.quantize, planes=1)})
-    formats = {**planned_formats(decoder, least), **planned_embeddings(decoder, least)}
-    size, metadata = planned_size(decoder, formats), {DIGEST: config_digest({})}
-    headers = most_beside(planned_tensors(decoder, formats), metadata, max(nbytes, size.total_bytes))
-    beside = size.total_bytes - size.linear_bytes + headers
-    if beside + size.linear_bytes > nbytes:
+
+    def planned(planes: int) -> tuple[Size, Callable[[int], int]]:
+        """The size with so many planes for every Linear, and what headers take beside files of so many bytes."""
+        alike = recipe.model_copy(update={"allocate": None, "quantize": replace(recipe.quantize, planes=planes)})
+        formats = {**planned_formats(decoder, alike), **planned_embeddings(decoder, alike)}
+        tensors, metadata = planned_tensors(decoder, formats), {DIGEST: config_digest({})}
+        size = planned_size(decoder, formats)
+        return size, lambda nbytes: most_beside(tensors, metadata, max(nbytes, size.total_bytes))
+
+    def taken(size: Size, headers: Callable[[int], int]) -> int:
+        """The smallest file that has room for itself: its headers grow with what they say of it."""
+        nbytes = size.total_bytes
+        while (more := size.total_bytes + headers(nbytes)) > nbytes:
+            nbytes = more
+        return nbytes
+
+    (one, headers), (all_of_them, headers_of_all) = planned(PLANES[0]), planned(PLANES[-1])
+    least, most = taken(one, headers), taken(all_of_them, headers_of_all)
+    if nbytes < least:
         raise InputError(
-            f"a file of {format_bytes(nbytes)} is asked for, and embeddings, head, norms and headers take "
-            f"{format_bytes(beside)} of it, one plane for every Linear {format_bytes(size.linear_bytes)}: ask for "
-            f"{format_bytes(1.01 * (beside + size.linear_bytes))} at least"
+            f"--size is {format_bytes(nbytes)}, and embeddings, head, norms and headers take "
+            f"{format_bytes(least - one.linear_bytes)} of it, one plane for every Linear "
+            f"{format_bytes(one.linear_bytes)}: ask for --size {least} at least"
         )
-    return max(size.linear_bits_per_weight, math.floor(8e4 * (nbytes - beside) / size.linear_weights) / 1e4)
+    if nbytes > most:
+        raise InputError(
+            f"--size is {format_bytes(nbytes)}, and {PLANES[-1]} planes for every Linear, which are the most, take "
+            f"{format_bytes(most)} with all else: ask for --size {most} at most"
+        )
+    bits = 8 * (nbytes - headers(nbytes) - one.total_bytes + one.linear_bytes) / one.linear_weights
+    return min(max(one.linear_bits_per_weight, bits), all_of_them.linear_bits_per_weight)
 
 
 def planned_size(decoder: Decoder, formats: dict[str, tuple[Format, tuple[int, int]]]) -> Size:
