@@ -264,6 +264,10 @@ def test_prints_and_json(model):
 def test_refuses_what_compress_refuses(model):
     with pytest.raises(InputError, match="nothing would be compressed"):
         estimate(str(model), recipe(model).model_copy(update={"ignore": ("*",)}), device="cpu")
+    for pattern, near in {"*dwn_proj": "layers.0.mlp.down_proj", "lm_haed": "model.layers.0."}.items():
+        with pytest.raises(InputError, match=f"'.{pattern[1:]}', which matches no module .*{near}.*: correct it"):
+            estimate(str(model), recipe(model).model_copy(update={"ignore": ("*.o_proj", pattern)}), device="cpu")
+    estimate(str(model), recipe(model).model_copy(update={"ignore": ("lm_head", "*.o_proj")}), device="cpu")
     with pytest.raises(InputError, match="no such folder"):
         estimate("./nowhere", recipe(model))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from difflib import get_close_matches
+from fnmatch import fnmatch
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -83,6 +85,7 @@ def planned_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format,
                 f"the stage {stage} of recipe {recipe.name} cannot run on a mixture of experts yet, which "
                 f"{decoder.config.model_type} is: leave it out with --set {stage}=null, or give a recipe without it"
             )
+    _check_ignored(decoder, recipe)
     formats, made = {}, {}
     for name, shape in packed_linears(decoder, recipe).items():
         alike = method, columns, block = recipe.method_for(name), shape[1], recipe.hadamard(name, shape[1])
@@ -106,6 +109,19 @@ def planned_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format,
         if getattr(recipe, stage) is not None:
             _check_rates(stage, getattr(recipe, stage), recipe, formats, decoder.model)
     return formats
+
+
+def _check_ignored(decoder: Decoder, recipe: Recipe) -> None:
+    """Raise `InputError` for a pattern in `ignore` that no module's full name matches."""
+    names = [name for i in range(len(decoder.blocks)) for name in decoder.shapes(i)] if recipe.ignore else []
+    for pattern in recipe.ignore:
+        if not any(fnmatch(name, pattern) for name in chain(names, dict(decoder.model.named_modules()))):
+            ends = {name.rpartition(".")[2]: name for name in reversed(names)}
+            near = get_close_matches(pattern.strip("*.").rpartition(".")[2], ends, n=2, cutoff=0.5) or [*ends][:1]
+            raise InputError(
+                f"ignore has {pattern!r}, which matches no module of the model, such as "
+                f"{' or '.join(ends[end] for end in near)}: correct it, or leave it out"
+            )
 
 
 def _check_rates(
