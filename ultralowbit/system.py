@@ -26,7 +26,9 @@ def pick_device(device: str) -> torch.device:
         where = torch.device(device)
         torch.empty(0, dtype=torch.float32, device=where)
     except (RuntimeError, AssertionError) as e:
-        raise InputError(f"device {device!r} cannot be used here ({str(e).splitlines()[0]}): try --device cpu") from e
+        gpu = device.partition(":")[0].lower() in ("gpu", "nvidia", "nvidia-gpu")
+        hint = "a GPU is called cuda here, so try --device cuda" if gpu else "try --device cpu"
+        raise InputError(f"device {device!r} cannot be used here ({str(e).splitlines()[0]}): {hint}") from e
     return where
 
 

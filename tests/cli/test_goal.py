@@ -23,7 +23,7 @@ def compress(model, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runner = CliRunner(env={"COLUMNS": "80"})
     short = ["--calib", text, "--samples", "4", "--length", "24", "--eval", "none", "--device", "cpu", "-q"]
-    return lambda *args: runner.invoke(app, ["compress", model, *args, *short])
+    return lambda *args: runner.invoke(app, ["compress", model, *short, *args])
 
 
 @pytest.mark.parametrize("effort", Effort)
@@ -86,8 +86,9 @@ def test_a_file_of_the_most_planes_is_the_largest_that_can_be_asked_for(compress
         (["--bits", "nan"], "--bits is nan"),
         (["--bits", "1"], "allocate.bits, which --bits sets, is 1, and one plane for every Linear takes 1.2"),
         (["--bits", "2", "--set", "name=mine"], "--bits says itself what --set name would"),
-        (["--size", "1MB", "--set", "quantize.planes=3"], "--size says itself what --set quantize.planes would"),
+        (["--size", "1MB", "--set", "quantize.planes=3"], "--set quantize.planes says nothing where allocate chooses"),
         (["--bits", "2", "--set", "allocate.bits=3"], "--bits says itself what --set allocate.bits would"),
+        (["--bits", "2", "--device", "gpu"], "a GPU is called cuda here, so try --device cuda"),
         (["--size", "60 potatoes"], "is no size"),
         (["--size", "10kB"], "embeddings, head, norms and headers take"),
     ],

@@ -29,8 +29,11 @@ CalibOption = Annotated[
         "python-docs, self",
     ),
 ]
-SamplesOption = Annotated[int | None, typer.Option(help="number of calibration windows")]
-LengthOption = Annotated[int | None, typer.Option(help="tokens in a calibration window")]
+SamplesOption = Annotated[int | None, typer.Option(help="number of calibration windows; 128 unless the recipe says")]
+LengthOption = Annotated[
+    int | None,
+    typer.Option(help="tokens in a calibration window; 2048 unless the recipe says, and no more than the model takes"),
+]
 SeedOption = Annotated[int | None, typer.Option(help="seed with which windows are drawn from the calibration text")]
 SmallOption = Annotated[
     bool, typer.Option("--small", help="use the recipe's values for models of a few million parameters, if it has any")
