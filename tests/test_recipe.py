@@ -70,6 +70,17 @@ def test_a_recipe_survives_being_written(name, tmp_path):
     assert Recipe.load(tmp_path / "again.yaml") == recipe
 
 
+@pytest.mark.parametrize("name", shipped())
+def test_a_recipe_with_comments_is_the_same_and_says_what_each_part_means(name, tmp_path):
+    recipe = Recipe.load(name)
+    (tmp_path / "again.yaml").write_text(recipe.commented())
+    assert Recipe.load(tmp_path / "again.yaml") == recipe
+    lines = recipe.commented().splitlines()
+    for key in recipe.model_dump().keys() - {"name", "summary"}:
+        at = next(i for i, line in enumerate(lines) if line.startswith(f"{key}:"))
+        assert lines[at - 1].startswith("# "), key
+
+
 def test_every_method_has_a_recipe():
     assert {Recipe.load(name).quantize.method for name in shipped()} == set(METHODS)
 
@@ -330,6 +341,8 @@ def test_a_setting_without_key_or_value_is_refused(write, setting):
         ("quantize.method.x=3", ["method is not a group of keys"]),
         ("quantize.bist=3", ["unknown key quantize.bist", "did you mean bits?"]),
         ("quantize.bits=5", ["quantize.bits", "found 5"]),
+        ("bits=3", ["unknown key bits, did you mean quantize.bits?"]),
+        ("quantize.samples=3", ["unknown key quantize.samples, did you mean calibration.samples?"]),
         ("calibration.samples=many", ["calibration.samples", "found 'many'"]),
         ("overrides.0.quantize.bits=3", ["overrides"]),
     ],
@@ -339,9 +352,43 @@ def test_a_setting_that_does_not_fit_is_refused(write, setting, words):
     refused(write(BASE + "overrides: [{match: '*', quantize: {method: rtn}}]"), *words, settings=(setting,))
 
 
+def test_planes_that_allocate_would_override_cannot_be_set():
+    refused("ulb", "--set quantize.planes says nothing where allocate", settings=("quantize.planes=3",))
+    assert Recipe.load("ulb", ["quantize.planes=3", "allocate=null"]).quantize.planes == 3
+
+
+def test_errors_are_corrected_only_where_a_method_compensates():
+    refused("rtn-4bit", "which rtn as it is set does not take", settings=("error_correction={}",))
+    override = "overrides=[{match: '*down_proj', quantize: {method: gptq}}]"
+    assert Recipe.load("rtn-4bit", ["error_correction={}", override]).error_correction
+
+
 def test_a_setting_can_change_the_method(write):
     recipe = Recipe.load(write("quantize: {method: gptq}"), ["quantize.method=rtn", "quantize.bits=8"])
     assert recipe.quantize == RTN(bits=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "described"),
+    [
+        ("sign-2", ["quantize.group=64"], "sign-2, with quantize.group=64"),
+        ("sign-2", ["calibration.samples=3", "calibration.source=x.txt", "summary=mine"], "sign-2"),
+        ("sign-2", ["name=mine", "quantize.group=64"], "mine"),
+        ("ulb", ["name=ulb-1.7bit", "allocate.bits=1.7", "embeddings=null"], "ulb-1.7bit, with embeddings=null"),
+        ("ulb-best", ["finetune.data.samples=9", "finetune.data.seed=9"], "ulb-best, with finetune.data.samples=9"),
+        ("sign-2", ["finetune={training: {lr: {scale: 0.1}}, objective: {kind: kl}}"], "sign-2, with finetune={"),
+    ],
+)
+def test_what_was_changed_in_a_shipped_recipe_is_said(name, settings, described, tmp_path):
+    recipe = Recipe.load(name, settings)
+    assert recipe.described == described or (described.endswith("{") and recipe.described.startswith(described))
+    (tmp_path / "edited.yaml").write_text(recipe.to_yaml())
+    assert Recipe.load(tmp_path / "edited.yaml").changes == recipe.changes
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_are_unchanged(name):
+    assert not any(Recipe.load(name, small=small).changes for small in (False, True))
 
 
 # --- which method ----------------------------------------------------------------------------------------------------

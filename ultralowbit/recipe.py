@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatch
@@ -24,6 +27,7 @@ from ultralowbit.methods.gptq import GPTQ
 from ultralowbit.methods.output_feedback import OutputFeedback
 from ultralowbit.methods.rotation import Rotate
 from ultralowbit.methods.sign import Sign
+from ultralowbit.methods.statistics import Need
 from ultralowbit.training.specs import Blockwise, CalibrationSpec, Finetune, Preprocess, StrictModel, TextSpec, one_of
 
 Quantize = one_of(METHODS, "method")
@@ -53,7 +57,11 @@ class Recipe(StrictModel):
     finetune: Finetune | None = None
     calibration: CalibrationSpec = CalibrationSpec()
     ignore: tuple[str, ...] = Field((), description="shell patterns of Linears to leave as they are")
-    overrides: tuple[Override, ...] = ()
+    overrides: tuple[Override, ...] = Field(
+        (),
+        description="another method for the Linears whose full name matches, the last that does counts, such as "
+        "[{match: '*.down_proj', quantize: {method: gptq, bits: 4}}]",
+    )
     _planes: Mapping[str, int] = PrivateAttr(default_factory=dict)
     _folded: frozenset[str] = PrivateAttr(default=frozenset())
 
@@ -61,6 +69,12 @@ class Recipe(StrictModel):
     def _can_correct(self) -> Recipe:
         if self.error_correction is not None and self.calibration.clip_tokens is not None:
             raise ValueError("error_correction counts all tokens alike: leave calibration.clip_tokens out")
+        methods = (self.quantize, *(override.quantize for override in self.overrides))
+        if self.error_correction is not None and not any(Need.HESSIAN in method.needs for method in methods):
+            raise ValueError(
+                f"error_correction fits Linears by their Hessian, which {self.quantize.method} as it is set does not "
+                "take: leave it out, or choose a method that compensates, such as gptq or sign"
+            )
         return self
 
     @model_validator(mode="after")
@@ -137,8 +151,35 @@ class Recipe(StrictModel):
         stages = [stage.data for stage in (self.preprocess, self.finetune) if stage is not None]
         return [self.calibration, *(data for data in stages if data is not None)]
 
+    @property
+    def changes(self) -> str:
+        """What differs from the shipped recipe of this name, as settings; nothing in a recipe of one's own. Which text
+        is read, and the bits in a name such as ulb-1.7bit, count as no change."""
+        goal = re.fullmatch(r"(.+)-\d[\d.]*\s?\w+", self.name)
+        name = goal[1] if goal and self.allocate is not None and self.name not in shipped() else self.name
+        if name not in shipped():
+            return ""
+        own, said = self.model_dump(mode="json", exclude={"name", "summary"}), []
+        for small in (False, True):
+            base = Recipe.load(name, small=small).model_dump(mode="json")
+            unlike = dict(_unlike(base, own))
+            if name != self.name:
+                unlike.pop("allocate.bits", None)
+            values = {key: json.dumps(value).replace('"', "") for key, value in unlike.items()}
+            said.append([f"{key}={v if len(v) <= 60 else v[:57] + '...'}" for key, v in values.items()])
+        return ", ".join(min(said, key=len))
+
+    @property
+    def described(self) -> str:
+        """The name, and what was changed in the shipped recipe of this name."""
+        return f"{self.name}, with {self.changes}" if self.changes else self.name
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def commented(self) -> str:
+        """`to_yaml` with what each value means above it."""
+        return "".join(f"{line}\n" for line in _commented(self, self.model_dump(mode="json")))
 
     @classmethod
     def load(
@@ -170,9 +211,15 @@ class Recipe(StrictModel):
         for setting in settings:
             _apply(data, setting)
         try:
-            return cls.model_validate(data)
+            recipe = cls.model_validate(data)
         except ValidationError as e:
-            raise InputError(f"{label}: " + "; ".join(_explain(error) for error in e.errors())) from e
+            raise InputError(f"{label}: " + "; ".join(_explain(error, data) for error in e.errors())) from e
+        if recipe.allocate is not None and any(_key(setting) == "quantize.planes" for setting in settings):
+            raise InputError(
+                "--set quantize.planes says nothing where allocate chooses the planes of each Linear: set "
+                "allocate.bits, or allocate=null too"
+            )
+        return recipe
 
 
 class _Loader(yaml.SafeLoader):
@@ -196,6 +243,39 @@ def read_yaml(text: str, label: str) -> Any:
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as e:
         reason = " ".join(str(e).split())[:200] or type(e).__name__
         raise InputError(f"{label} is not plain YAML ({reason}): correct it") from e
+
+
+def _unlike(base: Mapping[str, Any], own: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys, as `--set` names them, that `own` has other values for, but what reports tell of texts anyway."""
+    told = ("source", "seed", "samples", "length") if place == "calibration." else ("source",)
+    told += ("seed",) if place.endswith("data.") else ()
+    for key, value in own.items():
+        before = base.get(key)
+        if isinstance(value, dict) and isinstance(before, dict) and key not in told:
+            yield from _unlike(before, value, f"{place}{key}.")
+        elif value != before and key not in told:
+            yield place + key, value
+
+
+def _commented(part: Any, plain: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """Lines of YAML of a recipe's part, whose JSON values are `plain`, each with what its field or class says of it."""
+    described = type(part).model_fields if isinstance(part, BaseModel) else {}
+    for key, value in plain.items():
+        inside = type(getattr(part, key))
+        by_tag, absent = _classes(_annotation(type(part), key))
+        about = described[key].description if key in described else None
+        if about is None and (kind := inside if _keys(inside) else absent):
+            about = kind.__doc__
+        elif about is None and value is None and by_tag:
+            about = f"null, or one of {', '.join(by_tag)}"
+        for line in textwrap.wrap(" ".join((about or "").split()), 118 - len(indent), break_on_hyphens=False):
+            yield f"{indent}# {line}"
+        if _keys(inside):
+            yield f"{indent}{key}:"
+            yield from _commented(getattr(part, key), value, f"{indent}  ")
+        else:
+            text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True)
+            yield from textwrap.indent(text, indent).splitlines()
 
 
 def at_bits(name: str, bits: float | str, label: str) -> tuple[str, ...]:
@@ -243,9 +323,14 @@ def _set_texts(data: dict[str, Any], texts: Mapping[str, Any]) -> None:
             text |= texts
 
 
+def _key(setting: str) -> str:
+    """Which key a setting is of."""
+    return setting.partition("=")[0].strip()
+
+
 def _apply(data: dict[str, Any], setting: str) -> None:
-    path, equals, value = setting.partition("=")
-    keys = path.strip().split(".")
+    _, equals, value = setting.partition("=")
+    keys = _key(setting).split(".")
     if not equals or not all(keys):
         raise InputError(f"--set {setting!r} is not KEY.PATH=VALUE, such as quantize.bits=3")
     parsed = read_yaml(value, f"--set {setting!r}")
@@ -257,13 +342,15 @@ def _apply(data: dict[str, Any], setting: str) -> None:
     at[keys[-1]] = parsed
 
 
-def _explain(error: Any) -> str:
-    """A mistake that pydantic found, in words; known keys and kinds are those of the place where it is."""
+def _explain(error: Any, data: Any) -> str:
+    """A mistake that pydantic found in a recipe's data, in words; known keys and kinds are those of the place where it
+    is, and where another place has a key of that name, it is told."""
     path, owner = _walk(error["loc"])
     where = ".".join(path) or "the recipe"
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _keys(owner)
-        near = get_close_matches(path[-1], known, n=1)
+        elsewhere = [full for full in _full_keys(Recipe, data) if full.rpartition(".")[2] == path[-1]]
+        near = [" or ".join(elsewhere)] if elsewhere else get_close_matches(path[-1], known, n=1)
         return f"unknown key {where}" + (f", did you mean {near[0]}?" if near else f" (known: {', '.join(known)})")
     if error["type"] == "union_tag_invalid":
         context = error["ctx"]
@@ -293,6 +380,17 @@ def _walk(loc: tuple[Any, ...]) -> tuple[list[str], type]:
         owner = inside
         kinds, inside = _classes(_annotation(inside, part))
     return path, owner
+
+
+def _full_keys(owner: Any, data: Mapping[str, Any]) -> Iterator[str]:
+    """The keys of a recipe's part with those of the parts in it, as `--set` names them."""
+    for key in _keys(owner):
+        yield key
+        inside = data.get(key, {} if key == "calibration" else None)
+        if isinstance(inside, Mapping):
+            by_tag, plain = _classes(_annotation(owner, key))
+            kind = by_tag.get(inside.get("method", inside.get("kind")), plain)
+            yield from (f"{key}.{name}" for name in _full_keys(kind, inside))
 
 
 def _annotation(owner: Any, key: str) -> Any:

@@ -49,6 +49,14 @@ def compress(source, tmp_path, monkeypatch):
     return run
 
 
+def test_what_was_changed_in_a_recipe_is_on_the_card_and_in_the_report(compress):
+    result, folder = compress("--set", "quantize.bits=2")
+    assert result.exit_code == 0, result.output
+    text = (folder / "README.md").read_text()
+    assert "with the recipe `rtn-4bit`, with `quantize.bits=2`." in text
+    assert (folder / "report.md").read_text().startswith("# tiny, compressed with rtn-4bit, with quantize.bits=2\n\n|")
+
+
 def test_a_card_is_read_back(compress, source, tmp_path):
     result, folder = compress()
     assert result.exit_code == 0, result.output

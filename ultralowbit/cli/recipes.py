@@ -27,12 +27,14 @@ def recipes_list() -> None:
 def recipes_show(
     name: Annotated[str, typer.Argument(help="shipped recipe or .yaml file")], small: SmallOption = False
 ) -> None:
-    """Print a recipe with every value, also those that it leaves at their defaults: the start of one of your own.
+    """Print a recipe with every value, also those that it leaves at their defaults, and what each means: the start of
+    one of your own.
 
     [bold]ultralowbit recipes show sign-2 > mine.yaml[/]
     """
     from ultralowbit.recipe import Recipe
 
-    text = Recipe.load(name, small=small).to_yaml()
+    text = Recipe.load(name, small=small).commented()
     command = command_line(["compress", "MODEL", "--recipe", name, "--out", "DIR"])
-    out.out(f"# {visible(command)}\n{text}", end="")
+    change = "# Any value can be changed here, or on the command line: --set calibration.samples=64"
+    out.out(f"# {visible(command)}\n{change}\n{text}", end="")

@@ -300,8 +300,9 @@ def _provenance(run: Run, out: Path) -> Provenance:
     report = run.report
     return Provenance(
         folder=os.path.relpath(run.folder.resolve(), out.resolve()), manifest=MANIFEST, sha256=run.sha256,
-        model=report.model, recipe=run.recipe, seed=run.seed, command=report.command, calibration=report.calibration,
-        environment=report.environment, collapsed=report.collapsed, fallbacks=report.fallbacks,
+        model=report.model, recipe=report.recipe.described, seed=run.seed, command=report.command,
+        calibration=report.calibration, environment=report.environment, collapsed=report.collapsed,
+        fallbacks=report.fallbacks,
     )  # fmt: skip
 
 
