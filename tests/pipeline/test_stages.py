@@ -19,6 +19,7 @@ from ultralowbit.errors import InputError, OutOfMemory
 from ultralowbit.hub import open_tokenizer
 from ultralowbit.nn.linear import PackedLinear
 from ultralowbit.pipeline.compress import compress
+from ultralowbit.pipeline.estimate import estimate
 from ultralowbit.pipeline.source import TextReader, open_decoder
 from ultralowbit.progress import Silent
 from ultralowbit.recipe import Recipe
@@ -109,6 +110,18 @@ def test_tuned_blocks_are_nearer_to_the_original(config, source, save_model, rec
     # block 0: both streams feed it the same, so that its objective is twice the error of its outputs
     ours, theirs = (hidden_states(model, held_out)[1] for model in (packed, original))
     assert 2 * (ours - theirs).square().mean().item() == pytest.approx(reports[0]["after"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("batch", "real"), [(3, 2), (7, 5), (2, 2), (99, 10)])
+def test_a_batch_that_does_not_divide_the_windows_is_told(source, recipe, tmp_path, monkeypatch, batch, real):
+    lines = []
+    monkeypatch.setattr(Silent, "say", lambda self, line: lines.append(line))
+    uneven = recipe(blockwise=TUNE | {"training": SCALES | {"batch": batch, "steps": 1}})
+    planned = estimate(str(source), uneven, "cpu").notes
+    compress(str(source), uneven, tmp_path / "out")
+    asked = f"blocks are trained on {real} of the 10 windows at a time, not on blockwise.training.batch = {batch}"
+    said = [[line for line in told if line.startswith(asked)] for told in (planned, lines)]
+    assert [len(told) for told in said] == [batch in (3, 7)] * 2
 
 
 def test_codes_stay_where_only_scales_are_trained(source, recipe, tmp_path):

@@ -32,7 +32,7 @@ from ultralowbit.pipeline.embed import planned_embeddings
 from ultralowbit.pipeline.memory import Memory, smaller_memory, stage_memory
 from ultralowbit.pipeline.rates import measured_rates, random, seconds
 from ultralowbit.pipeline.sharing import received_bytes, shared_seconds
-from ultralowbit.pipeline.source import open_folded, planned_formats
+from ultralowbit.pipeline.source import open_folded, planned_formats, smaller_batch
 from ultralowbit.pipeline.workload import Workload
 from ultralowbit.recipe import Recipe
 from ultralowbit.system import available_memory, existing, pick_device
@@ -177,6 +177,7 @@ def estimate(
     notes += [] if recipe.allocate is None else ["which Linears get how many planes is decided on the text"]
     notes += [] if work.exact_groups else ["which Linears share an input is not known: one Hessian a Linear is assumed"]
     notes += [] if ranks == 1 else [_about_ranks(work)]
+    notes += [] if (fewer := smaller_batch(recipe)) is None else [fewer]
     if any(_depends_on_data(method) for method in set(work.methods.values())):
         notes.append("with this recipe the size depends on data: bits and bytes are expected ones, not exact")
     if work.tokens:

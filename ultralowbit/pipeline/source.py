@@ -197,6 +197,22 @@ def batched(tokens: Tensor, most: int | None = None) -> Tensor:
     """[samples, length] -> [batches, batch, length], all batches of one shape: blocks are called alike for each. `most`
     is in samples, by default what makes `BATCH_TOKENS`."""
     samples, length = tokens.shape
-    fits = most or max(1, BATCH_TOKENS // length)
-    batch = max(b for b in range(1, min(fits, samples) + 1) if samples % b == 0)
-    return tokens.view(-1, batch, length)
+    return tokens.view(-1, _divisor(samples, most or max(1, BATCH_TOKENS // length)), length)
+
+
+def smaller_batch(recipe: Recipe) -> str | None:
+    """What to say where blocks are trained on fewer windows at a time than the recipe asks for."""
+    samples = recipe.calibration.samples
+    asked = 1 if recipe.blockwise is None else min(recipe.blockwise.training.batch, samples)
+    batch = _divisor(samples, asked)
+    if batch == asked:
+        return None
+    return (
+        f"blocks are trained on {batch} of the {samples} windows at a time, not on blockwise.training.batch = {asked}, "
+        f"which does not divide them: --samples {samples - samples % asked} would"
+    )
+
+
+def _divisor(samples: int, most: int) -> int:
+    """The largest divisor of a number of samples that is at most so large."""
+    return max(b for b in range(1, min(most, samples) + 1) if samples % b == 0)

@@ -34,7 +34,7 @@ from ultralowbit.pipeline.memory import what_helps
 from ultralowbit.pipeline.quantize import give_weight, quantize_weight
 from ultralowbit.pipeline.ranks import Ranks, own_batches
 from ultralowbit.pipeline.sensitivity import read_outputs
-from ultralowbit.pipeline.source import batched
+from ultralowbit.pipeline.source import batched, smaller_batch
 from ultralowbit.progress import OnProgress, Progress
 from ultralowbit.recipe import Recipe
 from ultralowbit.system import peak_memory, return_free_memory
@@ -72,6 +72,8 @@ class BlockStream:
     def run(self) -> None:
         """Pack and commit the blocks that no earlier run has committed."""
         state, total = self.job.state, len(self.decoder.blocks)
+        if note := smaller_batch(self.recipe):
+            self.progress.say(note)
         self.progress.start("blocks" if self.steps == 0 else "blocks, by steps", total * (1 + self.steps))
         if state["blocks"]:
             self.progress.say(f"going on after block {state['blocks'] - 1}, where the last run stopped")
