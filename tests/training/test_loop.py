@@ -86,12 +86,17 @@ def test_training_lowers_the_objective_and_says_so():
     assert not same(start, problem.values) and problem.hidden.grad is None
 
 
-def test_it_is_adamw_with_a_rate_for_each_kind():
+@pytest.mark.parametrize("relative", [False, True])
+def test_it_is_adamw_with_a_rate_for_each_kind(relative):
     """The same steps written down once more."""
     problem, again = Problem(), Problem()
+    rates = [
+        lr * (p.square().mean().sqrt().item() if relative else 1)
+        for p, lr in zip(again.values, (0.02, 0.003), strict=True)
+    ]
     settings = spec(
-        lr={"scale": 0.02, "row": 0.003}, warmup=0.2, clip_norm=2.5, weight_decay=0.01, betas=(0.8, 0.9),
-        accumulation=2, epochs=3, evaluations=1,
+        lr={"scale": 0.02, "row": 0.003}, relative=relative, warmup=0.2, clip_norm=2.5, weight_decay=0.01,
+        betas=(0.8, 0.9), accumulation=2, epochs=3, evaluations=1,
     )  # fmt: skip
     fitted = problem.fit(settings)
     optimizer = torch.optim.AdamW(
@@ -103,7 +108,7 @@ def test_it_is_adamw_with_a_rate_for_each_kind():
         rows = list(chain(*problem.seen[first : first + (2 if step % 4 < 3 else 1)]))
         assert len(rows) == (4, 4, 4, 1)[step % 4]
         factor = (step + 1) / 2 if step < 2 else 0.05 + 0.95 * (1 + math.cos(math.pi * (step - 2) / 10)) / 2
-        for group, lr in zip(optimizer.param_groups, (0.02, 0.003), strict=True):
+        for group, lr in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = lr * factor
         optimizer.zero_grad()
         again.error(rows).backward()
@@ -112,6 +117,13 @@ def test_it_is_adamw_with_a_rate_for_each_kind():
     assert fitted.steps == 12 and min(norms) < 2.5 < max(norms)
     for a, b in zip(problem.values, again.values, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_relative_rate_moves_what_starts_from_zero():
+    problem = Problem()
+    problem.out.data.zero_()
+    problem.fit(spec(relative=True, steps=1, final_lr=1.0, evaluations=1))
+    assert problem.values[1].abs().max() <= 0.02 * 1e-3 * 1.01 and problem.values[1].abs().max() > 0
 
 
 def test_every_epoch_sees_every_sample_once_in_its_own_order():

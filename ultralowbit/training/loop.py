@@ -36,6 +36,8 @@ from ultralowbit.training.specs import TrainSpec
 
 log = logging.getLogger(__name__)
 
+LEAST_SIZE = 1e-3
+"""Root mean square that a tensor is taken to have at least where rates are relative: biases may start from zero."""
 SAVE_SECONDS = 60.0
 """Between two saved states; more where saving is slow, so that it takes 2 % of the time at most."""
 
@@ -136,8 +138,14 @@ class _Fit:
         self.file, self.progress, self.save_seconds, self.shards = file, progress, save_seconds, shards
         self.named = {f"{kind}.{i}": p for kind, ps in groups.items() for i, p in enumerate(ps)}
         self.device = next(iter(self.named.values())).device
+        size = self._sizes() if spec.relative else {}
+        rates = [
+            {"params": [p], "kind": kind, "largest": spec.lr[kind] * size.get(p, 1.0)}
+            for kind, ps in groups.items()
+            for p in ps
+        ]
         self.optimizers = [
-            _optimizer(dtype, {kind: [p for p in ps if p.dtype == dtype] for kind, ps in groups.items()}, spec)
+            _optimizer(dtype, [group for group in rates if group["params"][0].dtype == dtype], spec)
             for dtype in dict.fromkeys(p.dtype for p in self.named.values())
         ]
         self.optimizer_of = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
@@ -198,10 +206,22 @@ class _Fit:
         factor = self.spec.factor(step, self.total) * 0.5**self.state.failures
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.spec.lr[group["kind"]] * factor
+                group["lr"] = group["largest"] * factor
             optimizer.step()
         self.state.loss += mean_loss
         self.state.counted += 1
+
+    def _sizes(self) -> dict[Parameter, float]:
+        """The root mean square of every parameter, of all its rows."""
+        squares = [
+            torch.linalg.vector_norm(local(p.detach()), dtype=torch.float32).cpu() ** 2 for p in self.named.values()
+        ]
+        own, total = torch.stack(squares), self.shards.gather(torch.stack(squares)).sum(0)
+        of_all = torch.where(torch.tensor([isinstance(p, DTensor) for p in self.named.values()]), total, own).tolist()
+        return {
+            p: max(LEAST_SIZE, math.sqrt(square / p.numel()))
+            for p, square in zip(self.named.values(), of_all, strict=True)
+        }
 
     def _measured(self, loss: Tensor) -> tuple[float, float]:
         """The mean loss, from what this rank's samples add to it, and the norm of all gradients."""
@@ -358,10 +378,9 @@ def _together(ranks: int) -> str:
     )
 
 
-def _optimizer(dtype: torch.dtype, groups: Mapping[str, Sequence[Parameter]], spec: TrainSpec) -> torch.optim.Optimizer:
-    """AdamW for parameters of one dtype, by kind; each of its groups says its `kind`."""
-    named = [{"params": ps, "kind": kind} for kind, ps in groups.items() if ps]
+def _optimizer(dtype: torch.dtype, groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Optimizer:
+    """AdamW for parameters of one dtype."""
     if dtype == torch.bfloat16:
-        return AdamW8bit(named, 0.0, spec.betas, spec.weight_decay, spec.seed)
-    fused = next(iter(named))["params"][0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(named, 0.0, spec.betas, weight_decay=spec.weight_decay, fused=fused)
+        return AdamW8bit(groups, 0.0, spec.betas, spec.weight_decay, spec.seed)
+    fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, 0.0, spec.betas, weight_decay=spec.weight_decay, fused=fused)
