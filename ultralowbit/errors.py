@@ -26,6 +26,10 @@ class CheckpointError(ValueError):
     """A checkpoint is damaged, incomplete, or not one that this package wrote."""
 
 
+class NoCheckpoint(CheckpointError, InputError):
+    """What the user gave is no folder of a checkpoint at all."""
+
+
 class DiskFull(OSError):
     """No space is left; what was committed is kept."""
 

@@ -155,6 +155,21 @@ def test_mistakes_are_one_sentence_and_exit_2(run, model, text, tmp_path):
     assert not list(tmp_path.glob("tiny*"))  # nothing was begun
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["verify", "MODEL"], "wrote (it has no manifest.json): give"),
+        (["verify", "MODEL/model.safetensors"], "wrote (it is a file): give"),
+        (["export", "MODEL", "--to", "dense", "--out", "x"], "wrote (it has no manifest.json): give"),
+        (["serve", "./nope"], "nope is not the folder of a checkpoint (it is not there): give"),
+        (["inspect", "MODEL/model.safetensors"], "model.safetensors is not the folder of a checkpoint (it is a file)"),
+    ],
+)
+def test_what_is_no_checkpoint_is_wrong_input(run, model, command, words):
+    result = run(*(part.replace("MODEL", model) for part in command))
+    assert result.exit_code == 2 and words in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_quality_gates_exit_4_after_everything_is_written(run, model, text, tmp_path):
     compress = ["compress", model, "--recipe", "sign-1", *options(text)]
     result = run(*compress, "--max-ppl-ratio", "0.1", "--max-kl", "1e-4")
@@ -382,7 +397,7 @@ def test_names_are_printed_as_they_are_and_drive_no_terminal(run, model, text, t
     result = run("verify", name, "-q")
     assert result.exit_code == 0 and name.replace("\x1b", "\\x1b") in result.stdout
     result = run("verify", f"{name}-gone", "-q")
-    assert result.exit_code == 1 and name.replace("\x1b", "\\x1b") in result.stderr
+    assert result.exit_code == 2 and name.replace("\x1b", "\\x1b") in result.stderr
 
 
 def test_names_of_texts_and_models_are_printed_as_they_are(run, model, text, tmp_path):

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ultralowbit.checkpoint.storage import json_digest, read_json
-from ultralowbit.errors import CheckpointError
+from ultralowbit.checkpoint.storage import json_digest, read_json, why_missing
+from ultralowbit.errors import CheckpointError, NoCheckpoint
 from ultralowbit.format.weight import Format
 
 QUANT_METHOD = "ultralowbit"
@@ -22,7 +22,10 @@ _VOLATILE = {"_name_or_path", "transformers_version", "use_cache", "architecture
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder as it stands; raises `CheckpointError` where there is none."""
+    """config.json of a checkpoint folder as it stands; raises `NoCheckpoint` where there is none, `CheckpointError` for
+    one that cannot be read."""
+    if why := why_missing(folder, CONFIG):
+        raise NoCheckpoint(f"{folder} is not the folder of a checkpoint ({why}): give the folder that holds one")
     return read_json(folder / CONFIG, "give the folder of a whole checkpoint")
 
 

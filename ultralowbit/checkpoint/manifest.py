@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from ultralowbit.checkpoint.storage import read_json, sha256_files
-from ultralowbit.errors import CheckpointError
+from ultralowbit.checkpoint.storage import read_json, sha256_files, why_missing
+from ultralowbit.errors import CheckpointError, NoCheckpoint
 
 MANIFEST = "manifest.json"
 
@@ -65,7 +65,12 @@ class _Manifest(BaseModel):
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a packed checkpoint; raises `CheckpointError` where there is none that `compress` wrote."""
+    """The manifest of a packed checkpoint; raises `NoCheckpoint` where there is none, `CheckpointError` where it is
+    not one that `compress` wrote."""
+    if why := why_missing(folder, MANIFEST):
+        raise NoCheckpoint(
+            f"{folder} is not a folder that `ultralowbit compress` wrote ({why}): give one that it wrote"
+        )
     manifest = read_json(folder / MANIFEST, "give a folder that `ultralowbit compress` wrote")
     try:
         _Manifest.model_validate(manifest)

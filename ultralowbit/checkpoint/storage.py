@@ -162,6 +162,19 @@ def follow_umask(*paths: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
+def why_missing(folder: Path, name: str) -> str | None:
+    """Why a folder has no file of this name, in words; None where it has one, or where reading it says more."""
+    try:
+        os.stat(folder / name)
+    except NotADirectoryError:
+        return "it is a file"
+    except FileNotFoundError:
+        return f"it has no {name}" if os.path.isdir(folder) else "it is not there"
+    except (OSError, ValueError):
+        return None
+    return None
+
+
 def sync_folder(path: Path) -> None:
     """Wait until the names in a folder are on disk."""
     fd = os.open(path, os.O_RDONLY)
