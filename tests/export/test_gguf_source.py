@@ -84,6 +84,14 @@ def test_what_transformers_would_drop_or_cannot_read_is_refused(save_packed, sma
     assert not [path for path in cache.rglob("*") if path.is_file()]  # nothing half-made is kept
 
 
+def test_a_type_that_transformers_does_not_read_is_for_llama_cpp(save_packed, small_config, tmp_path):
+    folder = save_packed(small_config("llama"), Recipe.load("q2_0").quantize, tmp_path / "model")
+    refused(
+        export(folder, "gguf", tmp_path / "m.gguf"),
+        "a type that transformers cannot read .*run it with llama.cpp, or give the folder that it was exported from",
+    )
+
+
 def test_a_shape_that_transformers_does_not_read_is_refused(save_packed, small_config, tmp_path):
     """It takes the heads of Qwen 3 for 128 wide, whatever the file says."""
     folder = save_packed(small_config("qwen3"), FOUR, tmp_path / "model")

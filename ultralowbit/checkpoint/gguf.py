@@ -50,7 +50,12 @@ def _decode(file: Path, folder: Path) -> None:
     try:
         reader = GGUFReader(file)
     except Exception as e:  # whatever bytes it trips over, and types that it does not know
-        raise InputError(f"{file} cannot be read as GGUF ({reason(e)}): copy it again, or upgrade gguf") from e
+        if "GGMLQuantizationType" in str(e):
+            raise InputError(
+                f"{file} has weights of a type that transformers cannot read ({reason(e)}), such as q1_0 and q2_0: run "
+                "it with llama.cpp, or give the folder that it was exported from"
+            ) from e
+        raise InputError(f"{file} cannot be read as GGUF ({reason(e)}): copy it again") from e
     if lost := _lost(reader):
         raise InputError(f"{file} says of its positions what transformers does not read ({lost}): give the original")
     weights = Counter()
