@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCa
 
 import ultralowbit
 from ultralowbit.checkpoint.config import DIGEST, config_digest
-from ultralowbit.errors import CheckpointError, FormatError
+from ultralowbit.errors import CheckpointError, FormatError, InputError
 from ultralowbit.format.ints import Ints
 from ultralowbit.format.planes import Planes
 from ultralowbit.format.weight import PackedWeight
@@ -555,14 +555,14 @@ def test_a_config_that_was_not_written_with_the_weights_is_refused(llama, tmp_pa
     config = json.loads((llama / "config.json").read_text())
     change(config)
     (tmp_path / "x/config.json").write_text(json.dumps(config))
-    refused(tmp_path / "x", "was written with another config.json")
+    refused(tmp_path / "x", "x/config.json is not the one that model", "was written with, so one of them was edited")
 
 
 def test_weights_that_do_not_say_their_config_are_refused(llama, tmp_path):
     shutil.copytree(llama, tmp_path / "x")
     for path in (tmp_path / "x").glob("*.safetensors"):
         save_file(load_file(path), path, metadata={"format": "pt"})
-    refused(tmp_path / "x", "does not say which config.json it belongs to")
+    refused(tmp_path / "x", "does not say with which config.json it was written: copy both")
 
 
 def test_a_newer_format_is_refused_by_its_version(llama, tmp_path):
@@ -625,7 +625,7 @@ def test_a_module_that_is_no_linear_is_named(llama, tmp_path, name):
 def test_a_folder_that_is_not_packed_is_refused(llama, tmp_path):
     with pytest.raises(CheckpointError, match=r"is not a packed checkpoint .* `ultralowbit compress"):
         ultralowbit.load(llama.parent / "source")
-    with pytest.raises(CheckpointError, match=r"config.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"is not the folder of a checkpoint .it has no config.json.: give"):
         ultralowbit.load(tmp_path)
     for content in ("", "[", "[]", "null", '{"quantization_config": 3}'):
         (tmp_path / "config.json").write_text(content)
@@ -634,10 +634,15 @@ def test_a_folder_that_is_not_packed_is_refused(llama, tmp_path):
 
 
 def test_a_name_that_is_nowhere_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in (tmp_path / "nothing", "./nothing"):
-        with pytest.raises((CheckpointError, OSError), match="nothing"):
+    """Before transformers asks the hub again and again."""
+    monkeypatch.setattr("huggingface_hub.file_exists", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("asked on"))
+    for name in (tmp_path / "nothing", "./nothing", "~/nothing", "a/b/nothing"):
+        with pytest.raises(InputError, match=r"there is no such folder .*nothing': check the path"):
             ultralowbit.load(name)
+    for name in ("nothing", "org/nothing"):
+        with pytest.raises(InputError, match=rf"no folder '{name}', and the hub cannot be reached for it \(Zero"):
+            ultralowbit.load(name, revision="main")
 
 
 def test_a_state_dict_in_place_of_files_is_refused(llama):

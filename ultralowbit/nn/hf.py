@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from ultralowbit.checkpoint.config import QUANT_METHOD, read_config_json
+from ultralowbit.checkpoint.config import CONFIG, QUANT_METHOD, read_config_json
 from ultralowbit.checkpoint.files import weight_files
 from ultralowbit.checkpoint.names import expert_of
 from ultralowbit.errors import CheckpointError, InputError, naming_memory, reason
@@ -80,6 +80,29 @@ def _check_generation_config(folder: Path) -> None:
         raise CheckpointError(f"{folder / GENERATION_CONFIG_NAME} cannot be read ({reason(e)}): copy it again") from e
 
 
+def _check_name(name: str, options: Mapping[str, Any]) -> None:
+    """Raise `InputError` for the name of a folder that is not there, and where the hub cannot be asked for it:
+    transformers would try for a minute."""
+    from huggingface_hub import file_exists, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"there is no such folder {name!r}: check the path, or give a hub name like org/model")
+    if options.get("local_files_only"):
+        return
+    file, revision = "/".join(filter(None, (options.get("subfolder"), CONFIG))), options.get("revision")
+    try:
+        if not isinstance(try_to_load_from_cache(name, file, options.get("cache_dir"), revision), str):
+            file_exists(name, file, revision=revision, token=options.get("token"))
+    except (HfHubHTTPError, HFValidationError):  # of what the hub answers transformers has more to say
+        return
+    except Exception as error:  # of whichever library connects
+        raise InputError(
+            f"there is no folder {name!r}, and the hub cannot be reached for it ({reason(error)}): connect, or give a "
+            "local folder"
+        ) from error
+
+
 def load(
     path: str | Path,
     activations: Literal["exact", "int8"] = "exact",
@@ -96,13 +119,15 @@ def load(
     `attn_implementation`, ...); the dtype is what config.json names unless given.
 
     Raises `CheckpointError` or `FormatError`, naming what is missing, truncated, of the wrong shape or from a newer
-    release; never returns a model with a weight that was not loaded. `InputError` where a mixture of experts
-    is to be compiled.
+    release; never returns a model with a weight that was not loaded. `InputError` for a name under which there is
+    nothing, and where a mixture of experts is to be compiled.
     """
     if activations not in ("exact", "int8"):
         raise ValueError(f"activations is {activations!r}, expected 'exact' or 'int8'")
     if (folder := Path(path)).exists():
         _check_configs(folder)
+    else:
+        _check_name(str(path), kwargs)
     with naming_memory(f"loading {path}"):
         model = AutoModelForCausalLM.from_pretrained(path, **{"dtype": "auto", **kwargs}).eval()
     for module in model.modules():

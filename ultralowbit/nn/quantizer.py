@@ -173,8 +173,13 @@ def check_config(files: Sequence[Path]) -> None:
         metadata = read_metadata(file)
         written_with = metadata.get(DIGEST)
         if written_with != config_digest(config):
-            what = "does not say which" if written_with is None else "was written with another"
-            raise CheckpointError(f"{file} {what} {CONFIG} it belongs to: copy both again, or compress again")
+            found = f"{file} does not say with which {CONFIG} it was written"
+            if written_with is not None:
+                found = (
+                    f"{file.with_name(CONFIG)} is not the one that {file.name} was written with, so one of them was "
+                    "edited or comes from another checkpoint"
+                )
+            raise CheckpointError(f"{found}: copy both again, or compress again")
         header = metadata.get(TENSORS_DIGEST)  # what `save_pretrained` wrote has none
         if header is not None and header != tensors_digest(read_raw_header(file)[0]):
             raise CheckpointError(f"the header of {file} has changed since it was written: copy it again")
