@@ -32,7 +32,7 @@ from ultralowbit.report.gates import continuations
 from ultralowbit.report.run import default_source, write_texts
 from ultralowbit.report.runs import read_plain, read_run
 from ultralowbit.report.schema import RunReport
-from ultralowbit.report.tables import grid
+from ultralowbit.report.tables import bits_map, grid
 from ultralowbit.units import format_bytes, format_seconds
 
 
@@ -69,6 +69,21 @@ def test_columns_that_say_nothing_are_left_out(build):
     report = build.report()
     rows = [report.original, report.packed.model_copy(update={"peak_memory_bytes": None})]
     assert "peak memory" not in grid(rows)[0] and "time" in grid(rows)[0]
+
+
+@pytest.mark.parametrize(
+    ("bits", "lines"),
+    [
+        ([2.008, 1.004, 4.016, 3.012], ["mlp.up_proj       24", "self_attn.q_proj  13"]),
+        ([2.5, 10.0, 2.25, 2.0], ["mlp.up_proj        2.5  2.2", "self_attn.q_proj  10.0  2.0"]),
+        ([2.0, 16.0, 4.0, 4.0], ["mlp.up_proj        2  4", "self_attn.q_proj  16  4"]),
+        ([2.0, 2.0, 2.0, 2.0], []),
+    ],
+)
+def test_the_map_of_bits_has_the_digits_that_it_needs(build, bits, lines):
+    layers = build.report().layers[:4]
+    layers = [layer.model_copy(update={"bits_per_weight": b}) for layer, b in zip(layers, bits, strict=True)]
+    assert bits_map(layers) == lines
 
 
 def test_two_texts_are_two_columns(build):

@@ -105,17 +105,22 @@ def mean_times_bound(layers: Sequence[Layer]) -> float:
 
 
 def bits_map(layers: Sequence[Layer]) -> list[str]:
-    """A line for each kind of Linear with a digit for each block, its true bits; no lines where all are alike."""
+    """A line for each kind of Linear with the true bits of each block, in a digit where one says it; no lines where all
+    are alike."""
+    whole = all(abs(layer.bits_per_weight - round(layer.bits_per_weight)) < 0.2 for layer in layers)
     kinds: dict[str, dict[int, str]] = {}
     for layer in layers:
         block, kind = place(layer.name)
-        kinds.setdefault(kind, {})[block] = f"{min(layer.bits_per_weight, 9):.0f}"
-    if len({digit for digits in kinds.values() for digit in digits.values()}) < 2:
+        kinds.setdefault(kind, {})[block] = f"{layer.bits_per_weight:.{0 if whole else 1}f}"
+    texts = {text for blocks in kinds.values() for text in blocks.values()}
+    if len(texts) < 2:
         return []
-    width, depth = max(map(len, kinds)), 1 + max(block for digits in kinds.values() for block in digits)
+    width, depth = max(map(len, kinds)), 1 + max(block for blocks in kinds.values() for block in blocks)
+    wide = max(map(len, texts))
+    gap = " " if wide > 1 else ""
     return [
-        f"{kind:<{width}}  {''.join(digits.get(block, ' ') for block in range(depth))}".rstrip()
-        for kind, digits in sorted(kinds.items())
+        f"{kind:<{width}}  {gap.join(blocks.get(block, '').rjust(wide) for block in range(depth))}".rstrip()
+        for kind, blocks in sorted(kinds.items())
     ]
 
 
