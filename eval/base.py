@@ -106,6 +106,8 @@ class Column:
     better: Literal["lower", "higher"] | None = None
     protocol: str | None = None
     """How it was measured; None for what is counted."""
+    windows: str = ""
+    """What of the protocol is true of all that was measured on the same windows."""
     drawn: str = ""
     """Its name on the axis of a plot against size; empty for what is not drawn."""
     metric: str | None = None
@@ -157,7 +159,8 @@ class Metric(ABC):
     def readings(self, result: Result, original: str = "", digest: str | None = None) -> Readings:
         """The columns of `compare` that a result stands in. `original` names what it was compared with; two of one name
         are told apart by the `digest` of their files, where that is known."""
-        how, window = result.protocol, f"{result.sha256[:16]}:{result.dtype}:{result.bos}"
+        how = windows = result.protocol
+        window = f"{result.sha256[:16]}:{result.dtype}:{result.bos}"
         if self.needs_original:
             how = f"{how}, against {original} in {result.original_dtype}"
             window = f"{digest or original}:{window}:{result.original_dtype}"
@@ -169,8 +172,8 @@ class Metric(ABC):
                 key=f"{q.field}:{window}",
                 group=self.name if alone else f"{self.name} on {result.source}",
                 title=result.source if alone else q.title,
-                unit=q.unit, better=q.better, protocol=f"{q.said}, {how}", drawn=axis, metric=self.name,
-                relative=self.needs_original,
+                unit=q.unit, better=q.better, protocol=f"{q.said}, {how}", windows=windows, drawn=axis,
+                metric=self.name, relative=self.needs_original,
             )  # fmt: skip
             readings[column.key] = column, getattr(result, q.field)
         return readings

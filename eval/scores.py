@@ -98,7 +98,7 @@ def task_readings(scores: Iterable[Score], means: Iterable[Average]) -> Readings
         normed = ", normed by length" if "acc_norm" in mean.metrics.values() else ""
         column = Column(
             f"tasks:{sha256(over.encode()).hexdigest()[:16]}", "accuracy", f"mean{normed}", "percent", "higher", how,
-            f"mean accuracy{normed}", metric="tasks",
+            drawn=f"mean accuracy{normed}", metric="tasks",
         )  # fmt: skip
         readings[column.key] = column, mean.value
     return readings

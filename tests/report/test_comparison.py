@@ -28,7 +28,7 @@ from ultralowbit.eval.scores import Score, averages
 from ultralowbit.eval.zeroshot import ZeroShot
 from ultralowbit.progress import Silent
 from ultralowbit.report import labels, plots, style
-from ultralowbit.report.columns import cell
+from ultralowbit.report.columns import cell, how_measured
 from ultralowbit.report.comparison import collect, front, write_comparison
 from ultralowbit.report.figures import pictures
 from ultralowbit.report.run import write_texts
@@ -210,6 +210,34 @@ def test_other_windows_stand_apart(run, build, tmp_path, change):
     assert "several ways that do not compare" in section.notes[0]
     assert "(1) is of sign-2:" in section.notes[1] and "(2) is of gptq:" in section.notes[2]
     assert len([plot for plot in pictures(section) if "perplexity" in plot.name]) == 2
+
+
+def test_windows_are_described_once(run, build, tmp_path):
+    near = {"fidelity": [build.fidelity(0.3)]}
+    a = run("a", "sign-2", 2.1, [build.perplexity(62.5)], **near)
+    (section,) = collect([a], tmp_path)
+    windows = "novels.txt: 62 windows of 256 tokens that do not overlap, 15,810 predicted, float32, sha256 aaaaaaaaaaaa"
+    assert how_measured(section.columns, section.notes) == [
+        f"perplexity, {windows}", "KL divergence, the same windows of novels.txt, against tiny in float32",
+    ]  # fmt: skip
+    other = {"fidelity": [build.fidelity(0.3, sha256="b" * 64)]}
+    b = run("b", "gptq", 3.1, [build.perplexity(62.5, tokens="b")], **other)
+    (section,) = collect([a, b], tmp_path)
+    assert [note.partition(" is of ")[0] for note in section.notes[1:]] == [
+        f"{what} on novels.txt{unit} ({i})"
+        for what, unit in (("Perplexity", ""), ("KL divergence", ", nats")) for i in (1, 2)
+    ]  # fmt: skip
+    assert how_measured(section.columns, section.notes) == []  # the notes say it
+
+
+def test_a_run_alone_is_on_no_front(run, build, tmp_path):
+    a = run("a", "sign-2", 2.1, [build.perplexity(62.5)])
+    write_comparison([a], tmp_path / "out")
+    assert all("Pareto" not in (tmp_path / "out" / name).read_text() for name in ("report.md", "report.html"))
+    assert "1 run." in (tmp_path / "out/report.html").read_text()
+    run("b", "gptq", 3.15, [build.perplexity(58.0)])
+    write_comparison([a, tmp_path / "b"], tmp_path / "out")
+    assert all("Pareto" in (tmp_path / "out" / name).read_text() for name in ("report.md", "report.html"))
 
 
 def test_the_same_windows_under_another_name_are_one_column(run, build, tmp_path):

@@ -154,6 +154,7 @@ def show_evaluation(evaluation: Evaluation) -> None:
 def show_comparison(comparison: Comparison) -> None:
     """Print the columns of a comparison that a terminal has room for, and why something stands apart."""
     from ultralowbit.report.columns import cell as cell_of
+    from ultralowbit.report.columns import how_measured
 
     for section in comparison.sections:
         if len(comparison.sections) > 1:
@@ -164,5 +165,5 @@ def show_comparison(comparison: Comparison) -> None:
             label = cell(row.label, "bold" if row.on_front else "")
             table.add_row(label, *(cell_of(row, column) for column in columns))
         out.print(table)
-        for line in [*section.notes, *(column.protocol for column in columns if column.drawn)]:
+        for line in [*section.notes, *how_measured(columns, section.notes)]:
             say(line, "dim")

@@ -60,6 +60,20 @@ def section_table(section: Section) -> str:
     return table(["", *titles], lines)
 
 
+def how_measured(columns: Sequence[Column], notes: Sequence[str]) -> list[str]:
+    """How what is drawn and accuracies were measured, where no note says it; windows are described once."""
+    lines: list[str] = []
+    told = {""}
+    for column in columns:
+        if not (column.drawn or column.group == "accuracy") or any(column.protocol in note for note in notes):
+            continue
+        text, _, _ = column.windows.rpartition(": ")
+        seen = column.windows if column.windows in told else ""
+        lines.append(column.protocol.replace(seen, f"the same windows of {text}") if seen else column.protocol)
+        told.add(column.windows)
+    return lines
+
+
 def measured(layers: Sequence[PackedLinear]) -> str:
     """How many of the Linears have a measured error, "5 of 6 measured", where not all of them have one."""
     count = sum(layer.error is not None for layer in layers)

@@ -22,7 +22,7 @@ from ultralowbit.eval.fidelity import Depth
 from ultralowbit.eval.metric import METRICS
 from ultralowbit.eval.schema import write_file
 from ultralowbit.report import style
-from ultralowbit.report.columns import FIXED, cell, header, place, section_table, slug, sort_key
+from ultralowbit.report.columns import FIXED, cell, header, how_measured, place, section_table, slug, sort_key
 from ultralowbit.report.figures import pictures
 from ultralowbit.report.runs import Reference, Run, find_runs
 from ultralowbit.report.schema import (
@@ -205,7 +205,7 @@ def _split(columns: Sequence[Column], rows: Sequence[ComparedRow]) -> list[str]:
         if column.drawn and re.search(r" \(\d+\)$", column.title):
             owners = [row.label for row in rows if row.kind == "run" and column.key in row.metrics]
             who = ", ".join(owners) if len(owners) < 5 else f"{len(owners)} runs"
-            notes.append(f"{column.drawn.capitalize()} is of {who}: {column.protocol}.")
+            notes.append(f"{column.drawn[0].upper()}{column.drawn[1:]} is of {who}: {column.protocol}.")
     if notes:
         notes.insert(0, "One text was measured in several ways that do not compare, each in columns of its own.")
     return notes
@@ -315,6 +315,8 @@ def _mark_front(rows: Sequence[ComparedRow], columns: Sequence[Column]) -> None:
                 for i, row in enumerate(rows)
                 if math.isfinite(row.mean(quality.key)) and math.isfinite(row.mean(size))
             }
+            if sum(rows[i].kind != ORIGINAL for i in points) < 2:
+                continue  # there is nothing to choose from
             for i in front(points, higher=quality.better == "higher"):
                 rows[i].on_front.append((quality.key, size))
 
@@ -351,7 +353,7 @@ def write(out: Path, comparison: Comparison) -> None:
         section.plots = [f"plots/{figure['name']}.{suffix}" for figure in figures for suffix in ("png", "svg")]
     shown = {
         **dict(comparison), "drawn": drawn, "colours": style.COLOURS, "cell": cell, "sort_key": sort_key,
-        "header": header, "section_table": section_table, "prompts": _prompts,
+        "header": header, "how_measured": how_measured, "section_table": section_table, "prompts": _prompts,
     }  # fmt: skip
     write_file(out / REPORT, comparison)
     write_atomic(out / "report.md", render("compare.md.j2", **shown).encode())

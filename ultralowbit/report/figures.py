@@ -69,7 +69,9 @@ def _quality(section: Section, column: Column) -> list[Plot]:
 
 def _caption(column: Column, rows: Sequence[ComparedRow], original: float, gone: Mapping[str, float]) -> str:
     """What the marks of a plot of quality mean; `gone` are runs that are off its scale."""
-    caption = "Filled marks on the line are the Pareto front: nothing here is both smaller and better."
+    caption = ""
+    if any(key == column.key for row in rows for key, _ in row.on_front):
+        caption += " Filled marks on the line are the Pareto front: nothing here is both smaller and better."
     if any(len(row.runs) > 1 for row in rows):
         caption += " A line through a mark spans its seeds."
     if any(row.kind == "reference" for row in rows):
@@ -81,7 +83,7 @@ def _caption(column: Column, rows: Sequence[ComparedRow], original: float, gone:
     if gone:
         off = ", ".join(f"{label} ({format_quantity(value, column.unit)})" for label, value in gone.items())
         caption += f" Triangles at the edge are off the scale: {off}."
-    return caption
+    return caption.strip()
 
 
 def _divergence(section: Section) -> list[Plot]:
