@@ -201,14 +201,29 @@ def test_losses_in_words(build):
 
 
 def test_commands_name_no_folder(tmp_path, monkeypatch):
+    """And say where one was: what is typed in the folder itself can be typed again."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "org/name").mkdir(parents=True)
-    command = (
-        "ultralowbit compress /a/b/model --set calibration.source=/c/d.txt --calib org/name --out ../x --eval wiki/y"
-    )
-    assert public_command(command) == (
-        "ultralowbit compress model --set calibration.source=d.txt --calib name --out x --eval wiki/y"
-    )
+    (tmp_path / "data/here").mkdir(parents=True)
+    (tmp_path / "my.txt").touch()
+    for typed, shown in (
+        ("/a/b/model", ".../model"),
+        ("/a/b/model/", ".../model"),
+        ("'/my secret/model'", ".../model"),
+        ("~/model", ".../model"),
+        ("../x", ".../x"),
+        ("data/here", ".../here"),
+        ("org/name", "org/name"),  # on the hub
+        ("my.txt", "my.txt"),
+        ("./packed", "./packed"),
+        ("./packed/", "./packed/"),
+        ("x" * 300, "x" * 300),
+        ("--set calibration.source=/c/d.txt", "--set calibration.source=.../d.txt"),
+        (
+            "--set 'calibration.source={/my secret/a.txt: 0.5, ~/b.txt: 1, org/name: 2, ../c/d.txt: 1}'",
+            "--set 'calibration.source={.../a.txt: 0.5, .../b.txt: 1, org/name: 2, .../d.txt: 1}'",
+        ),
+    ):
+        assert public_command(f"ultralowbit compress {typed} -q") == f"ultralowbit compress {shown} -q"
 
 
 # -- pushing

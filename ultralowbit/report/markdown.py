@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-
-from ultralowbit.data.corpora import public_name
 
 
 def escape(text: object) -> str:
@@ -30,16 +29,21 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [headers, rule, *rows])
 
 
+_FOLDERS = re.compile(r"(?:~[\w.-]*|\.\.|(?<![\w.~-]))/(?:[^/,:={}\[\]'\"]+/)*")
+"""Of an absolute path, or of one that leads up, within a longer text."""
+
+
 def public_command(command: str) -> str:
-    """A command line without the folders of this machine: of each path the last part."""
+    """A command line without the folders of this machine, for which "..." stands: `.../my.txt`."""
     return shlex.join(_public(word) for word in shlex.split(command))
 
 
 def _public(word: str) -> str:
     option, equals, value = word.rpartition("=")
     path = Path(value)
-    if path.is_absolute() or value.startswith(("~", ".")):
-        value = path.name or value
-    elif "/" in value:
-        value = public_name(value)  # a path if there is such a file, else a name on the hub
+    is_path = path.is_absolute() or value.startswith(("~", ".")) or os.path.exists(value)  # else org/name is on the hub
+    if is_path and path.name and path.name != value.removeprefix("./").rstrip("/"):
+        value = f".../{path.name}"
+    elif not is_path:
+        value = _FOLDERS.sub(".../", value)
     return f"{option}{equals}{value}"
