@@ -53,6 +53,16 @@ def recipe(text) -> Callable[..., Recipe]:
     return make
 
 
+@pytest.mark.parametrize("embeddings", [None, {"method": "ints"}], ids=["stored", "packed"])
+def test_an_untied_head_takes_bytes_and_is_no_weight_of_the_original(source, recipe, tmp_path, embeddings):
+    values = {"rotate": FOLDED, "embeddings": embeddings}
+    planned = estimate(str(source), recipe(**values), "cpu").size
+    size = measure_size(compress(str(source), recipe(**values), tmp_path / "out").folder)
+    assert size.other["head"] > 0 == measure_size(source).other["head"]
+    assert size.total_weights == planned.total_weights == measure_size(source).total_weights
+    assert size.total_bytes == planned.total_bytes
+
+
 @pytest.fixture(scope="module")
 def source(save_model, tiny_config, tmp_path_factory) -> Path:
     config = tiny_config(num_hidden_layers=2, tie_word_embeddings=True, attention_bias=True)

@@ -13,6 +13,8 @@ from ultralowbit.checkpoint.storage import read_json, sha256_files, why_missing
 from ultralowbit.errors import CheckpointError, NoCheckpoint
 
 MANIFEST = "manifest.json"
+UNTIED = "the head, which was tied to the embedding, has a weight of its own"
+"""A note of the rotation: the checkpoint stores more weights than the original has."""
 
 
 class _Layer(BaseModel):
@@ -86,6 +88,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder / MANIFEST} names {outside[0]!r}, which is no file of its folder: copy it again"
         )
     return manifest
+
+
+def is_untied(folder: Path) -> bool:
+    """Whether a checkpoint's manifest says that its head shared the embedding's weight in the original."""
+    try:
+        rotation = read_json(folder / MANIFEST).get("rotation")
+    except CheckpointError:  # none that can be read: a checkpoint that is not packed, or damage
+        return False
+    notes = rotation.get("notes") if isinstance(rotation, dict) else None
+    return isinstance(notes, list) and UNTIED in notes
 
 
 def changed_files(

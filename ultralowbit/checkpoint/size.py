@@ -12,6 +12,7 @@ from typing import Any
 from ultralowbit.checkpoint.check import by_module, is_in_block, weight_mismatches
 from ultralowbit.checkpoint.config import packed_formats, read_config_json, text_config
 from ultralowbit.checkpoint.files import read_headers, weight_files
+from ultralowbit.checkpoint.manifest import is_untied
 from ultralowbit.checkpoint.names import natural
 from ultralowbit.errors import CheckpointError
 from ultralowbit.format.segment import PART_KINDS, BudgetKind
@@ -71,6 +72,7 @@ class Size:
     other: dict[str, int]
     """Each of KINDS -> bytes."""
     other_weights: int
+    """Of the original: where a tied head got a weight of its own, its bytes count and its weights do not."""
     header_bytes: int
 
     @property
@@ -153,8 +155,10 @@ class Size:
         formats: Mapping[str, Format],
         vocabulary: int | None = None,
         header_bytes: int = 0,
+        untied: bool = False,
     ) -> Size:
         """From what is stored under which name, the format of each packed Linear, and the size of the vocabulary.
+        untied: the head shared the embedding's weight in the original.
 
         Raises `CheckpointError` where a packed weight lacks a tensor, or has one of another shape or dtype.
         """
@@ -167,11 +171,12 @@ class Size:
         packed = {f"{name}.{tensor}" for name, format in formats.items() for tensor in suffixes[format]}
         rest = {name: spec for name, spec in tensors.items() if name not in packed}
         other = dict.fromkeys(KINDS, 0)
-        for name, spec in rest.items():
-            other[_kind(name, spec.shape, vocabulary)] += spec.nbytes
-        for layer in outside:
-            other[_kind(layer.name, layer.shape, vocabulary)] += layer.bytes
-        weights = sum(math.prod(spec.shape) for spec in rest.values()) + sum(layer.weights for layer in outside)
+        weights = 0
+        sizes = [(name, spec.shape, spec.nbytes) for name, spec in rest.items()]
+        for name, shape, nbytes in sizes + [(layer.name, layer.shape, layer.bytes) for layer in outside]:
+            kind = _kind(name, shape, vocabulary)
+            other[kind] += nbytes
+            weights += 0 if untied and kind == "head" else math.prod(shape)
         return cls(layers, outside, other, weights, header_bytes)
 
 
@@ -199,7 +204,8 @@ def measure_size(folder: Path | str) -> Size:
         tensors |= specs
         header_bytes += header
     vocabulary = text_config(config).get("vocab_size")
-    return Size.of(tensors, packed_formats(config), vocabulary if isinstance(vocabulary, int) else None, header_bytes)
+    vocabulary = vocabulary if isinstance(vocabulary, int) else None
+    return Size.of(tensors, packed_formats(config), vocabulary, header_bytes, is_untied(folder))
 
 
 def _layers(packed: Mapping[str, tuple[Format, Mapping[str, TensorSpec]]]) -> list[LayerSize]:

@@ -254,7 +254,8 @@ def planned_size(decoder: Decoder, formats: dict[str, tuple[Format, tuple[int, i
     """What the tensors of the packed checkpoint will take."""
     tensors = planned_tensors(decoder, formats)
     vocabulary = getattr(decoder.config.get_text_config(), "vocab_size", None)
-    return Size.of(tensors, {name: format for name, (format, _) in formats.items()}, vocabulary)
+    untied = decoder.folding is not None and decoder.folding.untied
+    return Size.of(tensors, {name: format for name, (format, _) in formats.items()}, vocabulary, untied=untied)
 
 
 def planned_tensors(decoder: Decoder, formats: dict[str, tuple[Format, tuple[int, int]]]) -> dict[str, TensorSpec]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ultralowbit.checkpoint.config import positions
+from ultralowbit.checkpoint.manifest import UNTIED
 from ultralowbit.data.calibration import Calibration, calibrate
 from ultralowbit.errors import InputError, naming_memory
 from ultralowbit.format.weight import Format
@@ -56,7 +57,7 @@ def open_folded(
         return decoder, recipe, None
     why_not = decoder.fold(rotate.seed, rotate.tied == "untie")
     if why_not is None:
-        untied = ["the head, which was tied to the embedding, has a weight of its own"] * decoder.folding.untied
+        untied = [UNTIED] * decoder.folding.untied
         return decoder, recipe.with_folded(decoder.folding.folded), {"inputs": "folded", "notes": untied}
     instead = "nothing is rotated" if rotate.others == "none" else "inputs are rotated where they enter"
     note = f"rotations cannot be folded into {decoder.config.model_type}, {why_not}: {instead}"
