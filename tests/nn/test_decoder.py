@@ -410,6 +410,16 @@ def test_a_tensor_of_another_shape_is_named(llama, tmp_path):
         Decoder(copied(llama, tmp_path, change), torch.float32, CPU)
 
 
+def test_the_stored_dtype_is_that_of_the_parameters_alone(llama, tmp_path):
+    def halve(tensors, but=()):
+        tensors |= {name: t.bfloat16() for name, t in tensors.items() if name not in but}
+        tensors["rotary.inv_freq"] = torch.ones(3, dtype=torch.float32)
+
+    assert Decoder(copied(llama, tmp_path, halve), None, CPU).stored_dtype == torch.bfloat16
+    mixed = copied(llama, tmp_path, lambda tensors: halve(tensors, but=["model.norm.weight"]))
+    assert Decoder(mixed, None, CPU).stored_dtype == torch.float32
+
+
 def test_tensors_without_a_place_are_listed(llama, tmp_path):
     folder = copied(llama, tmp_path, lambda t: t.update({"rotary.inv_freq": torch.ones(3)}))
     assert list(Decoder(folder, torch.float32, CPU).left_out()) == ["rotary.inv_freq"]

@@ -135,6 +135,14 @@ class Decoder:
             parts[part] = (tensors + 1, weights + math.prod(self.source.specs[name].shape))
         return parts
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What the model's parameters are stored in, fp32 where they differ; buffers and tensors without a place do not
+        count."""
+        specs = (self.specs.get(name) for name, _ in self.model.named_parameters())
+        dtypes = {spec.dtype for spec in specs if spec is not None and spec.dtype.is_floating_point}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
     def block_name(self, i: int) -> str:
         return f"{self.blocks_name}.{i}"
 

@@ -243,7 +243,8 @@ def _finetune(
     block_of = {name: i for i in blocks for name in decoder.shapes(i)}
     packed = {name: packed_weight(name, entry, blocks[block_of[name]]) for name, entry in state["layers"].items()}
     trained, plain, fitted = finetune(
-        original.source.folder, partial(give_folded, decoder=original) if original.folding else lambda model: None,
+        original.source.folder, original.stored_dtype,
+        partial(give_folded, decoder=original) if original.folding else lambda model: None,
         lambda name: decoder.read([f"{name}.weight"])[f"{name}.weight"], packed, outside, tokens,
         recipe.finetune, job.work / "finetune.safetensors", decoder.device, trust_remote_code, progress,
         Shards(ranks.mesh(decoder.device)),

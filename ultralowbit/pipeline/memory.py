@@ -138,11 +138,9 @@ def _blocks(work: Workload, recipe: Recipe) -> Memory:
 def _finetune(work: Workload, spec: Finetune, recipe: Recipe) -> Memory:
     """Of the original, which is the teacher, and of the student, which shares all with it but the packed Linears."""
     decoder = work.decoder
-    names = list(decoder.specs)
-    dtypes = {spec.dtype for spec in decoder.specs.values()}
-    stored, computed = _sizes(work, names)
-    teacher = stored if len(dtypes) == 1 else 4 * computed // decoder.dtype.itemsize
-    head = 4 * work.vocabulary * work.hidden if dtypes != {torch.float32} else 0  # in fp32, for the backward pass too
+    dtype = decoder.stored_dtype
+    teacher = dtype.itemsize * sum(math.prod(spec.shape) for spec in decoder.specs.values())
+    head = 4 * work.vocabulary * work.hidden if dtype != torch.float32 else 0  # in fp32, for the backward pass too
     on_device = {"the original": teacher, "its head in fp32": head} | _training(work, spec, recipe, 1)
     return _largest(work, [Memory({"packed blocks": _packed(work)}, on_device)])
 

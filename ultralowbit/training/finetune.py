@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ultralowbit.checkpoint.files import Source
 from ultralowbit.format.weight import PackedWeight
 from ultralowbit.nn.decoder import find_blocks
 from ultralowbit.progress import Progress
@@ -35,6 +34,7 @@ SEEN = 8
 
 def finetune(
     folder: Path,
+    dtype: torch.dtype,
     change: Callable[[PreTrainedModel], object],
     weight: Callable[[str], Tensor],
     packed: Mapping[str, PackedWeight],
@@ -47,14 +47,14 @@ def finetune(
     progress: Progress,
     shards: Shards,
 ) -> tuple[dict[str, PackedWeight], dict[str, Tensor], Fitted]:
-    """Train the packed Linears of the model in `folder`, and its norms and biases where the spec says so, on tokens
-    [windows, length]; return those that are better for it, by their names, with how the training went.
+    """Train the packed Linears of the model in `folder`, held in `dtype`, and its norms and biases where the spec says
+    so, on tokens [windows, length]; return those that are better for it, by their names, with how the training went.
 
     change: done to that model once it is loaded; weight: reads what the latent weight of a Linear starts from; outside:
     the packed embedding and head, with which the student computes and which stay as they are; state: the file that a
     killed run goes on from; shards: the ranks that train together and call this alike, which all get the result.
     """
-    teacher, student = teacher_and_student(_original(folder, change, device, trust_remote_code), outside)
+    teacher, student = teacher_and_student(_original(folder, dtype, change, device, trust_remote_code), outside)
     if spec.is_checkpointed(sum(math.prod(p.shape) for p in packed.values())):
         checkpoint_blocks(student)
     training, held_out = spec.split(range(len(tokens)))
@@ -150,11 +150,10 @@ def _replace_weight(model: PreTrainedModel, weight: nn.Parameter, dense: Callabl
 
 
 def _original(
-    folder: Path, change: Callable[[PreTrainedModel], object], device: torch.device, trust_remote_code: bool
-) -> PreTrainedModel:
-    """The changed model in `folder`, with its weights in the dtype of the files."""
-    dtypes = {spec.dtype for spec in Source(folder).specs.values() if spec.dtype and spec.dtype.is_floating_point}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    folder: Path, dtype: torch.dtype, change: Callable[[PreTrainedModel], object], device: torch.device,
+    trust_remote_code: bool,
+) -> PreTrainedModel:  # fmt: skip
+    """The changed model in `folder`, with its weights in a dtype."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
     )
