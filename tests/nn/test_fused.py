@@ -227,3 +227,27 @@ def test_generation_is_the_same(folder):
     kwargs = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 3, "eos_token_id": None}
     plain, model = (ultralowbit.load(folder, fuse=fuse) for fuse in (False, True))
     assert torch.equal(model.generate(TOKENS, **kwargs), plain.generate(TOKENS, **kwargs))
+
+
+@pytest.mark.parametrize("look", range(8))
+def test_threads_do_not_take_the_rows_of_one_another(folder, look):
+    """After a look at what waits, another thread leaves the rows of its own input there."""
+    left, looks = [None], iter(range(100))
+
+    class Contended(fused.Stack):
+        @property
+        def _waiting(self) -> Any:
+            mine = left[0]
+            if next(looks) == look:
+                left[0] = torch.zeros(1, 64), [torch.zeros(1, size) for size in self.sizes]
+            return mine
+
+        @_waiting.setter
+        def _waiting(self, value: Any) -> None:
+            left[0] = value
+
+    linears = [ultralowbit.load(folder).get_submodule(f"model.layers.0.{name}") for name in QKV]
+    stack, x = Contended(linears), torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+    for member, linear in enumerate(linears):
+        linear.bias = None
+        assert torch.equal(stack.product(member, x, int8=False), linear(x))

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from ultralowbit.errors import InputError
 from ultralowbit.format.weight import Format
 from ultralowbit.kernels.packed_matmul import packed_matmul
-from ultralowbit.nn.hf_names import retie, tied_names, untie
+from ultralowbit.nn.hf_names import onloaded, retie, tied_names, untie, without_hook
 from ultralowbit.nn.linear import PackedModule, swap
 
 if TYPE_CHECKING:
@@ -51,10 +51,11 @@ class PackedEmbedding(PackedModule):
         return functional_call(self.shell, {"weight": rows}, (place,))
 
     def dense(self, dtype: torch.dtype) -> nn.Embedding:
-        module = copy(self.shell)
+        module = without_hook(self.shell)
         module._buffers = {name: buffer for name, buffer in self.shell._buffers.items() if name != "weight"}
         module._non_persistent_buffers_set = self.shell._non_persistent_buffers_set - {"weight"}
-        module.weight = nn.Parameter(self.packed.dequantize(dtype), requires_grad=False)
+        with onloaded(self):
+            module.weight = nn.Parameter(self.packed.dequantize(dtype), requires_grad=False)
         return module
 
     def extra_repr(self) -> str:
@@ -80,16 +81,18 @@ class TiedHead(nn.Module):
         return self.embedding.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        tensors = list(self.embedding._tensors().values())
-        y = packed_matmul(x.to(tensors[0].device), tensors, self.embedding._layout)
-        return y if self.bias is None else y + self.bias
+        with onloaded(self.embedding):
+            tensors = list(self.embedding._tensors().values())
+            y = packed_matmul(x.to(tensors[0].device), tensors, self.embedding._layout)
+        return y if self.bias is None else y + self.bias.to(y.device)
 
     def dense(self, weight: nn.Parameter) -> nn.Linear:
         """The Linear that multiplies by the embedding's weight [rows, columns]."""
         module = nn.Linear(*weight.shape[::-1], bias=self.bias is not None, device="meta")
         module.weight = weight
         if self.bias is not None:
-            module.bias = nn.Parameter(self.bias.to(weight.dtype), requires_grad=False)
+            with onloaded(self):
+                module.bias = nn.Parameter(self.bias.to(weight.dtype), requires_grad=False)
         return module
 
 

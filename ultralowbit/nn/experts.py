@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ultralowbit.checkpoint.names import expert_linear
 from ultralowbit.errors import CheckpointError
-from ultralowbit.nn.hf_names import experts_layout
+from ultralowbit.nn.hf_names import experts_layout, onloaded
 from ultralowbit.nn.linear import PackedLinear, swap
 
 
@@ -128,11 +128,12 @@ class Experts(nn.Module):
     def dense(self, dtype: torch.dtype) -> nn.Module:
         """The module that this one stands for, with the weights that the packed bytes mean."""
         (original,) = self._original
-        for name, p in self._parameters.items():
-            original.register_parameter(name, nn.Parameter(p.to(dtype), requires_grad=False))
+        with onloaded(self):
+            for name, p in self._parameters.items():
+                original.register_parameter(name, nn.Parameter(p.to(dtype), requires_grad=False))
         for projection in self.projections:
             if projection not in self._parameters:
-                weights = [self.linear(e, projection).packed.dequantize(dtype) for e in range(self.count)]
+                weights = [self.linear(e, projection).dense(dtype).weight for e in range(self.count)]
                 stacked = torch.stack([w.T if self.transposed else w for w in weights])
                 original.register_parameter(projection, nn.Parameter(stacked, requires_grad=False))
         return original

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -39,11 +40,13 @@ class Stack(KeepsPacked):
 
     def product(self, member: int, x: Tensor, int8: bool) -> Tensor:
         """The rows of x [..., in] times the stack that belong to a member: [..., out of it]."""
-        if self._waiting is None or self._waiting[0] is not x or self._waiting[1][member] is None:
-            y = packed_matmul(x, list(self._tensors().values()), self._layout, int8)
-            self._waiting = x, list(y.split(self.sizes, dim=-1))
-        parts = self._waiting[1]
-        mine, parts[member] = parts[member], None
+        # read once, since other threads may leave theirs there meanwhile
+        seen, parts = self._waiting or (None, [])
+        mine = parts[member] if seen is x else None
+        if mine is None:
+            parts = list(packed_matmul(x, list(self._tensors().values()), self._layout, int8).split(self.sizes, dim=-1))
+            mine, self._waiting = parts[member], (x, parts)
+        parts[member] = None
         if all(part is None for part in parts):
             self._waiting = None
         return mine
@@ -130,14 +133,19 @@ class StackedLinear(PackedLinear):
 def fuse(model: nn.Module) -> list[list[str]]:
     """Stack the packed Linears of a causal LM that share an input, as a forward pass of one token shows; in place.
 
-    Those of one format, that agree in what is done to the input first. Returns the names of each stack's members.
+    Those of one format, that agree in what is done to the input first; what accelerate has offloaded stays apart.
+    Returns the names of each stack's members.
     """
     linears = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, PackedLinear) and not isinstance(module, StackedLinear)
+        if isinstance(module, PackedLinear)
+        and not isinstance(module, StackedLinear)
+        and not any(tensor.is_meta for tensor in module.state_dict(keep_vars=True).values())
     }
-    token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+    if not linears:
+        return []
+    token = torch.zeros(1, 1, dtype=torch.int64, device=_entrance(model))
     stacked = []
     for group in watch_inputs(linears, lambda: model(token, use_cache=False)):
         rest = group.names
@@ -151,6 +159,12 @@ def fuse(model: nn.Module) -> list[list[str]]:
                     swap(model, name, StackedLinear(linears.pop(name), stack, k))
                 stacked.append(alike)
     return stacked
+
+
+def _entrance(model: nn.Module) -> torch.device:
+    """The device of the first tensor of a model that is in memory: where it is given its tokens."""
+    tensors = chain(model.parameters(), model.buffers())
+    return next(tensor.device for tensor in tensors if not tensor.is_meta)
 
 
 def _stack(a: PackedLinear, b: PackedLinear) -> bool:

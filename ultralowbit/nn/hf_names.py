@@ -1,14 +1,16 @@
 """The only file that uses what transformers does not document: the names under which weights are stored and tied, how
-it joins the weights of experts, the keyword of the cache, and what lets `generate` compile on any device.
+it joins the weights of experts, the keyword of the cache, what lets `generate` compile on any device, and accelerate's
+hooks on modules.
 `tests/nn/test_hf_names.py` says what each needs, from 5.10 on.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy, deepcopy
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -170,6 +172,34 @@ def retie(model: PreTrainedModel) -> None:
 def cache_name(model: nn.Module) -> str:
     """What the model's forward calls the keys and values of earlier tokens: `cache` from transformers 5.24 on."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def leave_uninitialized(tensor: Tensor) -> None:
+    """Let transformers draw no random values for a tensor, wherever it is when a model's weights are initialized."""
+    tensor._is_hf_initialized = True
+
+
+def onloaded(module: nn.Module) -> AbstractContextManager[None]:
+    """Where the tensors that accelerate has offloaded of a module, such as to a disk, are there as in its forward."""
+    hook = getattr(module, "_hf_hook", None)
+    return nullcontext() if hook is None else _onloaded(module, hook)
+
+
+@contextmanager
+def _onloaded(module: nn.Module, hook: Any) -> Iterator[None]:
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
+
+
+def without_hook(module: nn.Module) -> nn.Module:
+    """A shallow copy of a module, without the hook that accelerate may have put on it."""
+    copied = copy(module)
+    for name in ("_hf_hook", "_old_forward", "forward"):
+        copied.__dict__.pop(name, None)
+    return copied
 
 
 def compiled_steps() -> CompileConfig:

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.kernels.packed_matmul import packed_matmul
+from ultralowbit.nn.hf_names import onloaded
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -98,16 +99,17 @@ class PackedLinear(PackedModule):
         return y if self.bias is None else y + self.bias
 
     def dense(self, dtype: torch.dtype) -> nn.Module:
-        weight = self.packed.dequantize(dtype)
         with torch.device("meta"):
             module = (
                 Conv1D(self.out_features, self.in_features)
                 if self.transposed
                 else nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
             )
-        module.weight = nn.Parameter(weight.T.contiguous() if self.transposed else weight, requires_grad=False)
-        if self.bias is not None:
-            module.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
+        with onloaded(self):
+            weight = self.packed.dequantize(dtype)
+            module.weight = nn.Parameter(weight.T.contiguous() if self.transposed else weight, requires_grad=False)
+            if self.bias is not None:
+                module.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
         return module
 
     def extra_repr(self) -> str:

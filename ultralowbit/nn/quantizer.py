@@ -39,7 +39,7 @@ from ultralowbit.format.weight import Format
 from ultralowbit.format.words import TensorSpec
 from ultralowbit.nn.embedding import PackedEmbedding, pack_embedding, unpack_embedding
 from ultralowbit.nn.experts import ExpertLinear, Experts, separate_experts
-from ultralowbit.nn.hf_names import match_stored, tied_names
+from ultralowbit.nn.hf_names import leave_uninitialized, match_stored, tied_names
 from ultralowbit.nn.linear import PackedLinear, PackedModule, swap
 
 if TYPE_CHECKING:
@@ -115,6 +115,9 @@ class UltraLowBitQuantizer(HfQuantizer):
         for module in experts.values():
             module.drop_dense()
         check_files(model, checkpoint_files)
+        for module in model.modules():
+            if isinstance(module, PackedModule):
+                leave_uninitialized(module.weight)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
