@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ultralowbit.format.weight import Format
+from ultralowbit.format.words import TensorSpec
 from ultralowbit.kernels import cpu
 
 Kernel = Callable[[Tensor, dict[str, Tensor], Format], Tensor]
@@ -89,6 +90,27 @@ def _parse(layout: str) -> tuple[Format, tuple[str, ...]]:
     return format, tuple(format.tensors(1, format.in_features))
 
 
+@lru_cache(maxsize=4096)
+def _specs(layout: str, out_features: int) -> tuple[tuple[str, TensorSpec], ...]:
+    format, _ = _parse(layout)
+    return tuple(format.tensors(out_features, format.in_features).items())
+
+
+def _check(x: Tensor, tensors: Sequence[Tensor], layout: str) -> None:
+    """Raise `RuntimeError` for what kernels, which are given addresses, would read elsewhere or past its end."""
+    device, (format, _) = x.device, _parse(layout)
+    if x.shape[-1:] != (format.in_features,):
+        raise RuntimeError(
+            f"x is {list(x.shape)}, expected [..., {format.in_features}]: the weight has so many columns"
+        )
+    for (name, spec), tensor in zip(_specs(layout, int(tensors[0].shape[-2])), tensors, strict=True):
+        if tensor.device != device:
+            raise RuntimeError(f"x is on {device}, {name} of the packed weight on {tensor.device}: move one of them")
+        if tensor.dtype is not spec.dtype or tensor.shape != spec.shape:
+            found = TensorSpec(tensor.dtype, tuple(tensor.shape))
+            raise RuntimeError(f"{name} of the packed weight is {found}, expected {spec} of {format.summary}")
+
+
 OP = "ultralowbit::packed_matmul"
 
 # defined by its parts: `torch.library.custom_op` with a gradient costs 20 times as much a call
@@ -96,6 +118,7 @@ torch.library.define(OP, "(Tensor x, Tensor[] tensors, str layout, bool int8=Fal
 
 
 def _product(x: Tensor, tensors: Sequence[Tensor], layout: str, int8: bool = False) -> Tensor:
+    _check(x, tensors, layout)
     format, names = _parse(layout)
     rows = x if x.dim() == 2 else x.reshape(-1, format.in_features)
     if not len(rows):
@@ -110,6 +133,7 @@ torch.library.impl(OP, "CompositeExplicitAutograd", _product)
 
 @torch.library.register_fake(OP)
 def _(x: Tensor, tensors: Sequence[Tensor], layout: str, int8: bool = False) -> Tensor:
+    _check(x, tensors, layout)
     return x.new_empty((*x.shape[:-1], tensors[0].shape[-2]))
 
 
@@ -133,7 +157,8 @@ def packed_matmul(x: Tensor, tensors: Sequence[Tensor], layout: str, int8: bool 
     """x [..., in] times a packed weight [out, in] -> [..., out], in x's dtype and on x's device.
 
     tensors: the stored tensors in the order of `Format.tensors`; layout: `json.dumps(Format.to_dict())`; int8: x may be
-    rounded to 8 bits where that is faster. Differentiable in x.
+    rounded to 8 bits where that is faster. Differentiable in x. Raises `RuntimeError` for tensors of other shapes,
+    dtypes or devices.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         return _Differentiable.apply(x, layout, int8, *tensors)

@@ -328,6 +328,19 @@ def _call(name: str, tensors: dict[str, Tensor], format: Format, *arguments: int
         raise MemoryError("no memory for the tables of a product: use fewer tokens at a time")
 
 
+def _address(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
+    """Where a tensor begins; raises `RuntimeError` unless it is what is read or written from there on."""
+    if not (tensor.is_cpu and tensor.is_contiguous() and tensor.dtype == dtype and tensor.shape == shape):
+        found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}, strides {tensor.stride()}"
+        raise RuntimeError(f"a kernel of the CPU was given {found}, expected contiguous {dtype} {list(shape)} on cpu")
+    return tensor.data_ptr()
+
+
+def _check_block(block: int) -> None:
+    if block < 1 or block & (block - 1):
+        raise RuntimeError(f"the block of a Hadamard matrix is {block}, expected a power of two")
+
+
 def round_block(
     weight: Tensor, rest: Tensor, R: Tensor, tables: Tensor, which: Tensor, sweeps: int
 ) -> tuple[Tensor, Tensor]:
@@ -335,9 +348,16 @@ def round_block(
     weight, R, tables, which = (t.contiguous() for t in (weight, R, tables, which))
     gram, rest = R @ R.T if sweeps else R, rest.clone(memory_format=torch.contiguous_format)
     values = torch.empty_like(rest)
-    pointers = [t.data_ptr() for t in (weight, R, gram, tables, which)]
-    numbers = (*weight.shape, *tables.shape[:2], sweeps)
-    results = (rest.data_ptr(), values.data_ptr())
+    (columns, out), (groups, levels, _) = weight.shape, tables.shape
+    whole, square = (columns, out), (columns, columns)
+    pointers = [_address(weight, whole), _address(R, square), _address(gram, square)]
+    pointers += [_address(tables, (groups, levels, out)), _address(which, (columns,), torch.int64)]
+    results = (_address(rest, whole), _address(values, whole))
+    if levels < 1 or (columns and not 0 <= int(which.min()) <= int(which.max()) < groups):
+        raise RuntimeError(
+            f"columns are of the groups {which.tolist()}, of which there are {groups} of {levels} levels"
+        )
+    numbers = (columns, out, groups, levels, sweeps)
     if _library.ultralowbit_round_block(_isa, *pointers, *numbers, *results, torch.get_num_threads()):
         raise MemoryError("no memory for rounding a block of columns: use fewer threads")
     return values, rest
@@ -346,9 +366,10 @@ def round_block(
 def add_products(total: Tensor, x: Tensor, y: Tensor | None) -> None:
     """`kernels.products.add_products`, rounded to bfloat16; `has_amx` says whether it can."""
     x, y = x.contiguous(), None if y is None else y.contiguous()
-    (tokens, n), m = x.shape, total.shape[1]
-    right = None if y is None else y.data_ptr()
-    if _library.ultralowbit_add_products(x.data_ptr(), right, tokens, n, m, total.data_ptr(), torch.get_num_threads()):
+    (tokens, n), m = x.shape, (x if y is None else y).shape[1]
+    left, right = _address(x, (tokens, n)), None if y is None else _address(y, (tokens, m))
+    sums = _address(total, (n, m))
+    if _library.ultralowbit_add_products(left, right, tokens, n, m, sums, torch.get_num_threads()):
         raise MemoryError("no memory for the tiles of a product: use fewer tokens at a time")
 
 
@@ -356,7 +377,9 @@ def block_hadamard(x: Tensor, block: int) -> Tensor:
     """`kernels.hadamard.block_hadamard` of x [rows, columns] fp32."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    _library.ultralowbit_hadamard(_isa, x.data_ptr(), *x.shape, block, y.data_ptr(), torch.get_num_threads())
+    addresses = [_address(t, tuple(x.shape)) for t in (x, y)]
+    _check_block(block)
+    _library.ultralowbit_hadamard(_isa, addresses[0], *x.shape, block, addresses[1], torch.get_num_threads())
     return y
 
 
@@ -382,11 +405,18 @@ def serial_signs_gradients(
 def _serial_signs(latent: Tensor, signs: Signs, weight: Tensor, gradient: bool, **tensors: Tensor | None) -> None:
     tensors |= {"latent": latent, "weight": weight, "scale": signs.scale, "centre": signs.centre}
     kept = {name: t.contiguous() for name, t in tensors.items() if t is not None}
-    _, planes, groups = signs.scale.shape
+    (rows, columns), planes, groups = latent.shape, signs.scale.shape[1], group_count(latent.shape[1], signs.group)
+    shapes = dict.fromkeys(("latent", "weight", "latent_gradient"), (rows, columns))
+    shapes |= dict.fromkeys(("scale", "stored"), (rows, planes, groups))
+    shapes |= dict.fromkeys(("centre", "offset", "slope"), (rows, groups))
+    sums = (rows, planes + ("offset" in kept), groups)
+    shapes |= {"sums": sums, "offset": sums} if gradient else {}
+    _check_block(signs.block or 1)
+    halves = {"latent": latent.dtype, "latent_gradient": latent.dtype, "weight": weight.dtype}
     job = _Signs(
-        **{name: t.data_ptr() for name, t in kept.items()}, rows=latent.shape[0], columns=latent.shape[1],
-        group=signs.group, groups=groups, planes=planes, hadamard=signs.block, latent_dtype=DTYPES[latent.dtype],
-        dtype=DTYPES[weight.dtype],
+        **{name: _address(t, shapes[name], halves.get(name, torch.float32)) for name, t in kept.items()}, rows=rows,
+        columns=columns, group=signs.group, groups=groups, planes=planes, hadamard=signs.block,
+        latent_dtype=DTYPES[latent.dtype], dtype=DTYPES[weight.dtype],
     )  # fmt: skip
     if _library.ultralowbit_signs(_isa, ctypes.addressof(job), gradient, torch.get_num_threads()):
         raise MemoryError("no memory for the rows of a weight: use fewer threads")

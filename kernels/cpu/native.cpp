@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <exception>
 #include <new>
 #include <thread>
 
@@ -91,7 +92,10 @@ void parallel(int64_t count, int64_t threads, const Task& task) {
 #endif
   if (openmp) return openmp(Shared::run, &shared, unsigned(threads), 0);
   std::vector<std::thread> others;
-  for (int64_t i = 1; i < threads; i++) others.emplace_back(Shared::run, &shared);
+  try {
+    for (int64_t i = 1; i < threads; i++) others.emplace_back(Shared::run, &shared);
+  } catch (const std::exception&) {  // no more of them can be started: those that there are do it all
+  }
   Shared::run(&shared);
   for (std::thread& other : others) other.join();
 }

@@ -26,6 +26,7 @@ from ultralowbit.format.weight import Format, PackedWeight
 from ultralowbit.kernels import cpu
 from ultralowbit.kernels import packed_matmul as op
 from ultralowbit.kernels.packed_matmul import kernel_for, packed_matmul, packed_matmul_ref
+from ultralowbit.kernels.signs import Signs
 
 ISAS = cpu.instruction_sets()
 needs_kernels = pytest.mark.skipif(not ISAS, reason="the package was installed without a compiler")
@@ -393,3 +394,42 @@ def test_a_compiled_file_of_another_machine_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "__file__", str(tmp_path / "__init__.py"))
     (tmp_path / f"native{EXTENSION_SUFFIXES[-1]}").write_bytes(b"of another machine")
     assert cpu._load() is None
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.float32)
+
+
+ENTRIES = {
+    "hadamard": lambda bad: cpu.block_hadamard(bad(ones(4, 8)), 8),
+    "products": lambda bad: cpu.add_products(ones(8, 8), ones(4, 8), bad(ones(4, 8))),
+    "columns": lambda bad: cpu.round_block(
+        ones(4, 8), bad(ones(4, 8)), torch.eye(4), ones(1, 2, 8), torch.zeros(4, dtype=torch.int64), 1
+    ),
+    "signs": lambda bad: cpu.serial_signs(
+        ones(4, 8), bad(ones(4, 2, 8)), None, Signs(ones(4, 2, 8), None, 1, 0), torch.float32
+    ),
+    "gradients": lambda bad: cpu.serial_signs_gradients(
+        ones(4, 8), ones(4, 8), bad(ones(4, 8)), False, Signs(ones(4, 2, 8), None, 1, 0)
+    ),
+}
+"""Calls of what is compiled with one tensor that is not what it should be."""
+
+
+@needs_kernels
+@pytest.mark.parametrize("bad", ["meta", torch.float64, "fewer"], ids=str)
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_no_address_is_taken_of_another_tensor_than_is_expected(entry, bad):
+    if (entry, bad) == ("hadamard", "fewer"):
+        pytest.skip("any shape will do")
+    with pytest.raises(RuntimeError, match="a kernel of the CPU was given"):
+        ENTRIES[entry](lambda tensor: tensor[..., :-1] if bad == "fewer" else tensor.to(bad))
+
+
+@needs_kernels
+def test_no_number_leads_past_the_end_of_a_tensor():
+    with pytest.raises(RuntimeError, match=r"columns are of the groups \[0, 1\], of which there are 1"):
+        cpu.round_block(ones(2, 8), ones(2, 8), torch.eye(2), ones(1, 2, 8), torch.tensor([0, 1]), 0)
+    for block in (-2, 0, 3):
+        with pytest.raises(RuntimeError, match=f"Hadamard matrix is {block}, expected a power of two"):
+            cpu.block_hadamard(ones(1, 8), block)

@@ -50,6 +50,24 @@ def test_strided_x():
     torch.testing.assert_close(multiply(one, packed), one @ packed.dequantize().T)
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(
+    ("columns", "device", "stored", "said"),
+    [
+        (63, "cpu", {"device": "meta"}, "x is on cpu, weight_scale of the packed weight on meta"),
+        (63, "meta", {}, "x is on meta, weight of the packed weight on cpu"),
+        (126, "cpu", {}, r"x is \[2, 126\], expected \[..., 63\]"),
+        (63, "cpu", {"dtype": torch.float32}, "weight_scale of the packed weight is float32"),
+    ],
+)
+def test_what_cannot_be_multiplied_is_refused(columns, device, stored, said, gradient):
+    """By kernels, which are given addresses, it would be read past its end."""
+    packed = weight()
+    packed.tensors["weight_scale"] = packed.tensors["weight_scale"].to(**stored)
+    with pytest.raises(RuntimeError, match=said):
+        multiply(torch.zeros(2, columns, dtype=torch.float32, device=device).requires_grad_(gradient), packed)
+
+
 def test_the_compiler_sees_shape_dtype_and_no_alias():
     packed = weight()
     args = (torch.randn(2, 3, 63), list(packed.tensors.values()), json.dumps(packed.format.to_dict()))
