@@ -1,10 +1,15 @@
-"""Serial signs of a latent weight: what end-to-end and block-wise training make a weight of at every step.
+"""Sign planes of a latent weight: what end-to-end and block-wise training make a weight of at every step.
 
-    x_0 = w - c,  b_p = sign(x_p),  x_p+1 = x_p - a_p b_p,  W = (sum_p a'_p b_p + c') H
+    b = argmin |w - c - sum_p a_p b_p| over all signs,   W = (sum_p a'_p b_p + c') H
 
-with w [out, in], one of each a, a', c, c' for each row, group of columns (and plane), and sign(0) = 1. a' and c' are a
-and c as they are stored; H is a block Hadamard matrix, or none. The gradient passes straight through each sign,
-db_p / dx_p = 1 / u_p with one unit u_p a row; a, c and u are constants to it. So with G = (dL / dW) H
+with w [out, in], one of each a, a', c, c' for each row, group of columns (and plane); halfway between two levels the
+higher one counts. a' and c' are a and c as they are stored; H is a block Hadamard matrix, or none. Where scales fall so
+fast that a_p >= a_p+1 + a_p+2 + ..., each b_p is the sign of what the planes before it leave, x_p; the levels of three
+and more planes that were fitted to a layer are often closer together. The gradient is that of such signs all the same,
+
+    x_0 = w - c,   x_p+1 = x_p - a_p b_p,   db_p / dx_p = 1 / u_p
+
+with one unit u_p a row; a, c and u are constants to it. So with G = (dL / dW) H
 
     dL / da'_p = sum G b_p,   dL / dc' = sum G        over the columns of a group
     dL / dw    = s G,   s = s_0,   s_p = (a'_p - a_p s_p+1) / u_p + s_p+1,   s_P = 0
@@ -34,15 +39,15 @@ class Signs(NamedTuple):
     block: int
 
 
-def serial_signs(
+def nearest_signs(
     latent: Tensor, stored: Tensor, offset: Tensor | None, units: Tensor, signs: Signs, dtype: torch.dtype
 ) -> Tensor:
     """W [out, in] in `dtype`, computed in fp32, for w [out, in] in fp32 or bf16, a' [out, planes, groups], c' [out,
     groups] or None, u [out, planes, 1]. Differentiable in w, a' and c'."""
-    return _SerialSigns.apply(latent, stored, offset, units, signs, dtype)
+    return _NearestSigns.apply(latent, stored, offset, units, signs, dtype)
 
 
-class _SerialSigns(torch.autograd.Function):
+class _NearestSigns(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -77,14 +82,14 @@ def slope(stored: Tensor, units: Tensor, scale: Tensor) -> Tensor:
 def weight(latent: Tensor, stored: Tensor, offset: Tensor | None, signs: Signs, dtype: torch.dtype) -> Tensor:
     """W [out, in]."""
     if latent.device.type == "cpu" and cpu.runs_here():
-        return cpu.serial_signs(latent, stored, offset, signs, dtype)
+        return cpu.nearest_signs(latent, stored, offset, signs, dtype)
     return weight_ref(latent, stored, offset, signs, dtype)
 
 
 def gradients(grad: Tensor, latent: Tensor, s: Tensor, with_offset: bool, signs: Signs) -> tuple[Tensor, Tensor]:
     """dL / dw [out, in] in w's dtype; dL / da' and, with an offset, dL / dc', [out, planes (+ 1), groups]."""
     if latent.device.type == "cpu" and cpu.runs_here():
-        return cpu.serial_signs_gradients(grad, latent, s, with_offset, signs)
+        return cpu.nearest_signs_gradients(grad, latent, s, with_offset, signs)
     return gradients_ref(grad, latent, s, with_offset, signs)
 
 
@@ -111,13 +116,21 @@ def gradients_ref(grad: Tensor, latent: Tensor, s: Tensor, with_offset: bool, si
 def _bits(latent: Tensor, signs: Signs) -> list[Tensor]:
     """b_p [out, groups, group] of each plane."""
     x = grouped(latent.float(), signs.group)
-    if signs.centre is not None:
-        x = x - signs.centre[..., None]
-    bits = [step(x)]
-    for a in signs.scale.unbind(1)[:-1]:
-        x = x - bits[-1] * a[..., None]
-        bits.append(step(x))
-    return bits
+    return nearest_bits(x if signs.centre is None else x - signs.centre[..., None], signs.scale)
+
+
+def nearest_bits(x: Tensor, scale: Tensor) -> list[Tensor]:
+    """b_p [rows, groups, group] of each plane for x [rows, groups, group] and a [rows, planes, groups]."""
+    planes = scale.shape[1]
+    levels = torch.zeros_like(scale[:, 0, :, None])  # [rows, groups, 2^planes], by codes whose first plane is highest
+    for a in scale.unbind(1):
+        levels = torch.stack([levels - a[..., None], levels + a[..., None]], dim=-1).flatten(-2)
+    levels, codes = levels.sort(dim=-1, stable=True)
+    middles, codes = (levels[..., 1:] + levels[..., :-1]) * 0.5, codes.to(torch.uint8)
+    code = codes[..., :1].expand(x.shape)
+    for j, change in enumerate((codes[..., 1:] ^ codes[..., :-1]).unbind(-1)):
+        code = code ^ (x >= middles[..., j, None]).to(torch.uint8).mul_(change[..., None])
+    return [((code >> p) & 1).to(x.dtype).mul_(2).sub_(1) for p in reversed(range(planes))]
 
 
 def step(x: Tensor, low: float = -1.0) -> Tensor:

@@ -383,14 +383,14 @@ def block_hadamard(x: Tensor, block: int) -> Tensor:
     return y
 
 
-def serial_signs(latent: Tensor, stored: Tensor, offset: Tensor | None, signs: Signs, dtype: torch.dtype) -> Tensor:
+def nearest_signs(latent: Tensor, stored: Tensor, offset: Tensor | None, signs: Signs, dtype: torch.dtype) -> Tensor:
     """`kernels.signs.weight`."""
     weight = torch.empty(latent.shape, dtype=dtype)
-    _serial_signs(latent, signs, weight, gradient=False, stored=stored, offset=offset)
+    _nearest_signs(latent, signs, weight, gradient=False, stored=stored, offset=offset)
     return weight
 
 
-def serial_signs_gradients(
+def nearest_signs_gradients(
     grad: Tensor, latent: Tensor, slope: Tensor, with_offset: bool, signs: Signs
 ) -> tuple[Tensor, Tensor]:
     """`kernels.signs.gradients`."""
@@ -398,11 +398,11 @@ def serial_signs_gradients(
     own = torch.empty(latent.shape, dtype=latent.dtype)
     sums = torch.empty(rows, planes + with_offset, groups, dtype=torch.float32)
     offset = sums if with_offset else None  # not read: says that there is one
-    _serial_signs(latent, signs, grad, gradient=True, slope=slope, offset=offset, latent_gradient=own, sums=sums)
+    _nearest_signs(latent, signs, grad, gradient=True, slope=slope, offset=offset, latent_gradient=own, sums=sums)
     return own, sums
 
 
-def _serial_signs(latent: Tensor, signs: Signs, weight: Tensor, gradient: bool, **tensors: Tensor | None) -> None:
+def _nearest_signs(latent: Tensor, signs: Signs, weight: Tensor, gradient: bool, **tensors: Tensor | None) -> None:
     tensors |= {"latent": latent, "weight": weight, "scale": signs.scale, "centre": signs.centre}
     kept = {name: t.contiguous() for name, t in tensors.items() if t is not None}
     (rows, columns), planes, groups = latent.shape, signs.scale.shape[1], group_count(latent.shape[1], signs.group)

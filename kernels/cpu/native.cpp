@@ -295,13 +295,13 @@ void ultralowbit_hadamard(int64_t isa_index, const float* x, int64_t rows, int64
   });
 }
 
-// The weight, or with `gradient` the gradients, of serial signs. 0, or 1 where memory is short.
+// The weight, or with `gradient` the gradients, of sign planes. 0, or 1 where memory is short.
 int ultralowbit_signs(int64_t isa_index, const SignsJob* job, int64_t gradient, int64_t threads) {
   const Isa& isa = *isa_at(isa_index);
   std::atomic<bool> failed{false};
   auto rows = [&](int64_t i) {
     try {
-      auto* scratch = reinterpret_cast<float*>(workspace(2 * job->columns * sizeof(float)));
+      auto* scratch = reinterpret_cast<float*>(workspace(3 * job->columns * sizeof(float)));
       for (int64_t row = i * kTogether; row < std::min(job->rows, (i + 1) * kTogether); row++)
         (gradient ? isa.signs_gradient : isa.signs)(*job, row, scratch);
     } catch (const std::bad_alloc&) {

@@ -406,10 +406,10 @@ ENTRIES = {
     "columns": lambda bad: cpu.round_block(
         ones(4, 8), bad(ones(4, 8)), torch.eye(4), ones(1, 2, 8), torch.zeros(4, dtype=torch.int64), 1
     ),
-    "signs": lambda bad: cpu.serial_signs(
+    "signs": lambda bad: cpu.nearest_signs(
         ones(4, 8), bad(ones(4, 2, 8)), None, Signs(ones(4, 2, 8), None, 1, 0), torch.float32
     ),
-    "gradients": lambda bad: cpu.serial_signs_gradients(
+    "gradients": lambda bad: cpu.nearest_signs_gradients(
         ones(4, 8), ones(4, 8), bad(ones(4, 8)), False, Signs(ones(4, 2, 8), None, 1, 0)
     ),
 }

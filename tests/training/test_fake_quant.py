@@ -24,6 +24,7 @@ from ultralowbit.methods.db_llm import DBLLM
 from ultralowbit.methods.gptq import GPTQ
 from ultralowbit.methods.pb_llm import PBLLM
 from ultralowbit.methods.sign import Sign
+from ultralowbit.methods.statistics import InputStats
 from ultralowbit.training.estimators import STE, BiPer, Clip, ReSTE
 from ultralowbit.training.fake_quant.linear import FakeQuantLinear, parameter_groups, set_progress
 from ultralowbit.training.loop import fit
@@ -181,6 +182,8 @@ def test_latent_weights_in_bf16():
     [
         Sign(planes=1),
         Sign(planes=2, group=32),
+        Sign(planes=3),
+        Sign(planes=4, group=32),
         PBLLM(),
         PBLLM(selection="threshold", group=32, ratio=0.2),
         GPTQ(bits=2, group=32),
@@ -215,20 +218,33 @@ def test_a_weight_with_another_code_starts_just_inside_the_packed_one(method):
     assert ((share >= 0) & (share < 1)).all() and share.mean() > 0.3
 
 
+@pytest.mark.parametrize("estimator", [STE(), Clip()], ids=["ste", "clip"])
+@pytest.mark.parametrize("planes", [2, 3, 4])
 @pytest.mark.parametrize("group", [None, 16])
-def test_planes_in_any_order_become_serial(group):
-    """A refined weight can have its larger scale in the second plane, or a negative one."""
+def test_training_starts_from_whatever_scales_there_are(group, planes, estimator):
+    """A refined weight can have its larger scale in a later plane, or a negative one, and levels of three planes that
+    are not in the order of their first signs."""
     generator = torch.Generator().manual_seed(0)
-    segment, groups = Planes(50, 2, group), 1 if group is None else 4
-    scale = (0.05 * torch.randn(2, 6, groups, generator=generator)).half().float()
-    bits = torch.randint(2, (2, 6, 50), generator=generator).bool()
+    segment, groups = Planes(50, planes, group), 1 if group is None else 4
+    scale = (0.05 * torch.randn(planes, 6, groups, generator=generator)).half().float()
+    bits = torch.randint(2, (planes, 6, 50), generator=generator).bool()
     packed = PackedWeight.encode(Format((segment,)), {"bits": bits, "scale": scale})
-    linear = FakeQuantLinear(packed, {"latent", "scale"}, latent=0.02 * normal(6, 50))
-    assert torch.equal(linear.dense(), packed.dequantize())
-    first, second = linear.parts[0].scale.detach().unbind(1)
-    assert (first >= second).all() and (second >= 0).all()
+    linear = FakeQuantLinear(packed, {"latent", "scale"}, latent=0.02 * normal(6, 50), estimator=estimator)
+    torch.testing.assert_close(linear.dense(), packed.dequantize(), rtol=0, atol=2**-22)  # sums in another order
+    scales = linear.parts[0].scale.detach()
+    assert (scales.diff(dim=1) <= 0).all() and (scales >= 0).all()
     disturb(linear)
     agrees(linear)
+
+
+def test_training_starts_from_four_planes_that_were_refined():
+    weight, stats = 0.02 * normal(48, 64), InputStats(64)
+    stats.add(normal(256, 64, seed=1))
+    packed = Sign(planes=4, refine=2, act_order=True).quantize(weight, stats)
+    scale = packed.tensors["weight_scale"].float()[:, 0].abs().sort(0, descending=True).values  # [planes, out]
+    assert (scale[0] < scale[1:].sum(0)).float().mean() > 0.5
+    linear = FakeQuantLinear(packed, {"latent", "scale"}, latent=weight)
+    torch.testing.assert_close(linear.dense(), packed.dequantize(), rtol=0, atol=2**-22)
 
 
 def dual(weight: Tensor, group: int | None = None, mirror: bool = False) -> PackedWeight:

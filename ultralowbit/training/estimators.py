@@ -143,24 +143,28 @@ ESTIMATORS: dict[str, type[Estimator]] = {"ste": STE, "clip": Clip, "reste": ReS
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, unit: Tensor, estimator: Estimator, progress: float, low: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, unit: Tensor, estimator: Estimator, progress: float, low: float, bits: Tensor | None
+    ) -> Tensor:
         ctx.estimator, ctx.progress, ctx.height = estimator, progress, (1 - low) / 2
         # the straight-through gradient does not depend on x: a tensor as large as the weight is not kept for it
         ctx.save_for_backward(unit, *([] if isinstance(estimator, STE) else [x]))
-        return step(x, low)
+        return step(x, low) if bits is None else bits.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         unit, *rest = ctx.saved_tensors
         if rest:
             grad = ctx.estimator.slope(rest[0] / unit, ctx.progress).mul_(grad)
-        return grad * (ctx.height / unit), None, None, None, None
+        return grad * (ctx.height / unit), None, None, None, None, None
 
 
-def binarize(x: Tensor, unit: Tensor, estimator: Estimator, progress: float = 0.0, low: float = -1.0) -> Tensor:
+def binarize(
+    x: Tensor, unit: Tensor, estimator: Estimator, progress: float = 0.0, low: float = -1.0, bits: Tensor | None = None
+) -> Tensor:
     """1 where x [rows, ...] is not negative and `low` elsewhere, in x's dtype: signs, or with low = 0 the step H(x) =
-    (sign(x) + 1) / 2, with the estimator's gradient to x.
+    (sign(x) + 1) / 2, with the estimator's gradient to x. bits: the values, where these are not those of x alone.
 
     unit: of the estimator, broadcastable to x; it gets no gradient.
     """
-    return _Step.apply(x, unit, estimator, progress, low)
+    return _Step.apply(x, unit, estimator, progress, low, bits)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ultralowbit.format.planes import Planes
 from ultralowbit.format.segment import Segment
-from ultralowbit.kernels.signs import Signs, grouped, serial_signs, step
+from ultralowbit.kernels.signs import Signs, grouped, nearest_bits, nearest_signs, step
 from ultralowbit.methods.base import MIN_SCALE
 from ultralowbit.training.estimators import STE, Estimator, binarize
 from ultralowbit.training.fake_quant.planes import FixedPlanes
@@ -58,9 +58,9 @@ class LatentPlanes(FixedPlanes):
         register(self, "latent", moved_to_code(latent, decoded(self.segment, parts), coded, self.dtype, near), train)
 
     def _derive(
-        self, own: Mapping[str, Tensor], sign: Callable[[int, Tensor], Tensor]
+        self, own: Mapping[str, Tensor], sign: Callable[[int, Tensor, Tensor | None], Tensor]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """What `codes` returns; sign(p, x) is the bits of plane p."""
+        """What `codes` returns; sign(p, x, bits) is the bits of plane p, those of x if none are given."""
         raise NotImplementedError
 
     def _unit(self, own: Mapping[str, Tensor], p: int) -> Tensor:
@@ -68,10 +68,13 @@ class LatentPlanes(FixedPlanes):
         raise NotImplementedError
 
     def codes(self, own: Mapping[str, Tensor], progress: float) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        return self._derive(own, lambda p, x: binarize(x, self._unit(own, p), self.estimator, progress, self.low))
+        def sign(p: int, x: Tensor, bits: Tensor | None = None) -> Tensor:
+            return binarize(x, self._unit(own, p), self.estimator, progress, self.low, bits)
 
-    def _hard(self, p: int, x: Tensor) -> Tensor:
-        return step(x, self.low)
+        return self._derive(own, sign)
+
+    def _hard(self, p: int, x: Tensor, bits: Tensor | None = None) -> Tensor:
+        return step(x, self.low) if bits is None else bits
 
     def _centred(self, own: Mapping[str, Tensor]) -> Tensor:
         """The latent weight less the offset [rows, groups, group]."""
@@ -83,8 +86,8 @@ class LatentPlanes(FixedPlanes):
 
 
 class LatentSigns(LatentPlanes):
-    """-1/+1 planes of a trained latent weight, each the signs of what the ones before it leave. The estimator's `units`
-    [out, planes, 1, 1] are those of the start."""
+    """-1/+1 planes of a trained latent weight: the level nearest to it, or with analytic scales each plane the signs of
+    what the ones before it leave. The estimator's `units` [out, planes, 1, 1] are those of the start."""
 
     low = -1.0
 
@@ -103,9 +106,9 @@ class LatentSigns(LatentPlanes):
         self.analytic = False  # which bits the packed scales give is what counts at first
         units: list[Tensor] = []
 
-        def measure(p: int, x: Tensor) -> Tensor:
+        def measure(p: int, x: Tensor, bits: Tensor | None) -> Tensor:
             units.append(estimator.unit(x.flatten(1), None if self.keep is None else self.keep.flatten(1).bool()))
-            return self._hard(p, x)
+            return self._hard(p, x, bits)
 
         with torch.no_grad():
             self._order()
@@ -116,7 +119,7 @@ class LatentSigns(LatentPlanes):
         self.register_buffer("units", torch.stack(units, dim=1)[..., None])
 
     @property
-    def serial(self) -> bool:
+    def has_kernels(self) -> bool:
         """Whether `dense` can be asked: scales are free, and gradients pass straight through."""
         return not self.analytic and isinstance(self.estimator, STE)
 
@@ -126,11 +129,11 @@ class LatentSigns(LatentPlanes):
         offset = stored_scale(self.offset, row) if self.segment.offset else None
         centre = self.offset.detach() if self.segment.offset else None
         signs = Signs(self.scale.detach(), centre, self.segment.group or self.segment.columns, block)
-        return serial_signs(self.latent, stored, offset, self.units[..., 0], signs, dtype)
+        return nearest_signs(self.latent, stored, offset, self.units[..., 0], signs, dtype)
 
     def _order(self) -> None:
-        """Make the scales positive and falling from plane to plane, without another meaning: a plane has what the ones
-        before it leave."""
+        """Make the scales positive and falling from plane to plane, without another meaning: the gradient is that of
+        planes which have what the ones before them leave."""
         negative = (self.scale < 0)[..., None]
         self.bits = self.bits * torch.where(negative, -1, 1).to(torch.int8)
         scale, order = self.scale.abs().sort(dim=1, descending=True, stable=True)
@@ -141,13 +144,17 @@ class LatentSigns(LatentPlanes):
         return own["units"][:, p]
 
     def _derive(
-        self, own: Mapping[str, Tensor], sign: Callable[[int, Tensor], Tensor]
+        self, own: Mapping[str, Tensor], sign: Callable[[int, Tensor, Tensor | None], Tensor]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         x, bits, scales = self._centred(own), [], []
-        for p in range(self.segment.planes):
+        chosen = [None] * self.segment.planes
+        if not self.analytic:
+            with torch.no_grad():
+                chosen = nearest_bits(x, own["scale"])
+        for p, given in enumerate(chosen):
             if p:
                 x = x - bits[-1] * scales[-1].detach()[..., None]
-            bits.append(sign(p, x))
+            bits.append(sign(p, x, given))
             scales.append(self._mean(x, own.get("keep")) if self.analytic else own["scale"][:, p])
         return bits, scales
 

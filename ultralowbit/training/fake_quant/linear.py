@@ -10,8 +10,9 @@ Scales, offsets and factors are rounded to fp16 in the forward pass, with the gr
 trained is what is packed. Without a latent weight the codes are fixed, and unpacked once; with it they are its codes at
 every step:
 
-    -1, +1   b_1 = sign(w - c), and each further plane the sign of what the planes before it leave (BinaryDM, RaBiT);
-             the gradient runs through the estimator and through that remainder, in which scales are constants
+    -1, +1   the level nearest to w; with analytic scales b_1 = sign(w - c), and each further plane the sign of what the
+             planes before it leave (BinaryDM, RaBiT). The gradient runs through the estimator and through that
+             remainder, in which scales are constants
     0, 1     two planes b_1 = H(w - (a_1 + a_2) / 2), b_2 = H(-(w - a_1 b_1 - a_2 / 2)), H(x) = [x >= 0]: the flexible
              dual binarization of DB-LLM; gradients reach the scales through the sum and through the thresholds
     Ints     round(w / s) + zero, clamped; the gradients of w and s are those of LSQ (Esser et al. 2020)
@@ -47,8 +48,7 @@ class FakeQuantLinear(nn.Module):
     train: some of `KINDS`; what the format has none of is passed over.
     latent [out, in]: the original weight. Two 0/1 planes follow it also where "latent" is not trained; -1/+1 planes and
         Ints use it only where it is. A weight whose own code is not the packed one (the method has made up for the
-        errors of other columns) is first moved to where it is: training starts from `packed`, unless that has three or
-        more planes with levels that no serial code reaches.
+        errors of other columns) is first moved to where it is: training starts from `packed`.
     bias: gives what is added [out], at every use; None for nothing.
     scales: "free" trains them; "analytic" takes mean |w - c| of a group's binarised latent weights at every step,
         without a gradient (PB-LLM). That is for -1/+1 planes with a trained latent weight.
@@ -94,9 +94,8 @@ class FakeQuantLinear(nn.Module):
             self.parts.append(fake_quant(segment, parts, start))
         row = torch.ones(self.out_features, dtype=torch.float32, device=self.device) if planes else None
         register(self, "row", row if "row" in train else None, True)
-        # all of the weight is serial signs, for which there are kernels
-        self.serial = self.keep is None and self.input.only_turns and len(self.parts) == 1
-        self.serial &= isinstance(self.parts[0], LatentSigns) and self.parts[0].serial
+        alone = self.keep is None and self.input.only_turns and len(self.parts) == 1
+        self.has_kernels = alone and isinstance(self.parts[0], LatentSigns) and self.parts[0].has_kernels
         if not self.by_kind():
             raise InputError(f"{format.summary} has none of what is to be trained: {', '.join(sorted(train))}")
 
@@ -112,7 +111,7 @@ class FakeQuantLinear(nn.Module):
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in], equal to `pack().dequantize(dtype)` bit for bit."""
-        if self.serial:
+        if self.has_kernels:
             return self.parts[0].dense(self.row, self.input.block, dtype)
         tensors = self._tensors()
         return Tiled.apply(self._weight, self.input.turned, self.packed.shape, dtype, tuple(tensors), *tensors.values())
