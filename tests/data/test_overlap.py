@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ultralowbit.data.overlap import SPAN, seen_share
+from ultralowbit.data.overlap import SPAN, apart, seen_share
 
 STREAM = torch.randint(50_000, (5000,), generator=torch.Generator().manual_seed(0))
 OTHER = torch.randint(50_000, (4, 128), generator=torch.Generator().manual_seed(1))
@@ -35,3 +35,10 @@ def test_a_span_is_compared_as_a_whole():
     """Neither the order of tokens nor how they are split matters little."""
     span = STREAM[:SPAN]
     assert seen_share([span.flip(0)[None]], span) == 0.0 and seen_share([span[None]], span) == 1.0
+
+
+def test_windows_that_lie_over_others_are_told_from_those_beside():
+    windows = STREAM[:512].unfold(0, 128, 64)  # [7, 128], each over half of the next
+    others = windows[[3]]
+    assert apart(windows, others).tolist() == [True, True, False, False, False, True, True]
+    assert apart(windows[:, : SPAN - 1], others).all() and apart(OTHER, others).all()

@@ -1,4 +1,4 @@
-"""Whether a model was calibrated on the text that it is measured on."""
+"""Whether texts have pieces in common: what a model was calibrated or trained on, and what it is judged by."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ def seen_share(texts: Iterable[Tensor], stream: Tensor) -> float:
     spans = [_hashes(windows.unfold(1, SPAN, SPAN).reshape(-1, SPAN)) for windows in texts if windows.shape[1] >= SPAN]
     hashes = torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
     return torch.isin(hashes, there).double().mean().item() if len(hashes) else 0.0
+
+
+def apart(windows: Tensor, others: Tensor) -> Tensor:
+    """[windows] bool: which windows [windows, length] have no `SPAN` tokens that stand in one of others [m, length];
+    pieces of less than twice as many may be missed."""
+    if windows.shape[1] < SPAN:
+        return torch.ones(len(windows), dtype=torch.bool)
+    there = _hashes(others.unfold(1, SPAN, 1).reshape(-1, SPAN))
+    spans = windows.unfold(1, SPAN, SPAN)  # [windows, spans, SPAN]
+    return ~torch.isin(_hashes(spans.reshape(-1, SPAN)), there).view(spans.shape[:2]).any(1)
 
 
 def _hashes(spans: Tensor) -> Tensor:

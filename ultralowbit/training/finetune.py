@@ -7,8 +7,9 @@ stored, beside what is trained with its gradients and moments. Several processes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -57,23 +58,21 @@ def finetune(
     teacher, student = teacher_and_student(_original(folder, dtype, change, device, trust_remote_code), outside)
     if spec.is_checkpointed(sum(math.prod(p.shape) for p in packed.values())):
         checkpoint_blocks(student)
-    training, held_out = spec.split(range(len(tokens)))
+    training, held_out, notes = spec.windows(tokens.to(device))
     run = partial(_outputs, hidden=spec.objective.needs_hidden)
 
     @torch.no_grad()
     def teach(batch: Tensor) -> Outputs | None:
         return run(teacher, batch) if spec.objective.needs_teacher else None
 
-    tokens = tokens.to(device)
-    objective = spec.objective.preprocess(teach(tokens[:SEEN]) if spec.objective.needs_hidden else None)
+    objective = spec.objective.preprocess(teach(training[:SEEN]) if spec.objective.needs_hidden else None)
 
-    def loss(indices: Sequence[int]) -> Tensor:
-        batch = tokens[list(indices)]
+    def loss(batch: Tensor) -> Tensor:
         return objective(run(student, batch), teach(batch), batch)
 
     @torch.no_grad()
     def evaluate() -> float:
-        return sum(shards.map(lambda k: loss([k]).item(), held_out)) / len(held_out)
+        return sum(shards.map(lambda k: loss(held_out[[k]]).item(), range(len(held_out)))) / len(held_out)
 
     units = _units(student, packed)
     last = {names[-1]: unit for unit, names in units.items() if unit}
@@ -86,9 +85,11 @@ def finetune(
     with fake_quantized(student, packed, weight, spec, ready) as linears:
         shards.shard(student)
         fitted = fit(
-            _groups(student, plain), loss, spec.training, len(training), evaluate, state=state, progress=progress,
-            what="fine-tuning", on_progress=lambda share: set_progress(student, share), shards=shards,
+            _groups(student, plain), lambda rows: loss(training[rows]), spec.training, len(training), evaluate,
+            state=state, progress=progress, what="fine-tuning",
+            on_progress=lambda share: set_progress(student, share), shards=shards,
         )  # fmt: skip
+        fitted = replace(fitted, notes=notes + fitted.notes)
         if not fitted.accepted:
             return {}, {}, fitted
         return _packed(student, units, linears), {name: own.stored for name, own in plain.items()}, fitted

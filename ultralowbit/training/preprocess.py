@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,25 +110,25 @@ def _train(
         checkpoint_blocks(model, generator)
     for name in adapt:
         swap(model, name, Adapted(model.get_submodule(name), spec, generator))
-    training, held_out = spec.split(range(len(tokens)))
+    training, held_out, notes = spec.windows(tokens)
     objective = CrossEntropy()
 
-    def loss(indices: Sequence[int]) -> Tensor:
-        batch = tokens[list(indices)]
+    def loss(batch: Tensor) -> Tensor:
         return objective(Outputs(model(batch, use_cache=False).logits), None, batch)
 
     @torch.no_grad()
     def evaluate() -> float:
         model.eval()
-        judged = sum(loss([k]).item() for k in held_out) / len(held_out)
+        judged = sum(loss(window[None]).item() for window in held_out) / len(held_out)
         model.train()
         return judged
 
     parameters = {"adapter": [p for p in model.parameters() if p.requires_grad]}
     total = spec.training.total_steps(len(training))
-    return fit(
-        parameters, loss, spec.training, len(training), evaluate, state=state, progress=progress,
-        what="training adapters",
+    fitted = fit(
+        parameters, lambda rows: loss(training[rows]), spec.training, len(training), evaluate, state=state,
+        progress=progress, what="training adapters",
         # a run that goes on drops the same inputs at every step
         on_progress=lambda share: generator.manual_seed(spec.training.seed + 1 + round(share * total)),
     )  # fmt: skip
+    return replace(fitted, notes=notes + fitted.notes)

@@ -11,8 +11,10 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+from torch import Tensor
 
 from ultralowbit.data.corpora import public_name
+from ultralowbit.data.overlap import apart
 from ultralowbit.methods.base import fields
 from ultralowbit.system import multiplies_bf16
 from ultralowbit.training.estimators import ESTIMATORS, STE
@@ -230,6 +232,16 @@ class EndToEnd(Trained):
         description="run each block again for its gradient instead of keeping what it made; null: for more than 2^28 "
         "packed weights",
     )
+
+    def windows(self, tokens: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+        """Of tokens [windows, length] those to train on, those that are held out, and what there is to note: windows
+        that share text with held out ones are left out, as windows of one text may lie over each other."""
+        training, held_out = (tokens[part.start : part.stop] for part in self.split(range(len(tokens))))
+        own = apart(training, held_out)
+        left_out = len(own) - int(own.sum())
+        if left_out in (0, len(own)):
+            return training, held_out, ()
+        return training[own], held_out, (f"{left_out} windows that share text with those held out were not trained on",)
 
     def is_checkpointed(self, weights: int) -> bool:
         """Whether blocks are run again for their gradients, where so many weights are packed."""
