@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from ultralowbit.checkpoint.files import weight_files
+from ultralowbit.checkpoint.files import INDEX, WEIGHTS, weight_files
 from ultralowbit.checkpoint.gguf import decoded_folder
 from ultralowbit.checkpoint.storage import read_json
 from ultralowbit.errors import CheckpointError, InputError, reason
@@ -21,6 +21,7 @@ _WANTED = [
     "*.py", "*.tiktoken", "*.bpe", "*.vocab",
 ]  # fmt: skip
 _KEPT_HERE = [".*", "*/.*", "eval*.json", "tracks.json"]  # where things lie on this machine, and notes made there
+_WEIGHTS = [WEIGHTS, "model-?????-of-?????.safetensors", INDEX]
 _UNWANTED = ["original/*", "onnx/*", "consolidated*"]  # the same weights again, in other layouts
 
 
@@ -108,7 +109,8 @@ def check_push(repo: str) -> None:
 
 
 def push(folder: Path, repo: str, *, private: bool = False) -> str:
-    """Upload every file of a packed folder to the hub model `org/name`, made if need be; returns its address.
+    """Upload every file of a packed folder to the hub model `org/name`, made if need be; returns its address. The same
+    commit takes away the weights of an earlier checkpoint, some of which transformers would load instead.
 
     Raises `InputError` where the hub refuses; what the folder holds stays as it is.
     """
@@ -119,7 +121,7 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
         url = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=repo, folder_path=folder, commit_message="Packed checkpoint by ultralowbit",
-            ignore_patterns=_KEPT_HERE,
+            ignore_patterns=_KEPT_HERE, delete_patterns=_WEIGHTS,
         )  # fmt: skip
     except Exception as error:  # whatever the hub, the network and the token's rights say
         raise InputError(

@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from ultralowbit.checkpoint.files import INDEX
+from ultralowbit.hub import push
+
 REPO = "org/tiny"
 
 
@@ -43,6 +46,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self) -> None:
+        if "/tree/" in self.path:
+            there = [{"type": "file", "path": name, "oid": "0", "size": 1} for name in self.server.received]
+            return self._answer(there)
         self._answer({"type": "user", "name": "org", "id": REPO, "sha": "0" * 40, "siblings": [], "auth": {}})
 
     def _body(self) -> bytes:
@@ -64,6 +70,8 @@ class _Handler(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.received[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    del self.server.received[line["value"]["path"]]
                 else:
                     self.server.summaries.append(json.dumps(line["value"]))
             self._answer({"commitUrl": f"{self.server.address}/{REPO}/commit/{'0' * 40}", "commitOid": "0" * 40})
@@ -106,3 +114,28 @@ def test_nothing_of_this_machine_is_uploaded(source, text, tmp_path, hub):
         assert content == (out / name).read_bytes()
         assert not [secret for secret in secrets if secret.encode() in content], name
     assert not [secret for secret in secrets for summary in hub.summaries if secret in summary]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (["model.safetensors"], ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", INDEX]),
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", INDEX], ["model.safetensors"]),
+        (["model-00003-of-00003.safetensors", INDEX], ["model-00001-of-00002.safetensors", INDEX]),
+    ],
+)
+def test_weights_of_before_go_with_the_commit(tmp_path, hub, monkeypatch, before, after):
+    """Those of the checkpoint that was there; what else lies there is not ours."""
+    for name, value in {"ENDPOINT": hub.address, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    hub.received |= dict.fromkeys([*before, "notes.md", "adapter/adapter_model.safetensors"], b"old")
+    for name in ("config.json", *after):
+        (tmp_path / name).write_bytes(b"new")
+    push(tmp_path, REPO)
+    assert hub.received == {
+        **dict.fromkeys(["config.json", *after], b"new"),
+        **dict.fromkeys(["notes.md", "adapter/adapter_model.safetensors"], b"old"),
+    }
+    assert len(hub.summaries) == 1
