@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ultralowbit.checkpoint.config import QUANT_METHOD, positions, read_config_json
+from ultralowbit.checkpoint.config import QUANT_METHOD, positions, read_config_json, vocabulary
 from ultralowbit.checkpoint.size import measure_size
 from ultralowbit.data.corpora import public_name, token_sha256
 from ultralowbit.data.tokens import text_tokens
@@ -69,7 +69,7 @@ def read_texts(
     read, is shorter than a window, or has tokens that the model does not: before anything heavy has begun.
     """
     config = read_any_config(folder, trust_remote_code)
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    known = vocabulary(config)
     most = positions(config) or context or DEFAULT_CONTEXT
     context = context or min(DEFAULT_CONTEXT, most)
     if not 2 <= context <= most:
@@ -85,10 +85,10 @@ def read_texts(
                 f"{source!r} gives {len(tokens)} tokens to measure perplexity on, expected at least one window of "
                 f"{context}: choose a smaller --context or a longer text"
             )
-        if isinstance(vocabulary, int) and tokens.max() >= vocabulary:
+        if known and tokens.max() >= known:
             raise InputError(
                 f"the tokenizer in {folder} makes token {int(tokens.max())} of {source!r}, but config.json says that "
-                f"the model has {vocabulary} tokens: give a folder whose two belong together"
+                f"the model has {known} tokens: give a folder whose two belong together"
             )
         name, twins = public_name(source), [text.source for text in texts]
         number = sum(twin == name or twin.startswith(f"{name} (") for twin in twins)

@@ -232,6 +232,18 @@ def test_an_original_that_guesses_is_told_of_itself(compress):
         assert "**The original guesses.** On text.txt" in (folder / name).read_text()
 
 
+def test_the_vocabulary_is_that_of_the_model_whatever_its_config_says(compress, save_model, tiny_config, tmp_path):
+    """Llama's own where config.json is silent."""
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    folder = save_model(tiny_config(**small, vocab_size=32_000), tmp_path / "deep/tiny")
+    config = json.loads((folder / "config.json").read_text())
+    del config["vocab_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    result, packed = compress()
+    assert result.exit_code == 0, result.output
+    assert read_file(packed / "report.json", RunReport, "").vocabulary == 32_000
+
+
 @pytest.mark.parametrize("part", ["environment", "calibration", "layers"])
 def test_a_manifest_that_was_edited_is_one_sentence(compress, part):
     """Also where what is left of it satisfies all that the packed model needs to load."""

@@ -38,7 +38,16 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def positions(config: Any) -> int | None:
     """How many positions a model of this transformers config has, whatever its family calls them in config.json; None
     where it names no number."""
-    named = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return _number(config, "max_position_embeddings")
+
+
+def vocabulary(config: Any) -> int | None:
+    """How many tokens a model of this transformers config knows; None where it names no number."""
+    return _number(config, "vocab_size")
+
+
+def _number(config: Any, key: str) -> int | None:
+    named = getattr(config.get_text_config(), key, None)
     return named if isinstance(named, int) and named > 0 else None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from ultralowbit.checkpoint.config import DIGEST, config_digest
+from ultralowbit.checkpoint.config import DIGEST, config_digest, vocabulary
 from ultralowbit.checkpoint.merge import most_beside
 from ultralowbit.checkpoint.names import expert_of, weight_name
 from ultralowbit.checkpoint.size import Size
@@ -253,9 +253,9 @@ def bits_for_size(model: str, recipe: Recipe, nbytes: int, device: str, trust_re
 def planned_size(decoder: Decoder, formats: dict[str, tuple[Format, tuple[int, int]]]) -> Size:
     """What the tensors of the packed checkpoint will take."""
     tensors = planned_tensors(decoder, formats)
-    vocabulary = getattr(decoder.config.get_text_config(), "vocab_size", None)
     untied = decoder.folding is not None and decoder.folding.untied
-    return Size.of(tensors, {name: format for name, (format, _) in formats.items()}, vocabulary, untied=untied)
+    named = {name: format for name, (format, _) in formats.items()}
+    return Size.of(tensors, named, vocabulary(decoder.config), untied=untied)
 
 
 def planned_tensors(decoder: Decoder, formats: dict[str, tuple[Format, tuple[int, int]]]) -> dict[str, TensorSpec]:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ultralowbit.checkpoint.card import CARD, is_edited
-from ultralowbit.checkpoint.config import read_config_json, text_config
+from ultralowbit.checkpoint.config import vocabulary
 from ultralowbit.checkpoint.manifest import MANIFEST
 from ultralowbit.checkpoint.size import LayerSize, measure_size
 from ultralowbit.checkpoint.storage import sha256_file, write_atomic
@@ -22,6 +22,7 @@ from ultralowbit.eval.base import Measured
 from ultralowbit.eval.runner import EvalText, pick_dtype, read_texts
 from ultralowbit.eval.schema import first_mistake, read_file, write_file
 from ultralowbit.hub import resolve_model
+from ultralowbit.nn.original import read_any_config
 from ultralowbit.pipeline.compress import Compressed, compress
 from ultralowbit.pipeline.ranks import Ranks
 from ultralowbit.progress import Progress
@@ -120,6 +121,7 @@ def compress_and_measure(
         return None
     try:
         report = _begin(model, folder, recipe, out, compressed, command)
+        report.vocabulary = vocabulary(read_any_config(folder, trust_remote_code))
     except (ValidationError, KeyError, TypeError, FormatError) as error:
         what = first_mistake(error) if isinstance(error, ValidationError) else reason(error)
         raise CheckpointError(
@@ -150,11 +152,10 @@ def _begin(
         seconds=round(sum(manifest["block_seconds"].values()), 3), plane_sparsity=plane_sparsity(out, manifest),
     )  # fmt: skip
     layers, calibration = manifest["layers"], manifest["calibration"]
-    vocabulary = text_config(read_config_json(folder)).get("vocab_size")
     report = RunReport(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"), folder=out.resolve().name,
         command=command and public_command(command), model=public_name(model), recipe=recipe.with_sources(public_name),
-        manifest=ManifestRecord(path=MANIFEST, sha256=digest), vocabulary=vocabulary, calibration=calibration,
+        manifest=ManifestRecord(path=MANIFEST, sha256=digest), vocabulary=None, calibration=calibration,
         original=original, packed=packed, layers=_layers(packed_size.layers, layers),
         environment=manifest["environment"], fallbacks=compressed.fallbacks,
         notes={name: lines for name, lines in _notes(manifest).items() if lines},
