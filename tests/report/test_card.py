@@ -191,6 +191,8 @@ def test_names_on_the_hub(tmp_path):
     assert card.hub_id(str(cached), cached) == "org/some--model"
     assert card.hub_id("gpt2", Path("/elsewhere")) == "gpt2"
     assert card.hub_id(str(tmp_path), tmp_path) is None
+    (tmp_path / "x.gguf").touch()
+    assert card.hub_id(str(tmp_path / "x.gguf"), cached.parents[3] / "decoded") is None
 
 
 def test_losses_in_words(build):

@@ -35,7 +35,7 @@ def hub_id(model: str, folder: Path) -> str | None:
     cached = re.search(r"models--(.+?)--(.+?)/snapshots/", f"{folder}/")
     if cached:
         return f"{cached[1]}/{cached[2]}"
-    return None if Path(model).expanduser().is_dir() else model.partition("@")[0]
+    return None if Path(model).expanduser().exists() else model.partition("@")[0]
 
 
 def passed_on(source: Path) -> dict[str, Any]:
