@@ -17,7 +17,7 @@ from ultralowbit.eval.scores import Score
 from ultralowbit.eval.zeroshot import ZeroShot
 from ultralowbit.report import sweep_runs, sweep_tracks
 from ultralowbit.report.schema import Comparison, RunReport
-from ultralowbit.report.sweep_runs import Methods
+from ultralowbit.report.sweep_runs import Methods, Results
 from ultralowbit.report.sweep_tracks import task_accuracies
 
 pytestmark = pytest.mark.slow
@@ -156,6 +156,14 @@ def test_tasks_are_taken_from_eval_json(run, build):
     folder = run("packed", "sign-2", 2.1, [build.perplexity(62.5)], evaluated=evaluation)
     packed, original = task_accuracies(folder)
     assert packed == {"a": (pytest.approx(0.7), 0.5)} and original == {"a": (pytest.approx(0.8), 0.5)}
+
+
+def test_seeds_of_which_one_is_broken_spread_without_end(build):
+    reports = [build.report(value) for value in (60.0, 62.0, math.nan, math.inf)]
+    of = lambda *which: Results("tiny", build.recipe(), reports=[reports[i] for i in which])  # noqa: E731
+    assert of(0).spread("novels.txt") is None
+    assert of(0, 1).spread("novels.txt") == pytest.approx(math.log(62 / 60) / math.sqrt(2))
+    assert of(0, 2).spread("novels.txt") == of(1, 3).spread("novels.txt") == math.inf
 
 
 def test_what_cannot_be_told_apart_or_run_is_refused(bench, model, monkeypatch):

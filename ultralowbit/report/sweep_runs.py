@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import statistics
 from collections.abc import Iterable, Iterator
@@ -92,10 +93,17 @@ class Results:
         """Mean over the seeds."""
         return statistics.fmean(report.packed.seconds for report in self.reports)
 
-    def nll(self, source: str) -> list[float]:
+    def nll(self, source: str | None) -> list[float]:
         """Nats a token on a text, one for each seed."""
         measured = (result for report in self.reports for result in report.packed.metrics.get("perplexity", ()))
         return [result.nll for result in measured if result.source == source]
+
+    def spread(self, source: str | None) -> float | None:
+        """Standard deviation of it over the seeds: infinite where one of them broke the model, None of one seed."""
+        nll = self.nll(source)
+        if len(nll) < 2:
+            return None
+        return statistics.stdev(nll) if all(map(math.isfinite, nll)) else math.inf
 
 
 @dataclass

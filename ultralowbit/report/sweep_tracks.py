@@ -96,14 +96,13 @@ class _Observer:
         }
         accuracy = task_accuracies(self.results.folders[0])
         bits = {"linear": report.packed.size.bits, "model": report.packed.size.model_bits_per_weight}
-        several = first and len(self.results.reports) > 1
         original = Observed(
             nll=before, accuracy=accuracy[1], recalibrated=dict.fromkeys(again, before.get(first)), seconds=fastest,
             spread=0.0, bits=dict.fromkeys(bits, 16.0), **extra["original"],
         )  # fmt: skip
         packed = Observed(
             nll=after, accuracy=accuracy[0], recalibrated=again, seconds=seconds, bits=bits,
-            spread=statistics.stdev(self.results.nll(first)) if several else None, **extra["packed"],
+            spread=self.results.spread(first), **extra["packed"],
         )  # fmt: skip
         return original, packed
 
