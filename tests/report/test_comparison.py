@@ -32,7 +32,7 @@ from ultralowbit.report.columns import cell, how_measured
 from ultralowbit.report.comparison import collect, front, write_comparison
 from ultralowbit.report.figures import pictures
 from ultralowbit.report.run import write_texts
-from ultralowbit.report.runs import read_run
+from ultralowbit.report.runs import find_runs, read_run
 from ultralowbit.report.schema import ComparedRow, Comparison, RunReport, Section
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -210,6 +210,21 @@ def test_other_windows_stand_apart(run, build, tmp_path, change):
     assert "several ways that do not compare" in section.notes[0]
     assert "(1) is of sign-2:" in section.notes[1] and "(2) is of gptq:" in section.notes[2]
     assert len([plot for plot in pictures(section) if "perplexity" in plot.name]) == 2
+
+
+def test_a_folder_of_runs_may_be_called_like_a_work_folder(run, build, tmp_path):
+    run("my.workspace/a", "sign-2", 2.1, [build.perplexity(62.5)])
+    run("my.workspace/b.work/checkpoint", "sign-2", 2.1, [build.perplexity(62.5)])  # one that is being made
+    assert [found.folder.name for found in find_runs([tmp_path / "my.workspace"])[0]] == ["a"]
+
+
+def test_a_broken_model_of_an_unknown_vocabulary_is_off_the_scale(run, build, tmp_path):
+    folders = [run("a", "sign-2", 2.1, [build.perplexity(62.5)]), run("b", "gptq", 3.1, [build.perplexity(math.inf)])]
+    (section,) = collect(folders, tmp_path)
+    section.model.vocabulary = None
+    plot = pictures(section)[0]
+    assert "off the scale: gptq (inf)" in plot.caption
+    plot.draw(style.WIDE)
 
 
 def test_windows_are_described_once(run, build, tmp_path):

@@ -37,7 +37,8 @@ def pictures(section: Section) -> list[Plot]:
 def _quality(section: Section, column: Column) -> list[Plot]:
     """One quantity against both sizes; runs that collapsed stand at the edge, where they squeeze nothing."""
     rows = [row for row in section.rows if row.kind != ORIGINAL and column.key in row.metrics]
-    limit = (section.model.vocabulary or math.inf) if column.unit == "perplexity" else sys.float_info.max
+    guess = section.model.vocabulary if column.unit == "perplexity" else None
+    limit = guess or sys.float_info.max
     gone = {row.label: row.mean(column.key) for row in rows if not row.mean(column.key) <= limit}
     if len(gone) == len(rows):
         return []

@@ -112,12 +112,17 @@ def find_runs(folders: Iterable[Path | str]) -> tuple[list[Run], list[Reference]
             plain[folder.resolve()] = read_plain(folder)
             continue
         else:
-            inside = sorted(path.parent for path in folder.glob("**/" + MANIFEST) if ".work" not in str(path))
+            inside = sorted(path.parent for path in folder.glob("**/" + MANIFEST) if not _is_work(path, folder))
         if not inside:
             raise InputError(f"{given} holds no {MANIFEST}: give folders that `ultralowbit compress` wrote")
         for path in inside:
             runs.setdefault(path.resolve(), read_run(path))
     return list(runs.values()), list(plain.values())
+
+
+def _is_work(path: Path, folder: Path) -> bool:
+    """Whether a path within a folder is of a job that is not done."""
+    return any(part.endswith(".work") or part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def read_run(folder: Path) -> Run:
