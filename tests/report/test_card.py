@@ -69,7 +69,7 @@ def test_a_card_is_read_back(compress, source, tmp_path):
     measured = {result.metric_type: result for result in card.data.eval_results}
     assert measured.keys() == {"perplexity", "fidelity"}
     (stored,) = report.packed.metrics["perplexity"]
-    assert measured["perplexity"].metric_value == pytest.approx(stored.perplexity, abs=1e-4)
+    assert measured["perplexity"].metric_value == pytest.approx(stored.perplexity, rel=1e-5)
     assert "12 windows of 32 tokens, float32" in measured["perplexity"].metric_name
     size = report.packed.size
     for part in (
@@ -193,6 +193,12 @@ def test_names_on_the_hub(tmp_path):
     assert card.hub_id(str(tmp_path), tmp_path) is None
     (tmp_path / "x.gguf").touch()
     assert card.hub_id(str(tmp_path / "x.gguf"), cached.parents[3] / "decoded") is None
+
+
+def test_a_small_divergence_is_no_zero(build, tmp_path):
+    report = build.report(metrics={"perplexity": [build.perplexity(62.5)], "fidelity": [build.fidelity(3.21e-5)]})
+    results = card.metadata(report, None, tmp_path, "x").eval_results
+    assert [result.metric_value for result in results] == [62.5, 3.21e-5]
 
 
 def test_losses_in_words(build):

@@ -111,7 +111,7 @@ def _eval_result(metric: Metric, result: Result) -> EvalResult:
         dataset_name=result.source,
         metric_type=metric.name,
         metric_name=f"{quantity.said}, {result.windows} windows of {result.context} tokens, {result.precision}",
-        metric_value=round(getattr(result, quantity.field), 4),
+        metric_value=float(f"{getattr(result, quantity.field):.6g}"),  # a divergence may be tiny
     )
 
 
