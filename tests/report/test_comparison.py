@@ -149,7 +149,9 @@ def test_the_same_numbers_in_json_and_markdown(run, build, tmp_path):
         if "62.500" in line or "g\\|ptq |" in line:
             assert line.replace("\\|", "").count("|") == header.count("|")
     assert all((tmp_path / "out" / path).exists() for path in section.plots)
-    assert "Triangles at the edge are off the scale: g|ptq (inf)." in (tmp_path / "out/report.html").read_text()
+    html = (tmp_path / "out/report.html").read_text()
+    assert "Triangles at the edge are off the scale: g|ptq (inf)." in html
+    assert 'data-sort="Infinity"' in html and 'data-sort="inf"' not in html
 
 
 def test_seeds_are_one_row(run, build, tmp_path):

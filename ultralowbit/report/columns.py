@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from itertools import groupby
@@ -41,8 +42,9 @@ def cell(row: ComparedRow, column: Column) -> str:
 
 
 def sort_key(row: ComparedRow, column: Column) -> str:
-    """What a browser sorts a cell by: a number, or nothing."""
-    return repr(row.mean(column.key)) if column.key in row.metrics else ""
+    """What a browser sorts a cell by: a number as JavaScript reads it, or nothing."""
+    mean = row.mean(column.key)
+    return "" if math.isnan(mean) else repr(mean).replace("inf", "Infinity")
 
 
 def header(columns: Sequence[Column]) -> list[tuple[str, int]]:
