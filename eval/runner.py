@@ -156,7 +156,9 @@ def too_large(folders: Iterable[tuple[Path, torch.dtype]], device: torch.device)
 def _in_memory(folder: Path, dtype: torch.dtype) -> int:
     """Bytes of a checkpoint's weights: packed ones as they are stored, all others in `dtype`."""
     size = measure_size(folder)
-    return size.linear_bytes + size.other_weights * dtype.itemsize
+    packed = sum(layer.weights for layer in size.outside)
+    stored = sum(layer.bytes for layer in (*size.layers, *size.outside))
+    return stored + (size.other_weights - packed) * dtype.itemsize
 
 
 def measure_alone(

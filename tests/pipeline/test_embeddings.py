@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ultralowbit.checkpoint.size import measure_size
 from ultralowbit.checkpoint.storage import read_json
 from ultralowbit.errors import InputError
+from ultralowbit.eval import runner
 from ultralowbit.methods.statistics import InputStats
 from ultralowbit.nn.hf import load
 from ultralowbit.pipeline import embed
@@ -21,6 +22,7 @@ from ultralowbit.pipeline.compress import compress
 from ultralowbit.pipeline.estimate import estimate
 from ultralowbit.pipeline.verify import rerun, verify
 from ultralowbit.recipe import Recipe
+from ultralowbit.units import format_bytes
 
 FOUR = {"method": "ints", "bits": 4}
 EMBEDDING = "model.embed_tokens"
@@ -207,3 +209,15 @@ def test_scaled_rows_of_gemma(save_model, text, tmp_path):
     model, tokens = load(done), torch.randint(0, 96, (2, 24))
     dense = load(done).dequantize()
     torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_packed_ends_are_in_memory_what_they_are_on_the_disk(kind, request, text, tmp_path, monkeypatch):
+    """What a model is expected to take before it is opened."""
+    folder = request.getfixturevalue("source" if kind == "tied" else kind)
+    packed = compress(str(folder), recipe(text), tmp_path / "out").folder
+    model = load(packed, dtype=torch.float32)
+    there = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    monkeypatch.setattr(runner, "available_memory", lambda: 0)
+    said = runner.too_large([(packed, torch.float32)], torch.device("cpu"))
+    assert said.startswith(f"needs {format_bytes(round(1.1 * sum(there.values())))} of memory")
