@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ultralowbit.format import transform
 from ultralowbit.kernels import cpu
-from ultralowbit.kernels.packed_matmul import triton_products
+from ultralowbit.kernels.packed_matmul import is_followed, triton_products
 
 LARGEST = 1 << 15
 """Of the blocks that a program of a GPU holds."""
@@ -16,7 +16,7 @@ LARGEST = 1 << 15
 def block_hadamard(x: Tensor, block: int) -> Tensor:
     """x [..., columns] times the block matrix that `InputTransform` describes: what `format.transform.block_hadamard`
     returns, to the bit, by the device's kernels where they can."""
-    if x.dtype != torch.float32 or not x.numel() or (x.requires_grad and torch.is_grad_enabled()):
+    if x.dtype != torch.float32 or not x.numel() or is_followed(x):
         return transform.block_hadamard(x, block)
     rows = x.reshape(-1, x.shape[-1])
     if x.device.type == "cpu" and cpu.runs_here():

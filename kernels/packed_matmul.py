@@ -11,10 +11,12 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ultralowbit.format.weight import Format
 from ultralowbit.format.words import TensorSpec
@@ -141,39 +143,72 @@ class _Differentiable(torch.autograd.Function):
     """The packed weight is a constant: only x has a gradient, so that adapters can be trained around it."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, layout: str, int8: bool, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        ctx.layout = layout
+    def forward(x: Tensor, layout: str, int8: bool, *tensors: Tensor) -> Tensor:
         return torch.ops.ultralowbit.packed_matmul(x, tensors, layout, int8)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.layout, _, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         format, names = _parse(ctx.layout)
         weight = format.decode(dict(zip(names, ctx.saved_tensors, strict=True)), grad.dtype)
         return grad @ weight, None, None, *[None] * len(names)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return packed_matmul(tangent, ctx.saved_tensors, ctx.layout)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, layout: str, int8: bool, *tensors: Tensor
+    ) -> tuple[Tensor, int]:
+        of_x, _, _, *of_tensors = in_dims
+        if all(dim is None for dim in of_tensors):
+            return packed_matmul(x.movedim(of_x, 0), tensors, layout, int8), 0
+        weights = zip(
+            *(_along(t, dim, info.batch_size) for t, dim in zip(tensors, of_tensors, strict=True)), strict=True
+        )
+        inputs = _along(x, of_x, info.batch_size)
+        return torch.stack([packed_matmul(x, w, layout, int8) for x, w in zip(inputs, weights, strict=True)]), 0
+
+
+def _along(tensor: Tensor, dim: int | None, count: int) -> Sequence[Tensor]:
+    return [tensor] * count if dim is None else tensor.unbind(dim)
 
 
 def packed_matmul(x: Tensor, tensors: Sequence[Tensor], layout: str, int8: bool = False) -> Tensor:
     """x [..., in] times a packed weight [out, in] -> [..., out], in x's dtype and on x's device.
 
     tensors: the stored tensors in the order of `Format.tensors`; layout: `json.dumps(Format.to_dict())`; int8: x may be
-    rounded to 8 bits where that is faster. Differentiable in x. Raises `RuntimeError` for tensors of other shapes,
-    dtypes or devices.
+    rounded to 8 bits where that is faster. Differentiable in x, forwards and backwards, and under `torch.func`. Raises
+    `RuntimeError` for tensors of other shapes, dtypes or devices.
     """
-    if torch.is_grad_enabled() and x.requires_grad:
+    if is_followed(x):
         return _Differentiable.apply(x, layout, int8, *tensors)
     if _unwatched(x):
         return _product(x, tensors, layout, int8)
     return torch.ops.ultralowbit.packed_matmul(x, list(tensors), layout, int8)
 
 
+def is_followed(x: Tensor) -> bool:
+    """Whether something differentiates or maps what is done to x: autograd, backwards or forwards, or `torch.func`."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return True
+    return forward_ad._current_level >= 0 or (
+        not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def _unwatched(x: Tensor) -> bool:
-    """Whether no compiler, mode or transform of functions would see the operation: then the dispatcher, which takes a
-    third of the time of an eager call, is left out."""
+    """Whether no compiler or mode would see the operation: then the dispatcher, which takes a third of the time of an
+    eager call, is left out."""
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
     )

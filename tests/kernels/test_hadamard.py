@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import func
+from torch.autograd import forward_ad
 
 from ultralowbit.format import transform
 from ultralowbit.kernels.hadamard import block_hadamard
@@ -41,3 +43,14 @@ def test_what_the_kernels_do_not_take_is_what_the_reference_gives(isa):
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(block_hadamard(x, 8).square().sum(), x)
     torch.testing.assert_close(gradient, 2 * x.detach())  # the matrix is orthonormal
+
+
+def test_derivatives_are_those_of_the_matrix(isa):
+    x, v = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(0)).unbind(0)
+    with forward_ad.dual_level():
+        assert torch.equal(
+            forward_ad.unpack_dual(block_hadamard(forward_ad.make_dual(x, v), 8)).tangent, block_hadamard(v, 8)
+        )
+    gradient = func.grad(lambda x: (block_hadamard(x, 8) * v).sum())
+    assert torch.equal(gradient(x), block_hadamard(v, 8))
+    torch.testing.assert_close(func.vmap(lambda x: block_hadamard(x, 8))(x), block_hadamard(x, 8))

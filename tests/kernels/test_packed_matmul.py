@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor, func
+from torch.autograd import forward_ad
 
 from ultralowbit.format.ints import Ints
 from ultralowbit.format.outliers import IndexedOutliers, MaskedOutliers
@@ -66,6 +70,51 @@ def test_what_cannot_be_multiplied_is_refused(columns, device, stored, said, gra
     packed.tensors["weight_scale"] = packed.tensors["weight_scale"].to(**stored)
     with pytest.raises(RuntimeError, match=said):
         multiply(torch.zeros(2, columns, dtype=torch.float32, device=device).requires_grad_(gradient), packed)
+
+
+def energy(multiply: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: multiply(x).square().sum()
+
+
+DERIVATIVES = {
+    "forward mode": lambda f, x, v: dual(f, x, v),
+    "jvp": lambda f, x, v: func.jvp(f, (x,), (v,))[1],
+    "grad": lambda f, x, v: func.grad(energy(f))(x),
+    "vmap": lambda f, x, v: func.vmap(f, in_dims=1)(x.T),
+    "gradients of a batch": lambda f, x, v: func.vmap(func.grad(energy(f)))(x),
+    "jacrev": lambda f, x, v: func.jacrev(f)(x),
+    "jacfwd": lambda f, x, v: func.jacfwd(f)(x),
+    "hessian": lambda f, x, v: func.hessian(energy(f))(x[0]),
+    "forward over reverse": lambda f, x, v: func.jvp(func.grad(energy(f)), (x,), (v,))[1],
+}
+
+
+def dual(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, v))).tangent
+
+
+@pytest.mark.parametrize("transform", [None, InputTransform(63, hadamard=16)], ids=str)
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_derivatives_are_those_of_the_linear_map(derivative, transform, device):
+    plain = weight()
+    packed = PackedWeight(replace(FORMAT, transform=transform), plain.shape, plain.tensors)
+    packed = PackedWeight(packed.format, packed.shape, {k: v.to(device) for k, v in packed.tensors.items()})
+    x, v = torch.randn(2, 3, 63, generator=torch.Generator().manual_seed(1)).to(device).unbind(0)
+    matrix = packed.dequantize().T
+    ours, expected = (DERIVATIVES[derivative](f, x, v) for f in (lambda x: multiply(x, packed), lambda x: x @ matrix))
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+
+
+def test_weights_of_a_batch_are_multiplied_one_by_one():
+    packed, x = weight(), torch.randn(3, 63, generator=torch.Generator().manual_seed(1))
+    flipped = {
+        name: tensor.flip(-2 if name in ("weight", "weight_1") else -1) for name, tensor in packed.tensors.items()
+    }
+    tensors = [torch.stack([packed.tensors[name], flipped[name]]) for name in packed.tensors]
+    layout = json.dumps(FORMAT.to_dict())
+    both = func.vmap(lambda *tensors: packed_matmul(x, tensors, layout))(*tensors)
+    assert torch.equal(both, torch.stack([multiply(x, packed), multiply(x, packed).flip(-1)]))
 
 
 def test_the_compiler_sees_shape_dtype_and_no_alias():

@@ -108,8 +108,15 @@ class _BlockHadamard(torch.autograd.Function):
     """The matrix is symmetric: the gradient is multiplied by it as x is."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: int) -> Tensor:
-        ctx.block = block
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        _, ctx.block = inputs
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return block_hadamard(tangent, ctx.block)
+
+    @staticmethod
+    def forward(x: Tensor, block: int) -> Tensor:
         columns = x.shape[-1]
         sizes = [block] * (columns // block)
         while rest := columns - sum(sizes):
@@ -130,6 +137,10 @@ class _BlockHadamard(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return block_hadamard(gradient, ctx.block), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, block: int) -> tuple[Tensor, int]:
+        return block_hadamard(x.movedim(in_dims[0], 0), block), 0
 
 
 def _walsh(x: Tensor, size: int, inner: int) -> Tensor:
