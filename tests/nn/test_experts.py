@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -73,6 +74,13 @@ def test_an_expert_s_weight_is_written_through_to_the_tensor_of_all(model):
     twin = copy.deepcopy(experts)
     twin.linear(2, "down_proj").weight.zero_()
     assert linear.weight.any(), "a copy has weights of its own"
+
+
+@torch.no_grad()
+def test_experts_are_pickled(model):
+    experts = Experts(fused(model))
+    twin = pickle.loads(pickle.dumps(experts))
+    assert torch.equal(twin(*some_tokens(4)), experts(*some_tokens(4)))
 
 
 def packed_model(model):

@@ -7,7 +7,7 @@ hooks on modules.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -129,8 +129,8 @@ class ExpertsLayout(NamedTuple):
     """They are [experts, in, out]."""
     has_bias: bool
     """Each has a `NAME_bias` [experts, out] beside it."""
-    activation: Callable[[Tensor], Tensor]
-    """What stands between the two products."""
+    activation: str
+    """The name of what the module calls between the two products."""
 
 
 def experts_layout(module: nn.Module) -> ExpertsLayout | None:
@@ -141,7 +141,7 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
     fused = all(getattr(module, name, None) is not None for name in (first, "down_proj"))
     if not fused or getattr(module, "has_post_expert_norm", False):
         return None
-    activation = module._apply_gate if module.has_gate else module.act_fn
+    activation = "_apply_gate" if module.has_gate else "act_fn"
     return ExpertsLayout((first, "down_proj"), module.is_transposed, module.has_bias, activation)
 
 
