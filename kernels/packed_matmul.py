@@ -181,12 +181,17 @@ def _along(tensor: Tensor, dim: int | None, count: int) -> Sequence[Tensor]:
 
 
 def packed_matmul(x: Tensor, tensors: Sequence[Tensor], layout: str, int8: bool = False) -> Tensor:
-    """x [..., in] times a packed weight [out, in] -> [..., out], in x's dtype and on x's device.
+    """x [..., in] times a packed weight [out, in] -> [..., out] on x's device, in the dtype of `F.linear`: x's, or that
+    of autocast where it is on.
 
     tensors: the stored tensors in the order of `Format.tensors`; layout: `json.dumps(Format.to_dict())`; int8: x may be
     rounded to 8 bits where that is faster. Differentiable in x, forwards and backwards, and under `torch.func`. Raises
     `RuntimeError` for tensors of other shapes, dtypes or devices.
     """
+    kind = x.device.type
+    if not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):  # kernels choose dtypes of their own
+            return packed_matmul(x.to(torch.get_autocast_dtype(kind)), tensors, layout, int8)
     if is_followed(x):
         return _Differentiable.apply(x, layout, int8, *tensors)
     if _unwatched(x):

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, func
 from torch.autograd import forward_ad
 
@@ -70,6 +71,25 @@ def test_what_cannot_be_multiplied_is_refused(columns, device, stored, said, gra
     packed.tensors["weight_scale"] = packed.tensors["weight_scale"].to(**stored)
     with pytest.raises(RuntimeError, match=said):
         multiply(torch.zeros(2, columns, dtype=torch.float32, device=device).requires_grad_(gradient), packed)
+
+
+@pytest.mark.parametrize("path", ["kernels", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_autocast_is_that_of_a_linear(path, dtype, tokens, monkeypatch):
+    """Whichever path is taken, and whatever it computes in."""
+    if path == "reference":
+        monkeypatch.setattr(op, "KERNELS", {})
+    packed = weight()
+    x = torch.randn(tokens, 63, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.linear(x, packed.dequantize(dtype))
+        y = multiply(x, packed)
+    assert y.dtype == expected.dtype
+    assert torch.equal(y, multiply(x.to(y.dtype), packed))
+    gradient, wanted = (torch.autograd.grad(z.sum(), x)[0] for z in (y, expected))
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient, wanted, rtol=2**-6, atol=2**-6)
 
 
 def energy(multiply: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -84,7 +84,7 @@ class TiedHead(nn.Module):
         with onloaded(self.embedding):
             tensors = list(self.embedding._tensors().values())
             y = packed_matmul(x.to(tensors[0].device), tensors, self.embedding._layout)
-        return y if self.bias is None else y + self.bias.to(y.device)
+        return y if self.bias is None else y + self.bias.to(y)
 
     def dense(self, weight: nn.Parameter) -> nn.Linear:
         """The Linear that multiplies by the embedding's weight [rows, columns]."""

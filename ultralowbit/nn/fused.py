@@ -81,7 +81,7 @@ class StackedLinear(PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._shared[0].product(self._member, x, self.int8)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @property
     def weight(self) -> Tensor:

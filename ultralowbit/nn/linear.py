@@ -96,7 +96,7 @@ class PackedLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         y = packed_matmul(x, [getattr(self, name) for name in self._names], self._layout, self.int8)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dense(self, dtype: torch.dtype) -> nn.Module:
         with torch.device("meta"):
