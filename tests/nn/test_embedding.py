@@ -68,6 +68,9 @@ def test_rows_are_those_of_the_decoded_weight(spec, block):
         name: t.dtype for name, t in weight.tensors.items()
     }
     assert embedding.num_embeddings == ROWS
+    for outside in (-1, ROWS):
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            embedding(torch.tensor([0, outside]))
 
 
 @pytest.mark.parametrize("rows", [5, 64])
@@ -104,6 +107,10 @@ def test_a_tied_model_computes_with_one_packed_weight(kind, tmp_path):
     ours.generate(ids, max_new_tokens=2, do_sample=False)
     with pytest.raises(InputError, match="cannot be resized"):
         loaded.resize_token_embeddings(200)
+    for same in ({}, {"new_num_tokens": ROWS}, {"pad_to_multiple_of": 1}):
+        assert loaded.resize_token_embeddings(**same) is loaded.get_input_embeddings()
+    with pytest.raises(InputError, match="from 101 rows to 104"):
+        loaded.resize_token_embeddings(pad_to_multiple_of=8)
 
     plain = loaded.dequantize()
     assert plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
@@ -128,7 +135,7 @@ def test_a_head_follows_a_copied_model():
     model = tied("llama")
     weight = packed(model.get_input_embeddings().weight.detach(), IntEmbeddings())
     ours = copy.deepcopy(pack_model(model, {"model.embed_tokens": weight}))
-    assert ours.lm_head.embedding is ours.model.embed_tokens
+    assert ours.lm_head.embedding is ours.model.embed_tokens is ours.resize_token_embeddings()
 
 
 def test_what_is_no_embedding_is_refused():

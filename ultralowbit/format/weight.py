@@ -172,10 +172,12 @@ class Format:
 
     def rows(self, tensors: Mapping[str, Tensor], rows: slice | Tensor) -> dict[str, Tensor]:
         """The stored tensors of some rows, a slice of them or their numbers [rows] int64, which are stored tensors
-        again."""
+        again. torch raises `IndexError` or `RuntimeError` for a number of no row."""
         return {
             name: tensors[name]
             if axis is None
+            else tensors[name].index_select(axis, rows)
+            if isinstance(rows, Tensor)
             else tensors[name][..., rows]
             if axis == -1
             else tensors[name][..., rows, :]

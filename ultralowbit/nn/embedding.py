@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -132,7 +133,7 @@ def pack_embedding(model: PreTrainedModel, name: str, format: Format) -> PackedE
         swap(model, head, TiedHead(packed, model.get_submodule(head).bias))
     if tied:
         untie(model, f"{name}.weight")
-    model.resize_token_embeddings = _refuse_to_resize
+    model.resize_token_embeddings = partial(_resize, packed)  # not a function of its own: copied with the model
     return packed
 
 
@@ -149,8 +150,19 @@ def unpack_embedding(model: PreTrainedModel, name: str, dtype: torch.dtype) -> N
     del model.resize_token_embeddings
 
 
-def _refuse_to_resize(new_num_tokens: int | None = None, *args: object, **kwargs: object) -> None:
-    raise InputError(
-        f"embeddings that are packed cannot be resized (to {new_num_tokens} rows): resize the original model and "
-        "compress that, or call dequantize() first"
-    )
+def _resize(
+    packed: PackedEmbedding,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    *args: object,
+    **kwargs: object,
+) -> PackedEmbedding:
+    rows = packed.num_embeddings if new_num_tokens is None else new_num_tokens
+    if pad_to_multiple_of:
+        rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
+    if rows != packed.num_embeddings:
+        raise InputError(
+            f"embeddings that are packed cannot be resized (from {packed.num_embeddings} rows to {rows}): resize the "
+            "original model and compress that, or call dequantize() first"
+        )
+    return packed
