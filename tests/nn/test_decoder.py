@@ -313,6 +313,18 @@ def test_a_stored_head_that_config_ties_is_kept_where_it_differs(tmp_path, save_
     torch.testing.assert_close(ultralowbit.load(out).dequantize().lm_head.weight, head, rtol=0, atol=2e-2)
 
 
+def test_a_tied_weight_may_be_stored_as_that_of_the_head(tmp_path, save_model):
+    folder = save_model(AutoConfig.for_model("llama", **GQA, tie_word_embeddings=True), tmp_path / "source")
+    recipe = Recipe.model_validate({"name": "x", "quantize": {"method": "rtn", "bits": 8, "group": 32}})
+    expected = read_shards(ultralowbit.compress(str(folder), recipe, tmp_path / "expected").folder)
+    tensors = read_shards(folder)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert not Decoder(folder, torch.float32, CPU).left_out()
+    stored = read_shards(ultralowbit.compress(str(folder), recipe, tmp_path / "out").folder)
+    assert stored.keys() == expected.keys() and all(torch.equal(stored[name], expected[name]) for name in expected)
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 

@@ -74,6 +74,8 @@ class Decoder:
         """Name of each tensor of the model -> what the source has for it; tied ones that the source leaves out are
         absent."""
         tied = tied_names(self.model)
+        # either may be the one that is stored
+        key_of = {source: key_of[name] for name, source in tied.items() if name in key_of} | dict(key_of)
         specs, missing, joins = {}, [], {}
         for name, tensor in self.model.state_dict().items():
             key = key_of.get(name)
@@ -121,7 +123,7 @@ class Decoder:
 
     def _stored_alike(self, tied: str | None, key: str | None) -> bool:
         """Whether a tied tensor needs no place of its own; where the two differ, transformers does not tie them."""
-        return tied is None or key is None or torch.equal(*self.source.read([tied, key]).values())
+        return tied in (None, key) or torch.equal(*self.source.read([tied, key]).values())
 
     def left_out(self) -> dict[str, tuple[int, int]]:
         """What the source holds and the model has no place for, such as a vision tower: the first two parts of a name
