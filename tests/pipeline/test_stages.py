@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -231,6 +233,30 @@ def test_an_interrupted_stage_ends_with_the_same_bytes(source, recipe, tmp_path,
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.parametrize(
+    "stage, stop, key",
+    [
+        ({"blockwise": TUNE}, "blocks", "model.layers.0"),
+        ({"finetune": DISTILL}, "fine-tuning", "finetune"),
+        ({"preprocess": PREPARE}, "training adapters", "preprocess"),
+        ({"preprocess": PREPARE}, "blocks", "preprocess"),  # once the adapters are merged
+    ],
+    ids=["blockwise", "finetune", "adapters", "after-adapters"],
+)
+def test_the_seconds_of_killed_runs_count(source, recipe, tmp_path, monkeypatch, stage, stop, key):
+    """By a clock of which every reading takes a second."""
+    ticks = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: float(next(ticks)), perf_counter=lambda: float(next(ticks)))
+    for module in ("training.loop", "training.preprocess", "pipeline.compress", "pipeline.stream"):
+        monkeypatch.setattr(f"ultralowbit.{module}.time", clock)
+    monkeypatch.setitem(fit.__kwdefaults__, "save_seconds", 0.0)
+    once = compress(str(source), recipe(**stage), tmp_path / "once").manifest["block_seconds"][key]
+    with pytest.raises(KeyboardInterrupt):
+        compress(str(source), recipe(**stage), tmp_path / "out", progress=Stop(stop, 7 if stop != "blocks" else 3))
+    again = compress(str(source), recipe(**stage), tmp_path / "out").manifest["block_seconds"][key]
+    assert again >= once - 4  # all but what was done after the last saved state
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -213,13 +213,11 @@ def _preprocess(
     progress: Progress,
 ) -> Path:
     """The folder of the preprocessed model, in the work folder; `again` compresses the model with another recipe."""
-    started = time.perf_counter()
     first = recipe.model_copy(update={"preprocess": None, "embeddings": None, "finetune": None})
-    made, job.state["preprocess"] = preprocess(
+    made, job.state["preprocess"], job.state["seconds"]["preprocess"] = preprocess(
         lambda folder: again(first, folder).folder, texts["preprocess"].tokens, recipe.preprocess,
         decoder.config.dtype or torch.float32, job.work / "preprocess", decoder.device, trust_remote_code, progress,
     )  # fmt: skip
-    job.state["seconds"].setdefault("preprocess", round(time.perf_counter() - started, 3))
     return made
 
 
@@ -258,6 +256,6 @@ def _finetune(
         job.write_block(i, tensors, "finetuned")
     if plain:
         job.write_outside(plain)
-    state |= {"block_folder": "finetuned", "finetune": asdict(fitted)}
-    state["seconds"]["finetune"] = round(time.perf_counter() - started, 3)
+    state |= {"block_folder": "finetuned", "finetune": fitted.to_dict()}
+    state["seconds"]["finetune"] = round(time.perf_counter() - started + fitted.earlier_seconds, 3)
     job.commit()

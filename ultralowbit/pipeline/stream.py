@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -80,9 +79,9 @@ class BlockStream:
             self.progress.step(state["blocks"] * (1 + self.steps))
         calls = self._enter() if self.tokens is not None and state["blocks"] < total else None
         for i in range(state["blocks"], total):
-            started = time.perf_counter()
+            started, self.earlier_seconds = time.perf_counter(), 0.0
             self._block(i, calls and calls[i])
-            self._commit(i, time.perf_counter() - started)
+            self._commit(i, time.perf_counter() - started + self.earlier_seconds)
             return_free_memory()
             self.progress.step()
 
@@ -236,12 +235,12 @@ class BlockStream:
         within = SubStage(self.progress, self.steps)
         trained: dict[str, PackedWeight] = {}
 
-        def train() -> dict[str, Any] | None:
+        def train() -> tuple[dict[str, Any], float] | None:
             better, fitted = train_block(
                 self.decoder.model, block, weights, packed, streams, self.recipe.blockwise, file, within
             )
             trained.update(better)
-            return fitted and asdict(fitted)
+            return fitted and (fitted.to_dict(), fitted.earlier_seconds)
 
         fitted = self.ranks.agree(train)
         trained = self.ranks.hand_out(trained, self.decoder.device)
@@ -251,7 +250,7 @@ class BlockStream:
             # the error was that of the codes and scales before
             state["layers"][n] |= {"error": None}
         if fitted is not None:
-            state["blockwise"][name] = fitted
+            state["blockwise"][name], self.earlier_seconds = fitted
         for done in self.job.work.glob("blockwise-*.safetensors"):
             if self.ranks.is_first and done != file:  # this one a run that is killed before the commit still needs
                 done.unlink()

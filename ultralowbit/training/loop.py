@@ -47,7 +47,8 @@ class Fitted:
     """What training came to: `before`, `after`: the held-out objective at the start and of the parameters kept, the
     same unless `accepted`; `best_step`: optimizer steps up to the parameters kept; `steps`: all that were made;
     `notes`: sentences for the report; `history`: {step, loss, objective} of each evaluation, where `loss` is the mean
-    on the training samples since the evaluation before."""
+    on the training samples since the evaluation before; `earlier_seconds`: that killed runs trained up to what this one
+    went on from."""
 
     before: float
     after: float
@@ -55,6 +56,11 @@ class Fitted:
     steps: int
     notes: tuple[str, ...] = ()
     history: tuple[dict[str, Any], ...] = ()
+    earlier_seconds: float = field(default=0.0, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a manifest keeps: the same, killed or not."""
+        return {name: value for name, value in asdict(self).items() if name != "earlier_seconds"}
 
     @property
     def accepted(self) -> bool:
@@ -112,6 +118,7 @@ class _State:
     finished: bool = False
     loss: float = 0.0  # sum since the last evaluation
     counted: int = 0
+    seconds: float = 0.0  # of all runs, up to here
     notes: list[str] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -129,6 +136,7 @@ class _Fit:
         save_seconds: float,
         shards: Shards,
     ) -> None:
+        self.began, self.earlier_seconds = time.monotonic(), 0.0
         groups = {kind: list(ps) for kind, ps in parameters.items() if ps}
         if missing := sorted(set(groups) - set(spec.lr)):
             raise InputError(f"{', '.join(missing)} would be trained without a learning rate: give lr.{missing[0]}")
@@ -312,7 +320,10 @@ class _Fit:
             for file in self._best_files():
                 file.unlink()  # they are the parameters of the state
         after = state.best if state.best_step else state.before
-        return Fitted(state.before, after, state.best_step, state.step, tuple(state.notes), tuple(state.history))
+        return Fitted(
+            state.before, after, state.best_step, state.step, tuple(state.notes), tuple(state.history),
+            self.earlier_seconds,
+        )  # fmt: skip
 
     def _end(self) -> None:
         state = self.state
@@ -337,6 +348,7 @@ class _Fit:
 
     def _save(self) -> None:
         started, tensors = time.monotonic(), {}
+        self.state.seconds = self.earlier_seconds + started - self.began
         for name, p in self.named.items():
             tensors[f"parameter/{name}"] = p.detach()
             tensors |= {f"{what}/{name}": t for what, t in self.optimizer_of[p].state.get(p, {}).items()}
@@ -366,7 +378,7 @@ class _Fit:
                     local(p.data).copy_(local(value))
                 else:
                     self.optimizer_of[p].state[p][what] = value
-        self.state = state
+        self.state, self.earlier_seconds = state, state.seconds
         return True
 
 

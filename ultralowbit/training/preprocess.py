@@ -10,8 +10,9 @@ and W', which lies near what the format can hold, is the model that is then quan
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ultralowbit.checkpoint.manifest import changed_files
+from ultralowbit.checkpoint.manifest import changed_files, read_manifest
 from ultralowbit.checkpoint.storage import json_digest, read_json, sha256_file, write_json
 from ultralowbit.errors import InputError
 from ultralowbit.nn.hf import load
@@ -72,16 +73,18 @@ def preprocess(
     device: torch.device,
     trust_remote_code: bool,
     progress: Progress,
-) -> tuple[Path, dict[str, Any]]:
-    """Make the model whose weights are W' in `work` and return its folder, with how the training went; what is there
-    already is not made again.
+) -> tuple[Path, dict[str, Any], float]:
+    """Make the model whose weights are W' in `work` and return its folder, with how the training went and the seconds
+    that all of it took, in this and in killed runs; what is there already is not made again.
 
     quantized: writes the model, quantized once, into a folder and returns that; tokens [windows, length]: what is
     trained on; dtype: what W' is stored in. Raises `InputError` where no packed Linear matches the spec's targets.
     """
     merged = work / "model"
     if not merged.exists():
-        model = load(quantized(work / "quantized"), dtype=torch.float32, trust_remote_code=trust_remote_code).to(device)
+        folder = quantized(work / "quantized")
+        spent, started = sum(read_manifest(folder)["block_seconds"].values()), time.perf_counter()
+        model = load(folder, dtype=torch.float32, trust_remote_code=trust_remote_code).to(device)
         adapt = [n for n, m in model.named_modules() if isinstance(m, PackedLinear) and spec.adapts(n)]
         if not adapt:
             raise InputError(f"preprocess.targets {list(spec.targets)} match no packed Linear: give patterns of names")
@@ -92,13 +95,14 @@ def preprocess(
         half_done = work / "merging"
         model.dequantize().to(dtype).save_pretrained(half_done)
         files = {path.name: sha256_file(path) for path in half_done.iterdir()}
-        made = {"fitted": asdict(fitted), "files": files}
+        spent += fitted.earlier_seconds + time.perf_counter() - started
+        made = {"fitted": fitted.to_dict(), "files": files, "seconds": round(spent, 3)}
         write_json(half_done / "preprocess.json", {**made, "sha256": json_digest(made)})
         half_done.replace(merged)
     made = read_json(merged / "preprocess.json", "begin again with --restart")
     if made.pop("sha256", None) != json_digest(made) or changed_files(merged, made):
         raise InputError(f"{merged} has changed since it was made: begin again with --restart")
-    return merged, made["fitted"]
+    return merged, made["fitted"], made.get("seconds", 0.0)  # an earlier version did not keep them
 
 
 def _train(
