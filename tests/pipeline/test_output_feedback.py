@@ -11,12 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import ultralowbit
+from ultralowbit.bench.models import write_headers
 from ultralowbit.methods import output_feedback
 from ultralowbit.nn.linear import PackedLinear
 from ultralowbit.pipeline import sensitivity
 from ultralowbit.pipeline.compress import compress
 from ultralowbit.pipeline.estimate import estimate
 from ultralowbit.pipeline.ranks import Ranks
+from ultralowbit.pipeline.rates import Rates
 from ultralowbit.pipeline.sensitivity import Outputs, sensitivities
 from ultralowbit.pipeline.source import open_decoder
 from ultralowbit.pipeline.verify import rerun
@@ -89,6 +91,28 @@ def test_the_estimate_counts_it(source, recipe, tmp_path):
     linears = [m.weight for n, m in AutoModelForCausalLM.from_pretrained(source).named_modules() if "_proj" in n]
     kept = sum(4 * len(w) * min(len(w), output_feedback.ROWS) for w in linears)
     assert with_it.disk["Fisher information of outputs"] == kept
+
+
+def test_the_estimate_counts_each_part_of_the_rows(source, recipe, tmp_path, monkeypatch):
+    """Each goes through all columns, here a second a column; Linears of the model have 64 or 96 rows."""
+    rates = Rates(single=1e15, half=1e15, factor=0.0, hashing=1e15, rounding=lambda method: (1.0, 0.0))
+    monkeypatch.setattr("ultralowbit.pipeline.estimate.measured_rates", lambda device: rates)
+    for module in ("rates", "workload"):
+        monkeypatch.setattr(f"ultralowbit.pipeline.{module}.ROWS", 80)
+    columns = {n: m.weight.shape for n, m in AutoModelForCausalLM.from_pretrained(source).named_modules() if "_p" in n}
+    parts = 8 * sum(m * (2 if n > 80 else 1) for n, m in columns.values())
+    feedback = {"parts": 8, "windows": 2}
+    for given, expected in ((None, sum(m for _, m in columns.values())), (feedback, parts)):
+        planned = estimate(str(source), recipe(output_feedback=given), "cpu", out=tmp_path)
+        assert planned.seconds["rounding"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("few", [10, 1000])
+def test_the_estimate_counts_the_predictions_of_a_few_tokens(tiny_config, recipe, tmp_path, monkeypatch, few):
+    folder = write_headers(tmp_path / "model", tiny_config(vocab_size=50_000))
+    monkeypatch.setattr("ultralowbit.pipeline.memory.LOGITS", few * 50_000)
+    planned = estimate(str(folder), recipe(), "cpu", out=tmp_path)
+    assert planned.memory["predictions of a few tokens"] == min(few, 24) * 50_000 * 3 * 4
 
 
 @pytest.mark.parametrize("quantize", [{"method": "pb_llm"}, {"method": "rtn"}, {"method": "billm"}])

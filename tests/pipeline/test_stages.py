@@ -36,6 +36,7 @@ GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions"
 
 SCALES = {"lr": {"scale": 1e-2}, "epochs": 3, "batch": 2, "evaluations": 3}
 TUNE = {"objective": {"kind": "mse"}, "held_out": 0.2, "training": SCALES}
+LATENT = {"training": {"lr": {"latent": 1e-3}, "epochs": 3, "batch": 2, "evaluations": 3}}
 DISTILL = {"objective": {"kind": "kl"}, "held_out": 0.2, "training": SCALES}
 PB_LLM = {"method": "pb_llm", "salience": "magnitude", "compensation": "none"}
 PREPARE = {"rank": 4, "held_out": 0.2, "training": {"lr": {"adapter": 1e-2}, "epochs": 3, "batch": 2}}
@@ -257,6 +258,30 @@ def test_the_seconds_of_killed_runs_count(source, recipe, tmp_path, monkeypatch,
         compress(str(source), recipe(**stage), tmp_path / "out", progress=Stop(stop, 7 if stop != "blocks" else 3))
     again = compress(str(source), recipe(**stage), tmp_path / "out").manifest["block_seconds"][key]
     assert again >= once - 4  # all but what was done after the last saved state
+
+
+class Disk(Silent):
+    """Notes how much lies in a work folder at every step."""
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.most = work, 0
+
+    def step(self, n: int = 1) -> None:
+        sizes = [path.stat().st_size for path in self.work.rglob("*") if path.is_file()]
+        self.most = max(self.most, sum(sizes))
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [{}, {"blockwise": TUNE}, {"finetune": DISTILL}, {"finetune": DISTILL | LATENT}, {"preprocess": PREPARE}],
+    ids=["packing", "blockwise", "scales", "latents", "adapters"],
+)
+def test_the_disk_that_is_expected_is_enough_and_not_far_too_much(source, recipe, tmp_path, monkeypatch, stage):
+    monkeypatch.setitem(fit.__kwdefaults__, "save_seconds", 0.0)
+    planned = estimate(str(source), recipe(**stage), "cpu", out=tmp_path)
+    disk = Disk(tmp_path / "out.work")
+    compress(str(source), recipe(**stage), tmp_path / "out", device="cpu", progress=disk)
+    assert disk.most <= sum(planned.disk.values()) <= 2 * disk.most
 
 
 @pytest.mark.parametrize(

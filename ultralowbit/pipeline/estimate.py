@@ -29,7 +29,7 @@ from ultralowbit.methods.statistics import InputStats
 from ultralowbit.nn.decoder import Decoder
 from ultralowbit.pipeline.allocate import PLANES, expected_planes
 from ultralowbit.pipeline.embed import planned_embeddings
-from ultralowbit.pipeline.memory import Memory, smaller_memory, stage_memory
+from ultralowbit.pipeline.memory import Memory, saved_training, smaller_memory, stage_memory
 from ultralowbit.pipeline.rates import measured_rates, random, seconds
 from ultralowbit.pipeline.sharing import received_bytes, shared_seconds
 from ultralowbit.pipeline.source import open_folded, planned_formats, smaller_batch
@@ -192,21 +192,37 @@ def estimate(
         blocks=len(decoder.blocks),
         size=size,
         process=psutil.Process().memory_info().rss,
-        mapped=work.files * work.activations,
+        mapped=max(work.files * work.activations, work.depths),
         stages=stage_memory(work, recipe),
         smaller=smaller_memory(work, recipe),
-        disk={
-            "packed blocks and the files they are merged into": 2 * size.total_bytes,
-            "activation files": work.files * work.activations,
-            **({"what enters every block": work.depths} if work.depths else {}),
-            **({"Fisher information of outputs": work.kept_outputs} if work.kept_outputs else {}),
-        },
+        disk=needed_disk(work, recipe, size),
         seconds=shared_seconds(work, seconds(work, size, measured_rates(where))),
         available_memory=available_memory(),
         available_device_memory=torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else 0,
         available_disk=shutil.disk_usage(existing(Path(out).expanduser())).free,
         notes=notes,
     )
+
+
+def needed_disk(work: Workload, recipe: Recipe, size: Size) -> dict[str, int]:
+    """Bytes by part of what lies on the disk, although not all of it at the same time."""
+    decoder, ends = work.decoder, size.other["embeddings"] + size.other["head"]
+    parts = {
+        "packed blocks and the files they are merged into": 2 * size.total_bytes,
+        "activation files": work.files * work.activations,
+        "what enters every block": work.depths,
+        "Fisher information of outputs": work.kept_outputs,
+    }
+    if recipe.preprocess is not None:
+        merged = (decoder.config.dtype or torch.float32).itemsize * (work.outside + sum(work.forward.values()))
+        outside = sum(decoder.specs[name].nbytes for name in decoder.names_outside_blocks())
+        parts["the model quantized once"] = size.total_bytes - ends + outside
+        parts["the model with its adapters merged"] = merged
+    if recipe.finetune is not None:
+        parts["fine-tuned blocks"] = size.total_bytes - ends
+    stages = ((recipe.preprocess, 1), (recipe.blockwise, len(decoder.blocks)), (recipe.finetune, 1))
+    parts["saved training"] = sum(saved_training(work, spec, n) for spec, n in stages if spec is not None)
+    return {part: nbytes for part, nbytes in parts.items() if nbytes or part == "activation files"}
 
 
 def bits_for_size(model: str, recipe: Recipe, nbytes: int, device: str, trust_remote_code: bool = False) -> float:

@@ -18,6 +18,7 @@ from ultralowbit.format.planes import Planes
 from ultralowbit.format.weight import Format
 from ultralowbit.pipeline.embed import ROWS
 from ultralowbit.pipeline.experts import at_once
+from ultralowbit.pipeline.gradients import LOGITS
 from ultralowbit.pipeline.source import window_length
 from ultralowbit.pipeline.workload import Workload
 from ultralowbit.recipe import Recipe
@@ -126,13 +127,39 @@ def _blocks(work: Workload, recipe: Recipe) -> Memory:
     if packed:
         rows = {"rows that are packed": 12 * 4 * ROWS * work.hidden + 48 * work.hidden**2}  # as for a Linear
         phases.append(Memory({"embeddings and head as stored, and packed": 2 * outside}, rows))
-    if recipe.output_feedback is not None:  # of all Linears of a block; they are summed by lanes
-        outputs = 2 * work.kept_outputs // len(decoder.blocks)
-        phases.append(Memory(as_stored, {"block": computed, "Fisher information of outputs": outputs}))
+    if work.backwards:
+        phases += _measuring(
+            work,
+            as_stored,
+            computed,
+            Memory(
+                {"embeddings and head as stored": outside},
+                {
+                    "embeddings and head": outside_computed,
+                },
+            ),
+        )
     if recipe.blockwise is not None:
         parts = {"block": computed} | _training(work, recipe.blockwise, recipe, len(blocks))
         phases.append(Memory(as_stored, parts))
     return _largest(work, phases)
+
+
+def _measuring(work: Workload, as_stored: dict[str, int], block: int, ends: Memory) -> list[Memory]:
+    """Of what the model's predictions tell (gradients.py): their gradient at what leaves the blocks, a few tokens at a
+    time, and the blocks that run backwards, a window at a time."""
+    compute, blocks = work.decoder.dtype.itemsize, len(work.decoder.blocks)
+    few = min(work.length, max(1, LOGITS // work.vocabulary))
+    # as they are, and two of: in fp32, their softmax, its sum
+    predicted = {"predictions of a few tokens": few * work.vocabulary * (compute + 8)}
+    kept = {"gradients by window": work.backwards * work.hidden * compute}
+    backwards = {
+        "block": block,
+        "a window for the backward pass": work.length * compute * _width(work),
+        "what packing loses": 4 * (work.costed > 0) * sum(math.prod(shape) for shape in work.shapes.values()) // blocks,
+        "Fisher information of outputs": 2 * work.kept_outputs // blocks,  # of all Linears; it is summed by lanes
+    }
+    return [Memory(kept | ends.host, predicted | ends.device), Memory(kept | as_stored, backwards)]
 
 
 def _finetune(work: Workload, spec: Finetune, recipe: Recipe) -> Memory:
@@ -193,11 +220,26 @@ def _number(work: Workload, spec: Trained) -> int:
 def _backward(work: Workload, spec: Trained, tokens: int, depth: int, again: bool) -> int:
     """What so many tokens leave for the backward pass."""
     number = _number(work, spec)
-    # numbers that a token leaves in a block
-    width = 12 * work.hidden + 4 * max(sum(shape) for shape in work.shapes.values())
+    width = _width(work)
     blocks = number * (depth * work.hidden + width) if again else number * depth * width
     ends = 3 * 4 * work.hidden if isinstance(spec, Blockwise) else 4 * 4 * work.vocabulary  # targets; logits of two
     return tokens * (blocks + ends)
+
+
+def _width(work: Workload) -> int:
+    """Numbers that a token leaves in a block for the backward pass."""
+    return 12 * work.hidden + 4 * max(sum(shape) for shape in work.shapes.values())
+
+
+def saved_training(work: Workload, spec: Trained, parts: int = 1) -> int:
+    """Bytes of the files that a stage which trains one of so many `parts` of the model goes on from: parameters with
+    their moments, and the best ones; each while the next is written beside it."""
+    if isinstance(spec, Preprocess):
+        return 32 * spec.rank * sum(sum(shape) for name, shape in work.shapes.items() if spec.adapts(name))
+    weights = sum(math.prod(shape) for shape in work.shapes.values()) // parts
+    each = 16 if spec.latent_dtype(weights) == torch.float32 else 6  # with two moments of 32 or of 8 bits
+    scales = sum(_kept(f, shape, True)[1] for f, shape in zip(work.formats, work.shapes.values(), strict=True))
+    return 2 * (each * weights * ("latent" in spec.training.lr) + 16 * scales // parts)
 
 
 def _kept(format: Format, shape: tuple[int, int], latent: bool) -> tuple[int, int]:

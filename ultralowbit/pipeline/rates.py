@@ -55,12 +55,18 @@ def seconds(work: Workload, size: Size, rates: Rates) -> dict[str, float]:
     hashed = size.total_bytes + sum((folder / file).stat().st_size for file in files) / together
     single, own, summed = rates.single, rates.products(work.runs_in_half), rates.products(work.sums_in_half)
     alike = Counter((work.methods[name], shape) for name, shape in work.shapes.items())
-    rounding = sum(
-        count * (m * per_column + n * m * per_weight)
-        for (method, (n, m)), count in alike.items()
-        for per_column, per_weight in [rates.rounding(method)]
-    )
-    parts = {"hashing": hashed / rates.hashing, "rounding": rounding}
+    feedback = work.recipe.output_feedback
+
+    def rounding(rows_together: bool) -> float:
+        """Seconds; where rows make up for each other's errors, those of each part go through the columns on their
+        own."""
+        return sum(
+            count * (m * per_column * (-(-n // ROWS) * feedback.parts if rows_together else 1) + n * m * per_weight)
+            for (method, (n, m)), count in alike.items()
+            for per_column, per_weight in [rates.rounding(method)]
+        )
+
+    parts = {"hashing": hashed / rates.hashing, "rounding": rounding(feedback is not None)}
     if not (work.tokens or work.recipe.finetune or work.recipe.preprocess):
         return parts
     attention = len(work.decoder.blocks) * work.length * work.hidden
@@ -81,11 +87,15 @@ def seconds(work: Workload, size: Size, rates: Rates) -> dict[str, float]:
     if work.backwards:
         # forwards, forwards and backwards; the head and its gradient
         measuring = work.backwards * (4 * token + 6 * work.hidden * work.vocabulary) / own
-        heights = [n for n, _ in (work.shapes[name] for name in work.with_hessian)]
-        measuring += 2 * work.heard * sum(n * min(n, ROWS) for n in heights) / summed
-        # every Linear packed once more
-        packing = 2 * work.costed * sums / summed + rounding + factors + updates
+        shapes = [work.shapes[name] for name in work.with_hessian]
+        measuring += 2 * work.heard * sum(n * min(n, ROWS) for n, _ in shapes) / summed
+        # every Linear packed once more, against what enters it on all windows; what it loses is multiplied on some
+        packing = work.backwards * (token / own + 2 * sums / summed) + rounding(False) + factors + updates
+        packing += 2 * work.costed * sum(n * m for n, m in shapes) / single
         parts["what matters"] = measuring + packing * (work.costed > 0)
+    if work.heard:  # H_O is factorised to see what it gains and to use it, and rows are multiplied with those before
+        together = [(min(n, ROWS), m, -(-n // ROWS)) for n, m in (work.shapes[name] for name in work.with_hessian)]
+        updates += sum(k * (2 * r**3 * rates.factor + r**2 * m / single) for r, m, k in together)
     return parts | {
         "Hessians": (4 if work.paired else 2) * work.tokens * sums / summed,  # with those of both models together
         "factors": factors,
