@@ -134,22 +134,26 @@ class Recipe(StrictModel):
         return fitted or any((self.preprocess, self.allocate, self.output_feedback, self.blockwise, self.finetune))
 
     @property
+    def texts(self) -> dict[str, TextSpec]:
+        """The texts that are read, by the stage that reads them first."""
+        stages = {name: getattr(self, name) for name in ("preprocess", "finetune")}
+        read = {name: stage.data for name, stage in stages.items() if stage is not None and stage.data is not None}
+        return {"calibration": self.calibration, **read}
+
+    @property
     def sources(self) -> list[str]:
         """The texts that stages read, by name or path."""
-        return list(dict.fromkeys(text for spec in self._texts() for text in spec.shares))
+        return list(dict.fromkeys(text for spec in self.texts.values() for text in spec.shares))
 
-    def with_sources(self, rename: Callable[[str], str]) -> Recipe:
-        """The recipe with each text's name or path replaced by what `rename` makes of it."""
-        update: dict[str, Any] = {"calibration": self.calibration.renamed(rename)}
-        for name in ("preprocess", "finetune"):
-            stage = getattr(self, name)
-            if stage is not None and stage.data is not None:
-                update[name] = stage.model_copy(update={"data": stage.data.renamed(rename)})
+    def with_sources(self, rename: Callable[[str], str], stage: str | None = None) -> Recipe:
+        """The recipe with each text's name or path, or that of one stage, replaced by what `rename` makes of it."""
+        update: dict[str, Any] = {}
+        for name, spec in self.texts.items():
+            if stage in (None, name):
+                new = spec.renamed(rename)
+                trained = getattr(self, name)
+                update[name] = new if name == "calibration" else trained.model_copy(update={"data": new})
         return self.model_copy(update=update)
-
-    def _texts(self) -> list[TextSpec]:
-        stages = [stage.data for stage in (self.preprocess, self.finetune) if stage is not None]
-        return [self.calibration, *(data for data in stages if data is not None)]
 
     @property
     def changes(self) -> str:

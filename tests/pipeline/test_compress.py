@@ -450,6 +450,23 @@ def test_a_finished_folder_is_returned_at_once(source, recipe, tmp_path, monkeyp
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "LICENSE", "chat_template.jinja"])
+@pytest.mark.parametrize("inside", [False, True], ids=["beside", "inside"])
+def test_files_that_are_carried_over_are_part_of_what_a_folder_was_made_from(source, recipe, tmp_path, name, inside):
+    model = shutil.copytree(source, tmp_path / "model")
+    out = model / "out" if inside else tmp_path / "out"
+    compress(str(model), recipe(), out)
+    compress(str(model), recipe(), out)  # as it was
+    path = model / name
+    path.write_text((path.read_text() if path.exists() else "") + " ")
+    with pytest.raises(InputError, match=rf"made with a different files to carry over \({name}\)"):
+        compress(str(model), recipe(), out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["fingerprint"]["files to carry over"]  # as an earlier version wrote it
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert compress(str(model), recipe(), out).manifest == manifest
+
+
 def test_a_finished_folder_of_another_recipe_is_kept_until_restart(source, recipe, tmp_path):
     compress(str(source), recipe(), tmp_path / "out")
     before = shards(tmp_path / "out")

@@ -16,7 +16,7 @@ from ultralowbit.checkpoint.storage import sha256_file
 from ultralowbit.cli.app import app
 from ultralowbit.errors import CheckpointError
 from ultralowbit.pipeline.compress import compress
-from ultralowbit.pipeline.verify import verify
+from ultralowbit.pipeline.verify import rerun, verify
 from ultralowbit.recipe import Recipe
 
 SHARD = "model.safetensors"
@@ -145,6 +145,22 @@ def test_a_run_repeats_byte_by_byte(made):
     assert result.exit_code == 0, result.output
     assert "has the same bytes again" in result.stdout and "although" not in result.stdout
     assert sorted(root.rglob("*")) == before and torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("version", ["now", "earlier"])
+def test_texts_of_one_name_in_two_folders_stay_apart(made, tmp_path, version):
+    root, _ = made
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+    texts = [write_text(tmp_path / place / "text.txt", n, 96) for place, n in (("a", 400), ("b", 300))]
+    texts[1].write_text(" ".join(reversed(texts[1].read_text().split())))
+    data = {"source": str(texts[1] if version == "now" else texts[0]), "samples": 4, "length": 32}
+    tuned = {"objective": {"kind": "ce"}, "training": {"lr": {"scale": 1e-3}, "steps": 1}, "data": data}
+    values = {"quantize": {"method": "sign"}, "calibration": data | {"source": str(texts[0])}, "finetune": tuned}
+    out = compress(str(root / "model"), Recipe.model_validate({"name": "two", **values}), tmp_path / "out").folder
+    if version == "earlier":
+        edit(out / LOCAL, lambda places: places.update(texts=places["texts"]["calibration"]))
+    assert rerun(out).different == {}
 
 
 def test_a_run_repeats_elsewhere(made, tmp_path):

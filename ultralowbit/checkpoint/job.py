@@ -44,10 +44,16 @@ from ultralowbit.progress import Progress
 EMBEDDINGS = "embeddings.safetensors"
 """The packed embedding and head, in the work folder."""
 
+CARRIED = "files to carry over"
+"""Of a fingerprint: digests of the tokenizer and of what else a checkpoint takes over from the original."""
+
+STATE = "job.json"
+"""What makes a folder a job's work folder."""
+
 _OUTSIDE = "finetuned/outside.safetensors"
 _MARK = {"made_by": "ultralowbit"}
 _FOLDERS = ("blocks", "checkpoint", "replaced", "finetuned", "preprocess")
-_FILES = ("job.json", "lock")
+_FILES = (STATE, "lock")
 _PREFIXES = (
     "activations-", "original-", "targets-", "experts.", "allocation.", "outputs-", EMBEDDINGS, "blockwise-",
     "finetune.", "outside.", UNFINISHED,
@@ -108,9 +114,15 @@ class Job:
         return job
 
     @classmethod
+    def places(cls, out: Path) -> tuple[Path, Path]:
+        """The folder that a job writes and its work folder; `InputError` where it could write neither."""
+        job = cls._at(out, {})
+        return job.out, job.work
+
+    @classmethod
     def check(cls, out: Path) -> None:
         """Raise `InputError` where a job could not write `out`; nothing is written."""
-        work = cls._at(out, {}).work
+        _, work = cls.places(out)
         above = next(path for path in (work, *work.parents) if path.exists())
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
             raise InputError(f"{out} cannot be written (no folder can be made in {above}): choose another --out")
@@ -142,7 +154,7 @@ class Job:
 
     def _resume(self, restart: bool, progress: Progress) -> bool:
         """Take up unfinished work, if there is any and it is of this job."""
-        there = self.work / "job.json"
+        there = self.work / STATE
         if restart or not there.exists():
             return False
         state = read_json(there, "begin again with --restart")
@@ -277,7 +289,7 @@ class Job:
 
     def commit(self) -> None:
         """Make `state` what a resumed job starts from."""
-        write_json(self.work / "job.json", {**self.state, "sha256": json_digest(self.state)})
+        write_json(self.work / STATE, {**self.state, "sha256": json_digest(self.state)})
 
     def new_checkpoint(self) -> Path:
         """An empty folder for the finished checkpoint."""
@@ -322,7 +334,7 @@ class Job:
         if not self._lock.is_locked:
             return
         try:
-            if finished or not (self.work / "job.json").exists():
+            if finished or not (self.work / STATE).exists():
                 self._remove_work()
         finally:
             self._lock.release()
@@ -330,7 +342,7 @@ class Job:
     def _remove_work(self, keep: tuple[str, ...] = ()) -> None:
         """Remove what jobs make, the mark after all else but the lock, and the folder if nothing else is in it."""
         there = self.work.iterdir() if self.work.exists() else ()
-        for path in sorted(there, key=lambda path: (path.name == "lock", path.name == "job.json")):
+        for path in sorted(there, key=lambda path: (path.name == "lock", path.name == STATE)):
             if _is_ours(path) and path.name not in keep:
                 _remove(path)
         if not keep:
@@ -394,7 +406,7 @@ def _is_work(folder: Path) -> bool:
 
 def _is_marked(folder: Path) -> bool:
     try:
-        return read_json(folder / "job.json").items() >= _MARK.items()
+        return read_json(folder / STATE).items() >= _MARK.items()
     except CheckpointError:
         return False
 
@@ -413,11 +425,12 @@ def _remove(path: Path) -> None:
 
 
 def difference(old: Any, new: Mapping[str, Any]) -> str:
-    """Which parts of two fingerprints differ, in words; nothing where they agree."""
+    """Which parts of two fingerprints differ, in words; nothing where they agree. An earlier version kept nothing of
+    the files that are carried over."""
     if not isinstance(old, Mapping):
         return "origin"
     parts = []
-    for key in sorted({*old, *new}):
+    for key in sorted({*old, *new} - ({CARRIED} - {*old})):
         a, b = old.get(key), new.get(key)
         if a == b:
             continue

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ultralowbit.checkpoint.contents import LOCAL
 from ultralowbit.checkpoint.files import hash_model
-from ultralowbit.checkpoint.job import Follower, Job, difference
+from ultralowbit.checkpoint.job import CARRIED, Follower, Job, difference
 from ultralowbit.checkpoint.manifest import read_manifest
 from ultralowbit.checkpoint.packed import named_tensors, packed_weight
-from ultralowbit.checkpoint.storage import read_json
+from ultralowbit.checkpoint.storage import read_json, sha256_files
 from ultralowbit.data.calibration import Calibration
 from ultralowbit.data.corpora import public_name
 from ultralowbit.errors import CheckpointError, naming_memory
@@ -41,7 +41,7 @@ from ultralowbit.pipeline.ranks import Ranks, check_agreement, machine_facts
 from ultralowbit.pipeline.sensitivity import measure_predictions
 from ultralowbit.pipeline.source import TextReader, open_decoder, open_folded, planned_formats
 from ultralowbit.pipeline.stream import BlockStream
-from ultralowbit.pipeline.write import write_checkpoint
+from ultralowbit.pipeline.write import carried_files, write_checkpoint
 from ultralowbit.progress import Progress, Silent
 from ultralowbit.recipe import Recipe
 from ultralowbit.system import pick_device
@@ -99,7 +99,7 @@ def compress(
     reader = TextReader(folder, decoder, trust_remote_code, progress)
     texts = _shared_texts(ranks, lambda: _read_texts(recipe, formats, reader))
     text = texts.get("calibration")
-    fingerprint = _fingerprint(decoder, recipe, texts, _model_digests(ranks, decoder, progress))
+    fingerprint = _fingerprint(decoder, recipe, texts, _model_digests(ranks, decoder, progress), Path(out))
     original, job = decoder, _open_job(Path(out), fingerprint, rotation, restart, progress, ranks)
     if job is None:
         target = Path(out).expanduser().resolve()
@@ -187,13 +187,16 @@ def _read_texts(recipe: Recipe, formats: Mapping[str, Any], reader: TextReader) 
 
 
 def _fingerprint(
-    decoder: Decoder, recipe: Recipe, texts: Mapping[str, Calibration], model: dict[str, str] | None
+    decoder: Decoder, recipe: Recipe, texts: Mapping[str, Calibration], model: dict[str, str] | None, out: Path
 ) -> dict[str, Any]:
     """All that the bytes of the result depend on: two runs with the same one write the same files."""
+    folder = decoder.source.folder
+    carried = sha256_files(folder / name for name in carried_files(folder, leave_out=Job.places(out)))
     products = {"products": "bfloat16"} if decoder.autocast else {}
     labels = {"name", "summary"} if texts else {"name", "summary", "calibration"}
     return {
         "model": model,
+        CARRIED: {str(path.relative_to(folder)): digest for path, digest in carried.items()},
         "recipe": recipe.with_sources(public_name).model_dump(mode="json", exclude=labels),
         "calibration": {
             "sha256" if stage == "calibration" else f"{stage} sha256": text.sha256 for stage, text in texts.items()

@@ -96,8 +96,9 @@ def rerun(
         raise InputError(
             f"{source} is not the model that {folder} was made from ({changed[0]} differs): give that with --model"
         )
-    places = _places(folder)["texts"]
-    recipe = Recipe.load(folder / "recipe.yaml").with_sources(lambda name: places.get(name, name))
+    recipe = Recipe.load(folder / "recipe.yaml")
+    for stage, places in _places(folder)["texts"].items():
+        recipe = recipe.with_sources(lambda name, places=places: places.get(name, name), stage)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -137,13 +138,22 @@ def _original(folder: Path, model: str | None, manifest: dict[str, Any]) -> Path
 
 
 def _places(folder: Path) -> dict[str, Any]:
-    """Where the model and the texts of the run lay on this machine; nothing where that was not kept."""
+    """Where the model and, by stage, the texts of the run lay on this machine; nothing where that was not kept. What
+    an earlier version has kept is of all stages: None."""
     try:
         places = read_json(folder / LOCAL)
     except CheckpointError:  # a checkpoint that came from elsewhere
         places = {}
     model, texts = places.get("model"), places.get("texts")
-    return {"model": model if isinstance(model, str) else None, "texts": texts if isinstance(texts, dict) else {}}
+    stages = {None: texts, **texts} if isinstance(texts, dict) else {}
+    return {
+        "model": model if isinstance(model, str) else None,
+        "texts": {
+            stage: {name: path for name, path in kept.items() if isinstance(path, str)}
+            for stage, kept in stages.items()
+            if isinstance(kept, dict)
+        },
+    }
 
 
 def _size(path: Path) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ultralowbit.checkpoint.config import CONFIG, DIGEST, config_digest
 from ultralowbit.checkpoint.contents import LOCAL
-from ultralowbit.checkpoint.job import EMBEDDINGS, Job
+from ultralowbit.checkpoint.job import EMBEDDINGS, STATE, Job
 from ultralowbit.checkpoint.manifest import MANIFEST
 from ultralowbit.checkpoint.merge import merge_tensors
 from ultralowbit.checkpoint.storage import sha256_files, write_atomic, write_json, write_tensors
@@ -75,10 +75,12 @@ def write_checkpoint(
     digests = sha256_files(out / name for name in sorted(_files(out)))
     manifest["files"] = {str(path.relative_to(out)): digest for path, digest in digests.items()}
     write_json(out / MANIFEST, manifest)
-    paths = {public_name(source): str(Path(source).expanduser().absolute()) for source in recipe.sources}
-    places = {name: path for name, path in paths.items() if Path(path).exists()}
+    texts = {  # by stage: two may read texts of one name in different folders
+        stage: {public_name(text): str(path.absolute()) for text in spec.shares if (path := _path(text)).exists()}
+        for stage, spec in recipe.texts.items()
+    }
     job.note_memory(peak_memory())
-    local = {"model": _place(model), "texts": places, "peak_memory_bytes": job.state["peak_memory_bytes"]}
+    local = {"model": _place(model), "texts": texts, "peak_memory_bytes": job.state["peak_memory_bytes"]}
     write_json(out / LOCAL, local)
     return manifest
 
@@ -118,13 +120,14 @@ def _manifest(job: Job, model: str, decoder: Decoder, recipe: Recipe, data: Cali
 
 def carried_files(folder: Path, leave_out: Sequence[Path]) -> Iterator[str]:
     """Names of the files that a packed checkpoint takes over from the original: tokenizer, chat templates, licence, and
-    code where the config names some. No hidden files, nothing of packed checkpoints or folders to leave out, and
-    nothing that a link renames: another folder's files may be linked to under their own names."""
+    code where the config names some. No hidden files, nothing of packed checkpoints, work folders or folders to leave
+    out, and nothing that a link renames: another folder's files may be linked to under their own names."""
     code = [_CODE] if any(_names_code(folder / name) for name in (CONFIG, "tokenizer_config.json")) else []
     for place, folders, names in os.walk(folder):
         here = Path(place)
         inside = [here / name for name in sorted(folders) if not name.startswith((".", "_"))]
-        inside = [path for path in inside if path.resolve() not in leave_out and not (path / MANIFEST).exists()]
+        inside = [path for path in inside if path.resolve() not in leave_out]
+        inside = [path for path in inside if not any((path / mark).exists() for mark in (MANIFEST, STATE))]
         folders[:] = [path.name for path in inside]
         wanted = [*_TOKENIZER, *_LICENCES, *code] if here == folder else ["*.jinja", *code]
         for name in sorted(names):
@@ -149,7 +152,11 @@ def _files(out: Path) -> Iterator[str]:
     return (str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
 
 
+def _path(source: str) -> Path:
+    return Path(source).expanduser()
+
+
 def _place(model: str) -> str:
     """Where a model lies on this machine, or its name on the hub."""
-    folder = Path(model).expanduser()
+    folder = _path(model)
     return str(folder.absolute()) if folder.is_dir() else model
