@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import struct
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, Features, Value
@@ -140,6 +143,25 @@ def test_parquet(tmp_path, features):
     Dataset.from_dict(rows, features=Features({k: Value(v) for k, v in features.items()})).to_parquet(path)
     assert read_documents(str(path), "test") == ["one", "two"]
     assert read_text(str(path), "test") == Text(str(path), "file", "one\n\ntwo")
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+@pytest.mark.parametrize("name", ["text", "body"])
+def test_strings_of_every_kind_in_parquet(tmp_path, kind, name):
+    path = tmp_path / "a.parquet"
+    table = pa.table({name: pa.array(["one", None, "two"], pa.string()).cast(kind), "n": [1, 2, 3]})
+    pq.write_table(table, path)
+    assert read_documents(str(path), "test") == ["one", "two"]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_parquet_that_is_not_utf8(tmp_path, kind):
+    broken = pa.StringArray.from_buffers(2, *(pa.py_buffer(b) for b in (struct.pack("<3i", 0, 2, 4), b"ok\xff\xfe")))
+    if pa.types.is_dictionary(kind):
+        broken = pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int32()), broken)
+    pq.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
+    refused(tmp_path / "a.parquet", "is not a readable parquet file")
+    refused(tmp_path / "a.parquet", "utf-8")
 
 
 def test_bad_parquet(tmp_path, monkeypatch):

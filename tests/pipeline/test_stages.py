@@ -187,6 +187,20 @@ def test_preprocessing_restores_before_it_quantizes(source, recipe, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "plain"]
 
 
+def test_a_model_that_writes_its_own_text_may_run_its_code_where_that_is_trusted(source, monkeypatch):
+    load, trusted = AutoModelForCausalLM.from_pretrained, []
+
+    def watched(*args: Any, trust_remote_code: bool, **kwargs: Any) -> Any:
+        trusted.append(trust_remote_code)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    for trust in (False, True):
+        reader = TextReader(source, open_decoder(source, torch.device("cpu")), trust, Silent())
+        reader.read(CalibrationSpec(source="self", samples=1, length=4))
+    assert trusted == [False, True]
+
+
 def test_targets_that_match_nothing_cost_nothing(source, recipe, tmp_path):
     """A corrected recipe needs no --restart: nothing was begun."""
     with pytest.raises(InputError, match=r"preprocess.targets \['\*dense'\] match no Linear"):

@@ -47,6 +47,7 @@ def calibrate(
     seed: int,
     model_path: str | Path | None = None,
     device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
     progress: OnProgress | None = None,
 ) -> Calibration:
     """Draw `samples` windows of `length` tokens from the train split of `source`, the same ones for the same seed.
@@ -56,6 +57,7 @@ def calibrate(
     documents, such as c4, follows GPTQ: random documents until one has more than `length` tokens, then a random window
     of it. "self" is LLM-QAT's data-free corpus: the model in the folder `model_path`, run on `device` in its stored
     dtype, continues random tokens, greedily up to the third to fifth, then sampling; special tokens are left out.
+    Python code that comes with it is run with `trust_remote_code` alone.
 
     Raises `InputError` if the text is shorter than `length + 1` tokens, or the source or the model cannot be read.
     """
@@ -65,7 +67,8 @@ def calibrate(
     progress = progress or (lambda done, total: None)
     rng = random.Random(seed)
     if source == "self":
-        tokens = _own_samples(tokenizer, samples, length, seed, model_path, device, progress)
+        model = _load(model_path, device, trust_remote_code)
+        tokens = _own_samples(tokenizer, samples, length, seed, model, progress)
     elif is_collection(source):
         tokens = _document_windows(source, tokenizer, samples, length, rng, progress)
     else:
@@ -117,11 +120,9 @@ def _own_samples(
     samples: int,
     length: int,
     seed: int,
-    model_path: str | Path | None,
-    device: str | torch.device,
+    model: Any,
     progress: OnProgress,
 ) -> Tensor:
-    model = _load(model_path, device)
     most = positions(model.config) or length
     if length > most:
         raise InputError(f"length is {length} but the model has {most} positions: choose a length up to those")
@@ -146,13 +147,15 @@ def _own_samples(
     return torch.cat(batches)
 
 
-def _load(model_path: str | Path | None, device: str | torch.device) -> Any:
+def _load(model_path: str | Path | None, device: str | torch.device, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     if model_path is None:
         raise InputError("calibration on 'self' needs the model that writes it: give model_path, or another source")
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto", use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
+        )
         return model.to(device).eval()
     except (OSError, ValueError, RuntimeError, ImportError, AssertionError) as error:  # torch asserts that it has CUDA
         raise InputError(

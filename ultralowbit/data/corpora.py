@@ -330,12 +330,22 @@ def _parquet_documents(source: str, path: Path) -> Iterator[str]:
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
-            strings = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
+            strings = [field.name for field in schema if _is_text(field.type)]
             name = _text_field(source, schema.names, strings)
             batches = file.iter_batches(_ROWS, columns=[name])
             yield from _strings(source, name, (value for batch in batches for value in batch.column(0).to_pylist()))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{source!r} is not a readable parquet file ({reason(error)}): write it again") from error
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a column of this Arrow type holds strings, in any of the ways in which writers store them."""
+    import pyarrow.types as of
+
+    if of.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    is_view = getattr(of, "is_string_view", lambda kind: False)  # since pyarrow 16
+    return of.is_string(kind) or of.is_large_string(kind) or is_view(kind)
 
 
 def _hub_parts(source: str, hub: _Hub, split: str) -> Iterator[str]:

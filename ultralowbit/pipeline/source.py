@@ -181,7 +181,8 @@ class TextReader:
             for text, samples in Counter(dealt).items():
                 read = calibrate(
                     text, self.tokenizer, samples=samples, length=length, seed=spec.seed, model_path=self.folder,
-                    device=self.decoder.device, progress=self.progress.counter(f"tokens of {text}"),
+                    device=self.decoder.device, trust_remote_code=self.trust_remote_code,
+                    progress=self.progress.counter(f"tokens of {text}"),
                 )  # fmt: skip
                 windows[text] = iter(read.tokens)
             data = Calibration(torch.stack([next(windows[text]) for text in dealt]), spec.named, spec.seed)
