@@ -26,7 +26,7 @@ from ultralowbit.methods.pb_llm import PBLLM
 from ultralowbit.methods.sign import Sign
 from ultralowbit.methods.statistics import InputStats
 from ultralowbit.training.estimators import STE, BiPer, Clip, ReSTE
-from ultralowbit.training.fake_quant.linear import FakeQuantLinear, parameter_groups, set_progress
+from ultralowbit.training.fake_quant.linear import FakeQuantLinear, level_distances, parameter_groups, set_progress
 from ultralowbit.training.loop import fit
 from ultralowbit.training.objectives import MSE
 from ultralowbit.training.specs import KINDS, TrainSpec
@@ -245,6 +245,25 @@ def test_training_starts_from_four_planes_that_were_refined():
     assert (scale[0] < scale[1:].sum(0)).float().mean() > 0.5
     linear = FakeQuantLinear(packed, {"latent", "scale"}, latent=weight)
     torch.testing.assert_close(linear.dense(), packed.dequantize(), rtol=0, atol=2**-22)
+
+
+@pytest.mark.parametrize("method", [Sign(planes=1), Sign(planes=3), GPTQ(bits=3, group=None), DBLLM()], ids=str)
+def test_the_distance_of_levels(method):
+    """From the lowest to the highest level of a group, by the steps between; latent weights a tenth as large have a
+    tenth of it."""
+    weight = 0.02 * normal(40, 64)
+    distances = []
+    for factor in (1, 0.1):
+        linear = FakeQuantLinear(method.quantize(factor * weight, None), {"latent"}, latent=factor * weight)
+        ((latent, distance),) = level_distances(linear).items()
+        assert latent is linear.parts[0].latent
+        distances.append(distance)
+    values = method.quantize(weight, None).dequantize().double()
+    span = (values.amax(1) - values.amin(1)).mean().item()
+    steps = {"sign": 2 ** getattr(method, "planes", 0) - 1, "gptq": 7, "db_llm": 3}[method.method]
+    if method.method != "db_llm":  # whose groups are shorter than rows
+        assert distances[0] == pytest.approx(span / steps, rel=0.01)
+    assert distances[1] == pytest.approx(distances[0] / 10, rel=0.01)
 
 
 def dual(weight: Tensor, group: int | None = None, mirror: bool = False) -> PackedWeight:

@@ -129,6 +129,13 @@ def test_a_relative_rate_moves_what_starts_from_zero():
     assert problem.values[1].abs().max() <= 0.02 * 1e-3 * 1.01 and problem.values[1].abs().max() > 0
 
 
+def test_relative_rates_are_multiples_of_sizes_that_are_given():
+    problem, again = Problem(), Problem()
+    problem.fit(spec(relative=True, lr={"scale": 0.02, "row": 0.02}), sizes={problem.hidden: 0.5, problem.out: 2.0})
+    again.fit(spec(lr={"scale": 0.01, "row": 0.04}))
+    assert same(problem.values, again.values)
+
+
 def test_every_epoch_sees_every_sample_once_in_its_own_order():
     orders = []
     for seed in (0, 0, 1):

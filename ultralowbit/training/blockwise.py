@@ -24,7 +24,7 @@ from ultralowbit.format.weight import PackedWeight
 from ultralowbit.nn.calls import BlockCall, run_block
 from ultralowbit.nn.linear import PackedLinear, swap
 from ultralowbit.progress import Progress
-from ultralowbit.training.fake_quant.linear import FakeQuantLinear, parameter_groups, set_progress
+from ultralowbit.training.fake_quant.linear import FakeQuantLinear, level_distances, parameter_groups, set_progress
 from ultralowbit.training.loop import Fitted, fit
 from ultralowbit.training.specs import Blockwise, Finetune
 
@@ -76,7 +76,7 @@ def train_block(
             return {}, None
         fitted = fit(
             parameter_groups(block), loss, spec.loop, len(training), evaluate, state=state, progress=progress,
-            on_progress=lambda share: set_progress(block, share),
+            on_progress=lambda share: set_progress(block, share), sizes=level_distances(block),
         )  # fmt: skip
         return {name: linear.pack() for name, linear in linears.items()} if fitted.accepted else {}, fitted
 

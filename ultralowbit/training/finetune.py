@@ -21,7 +21,7 @@ from ultralowbit.format.weight import PackedWeight
 from ultralowbit.nn.decoder import find_blocks
 from ultralowbit.progress import Progress
 from ultralowbit.training.blockwise import fake_quantized
-from ultralowbit.training.fake_quant.linear import FakeQuantLinear, parameter_groups, set_progress
+from ultralowbit.training.fake_quant.linear import FakeQuantLinear, level_distances, parameter_groups, set_progress
 from ultralowbit.training.loop import Fitted, fit
 from ultralowbit.training.memory import checkpoint_blocks, compute_in_fp32
 from ultralowbit.training.objectives import Outputs
@@ -87,7 +87,7 @@ def finetune(
         fitted = fit(
             _groups(student, plain), lambda rows: loss(training[rows]), spec.training, len(training), evaluate,
             state=state, progress=progress, what="fine-tuning",
-            on_progress=lambda share: set_progress(student, share), shards=shards,
+            on_progress=lambda share: set_progress(student, share), sizes=level_distances(student), shards=shards,
         )  # fmt: skip
         fitted = replace(fitted, notes=notes + fitted.notes)
         if not fitted.accepted:

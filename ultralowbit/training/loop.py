@@ -79,24 +79,27 @@ def fit(
     progress: Progress | None = None,
     what: str = "training",
     on_progress: Callable[[float], object] | None = None,
+    sizes: Mapping[Parameter, float] | None = None,
     save_seconds: float = SAVE_SECONDS,
     shards: Shards | None = None,
 ) -> Fitted:
     """Train parameters, by kind, and leave them at their best.
 
     loss: the mean over the samples with these numbers, below `samples`, to be lowered. evaluate: the objective that
-    counts, on samples that are held out, lower is better; both are called under the spec's autocast. state: a file that
-    a killed run goes on from; it is left behind when training has ended, so that the caller can remove it once the
-    result is safe. The best parameters so far lie beside it. on_progress: told the share of the steps done, 0 to below
-    1, before each step. shards: the ranks that train together, which call this alike with the same `evaluate`; each
-    gives the loss of its own samples, rank 0 writes, and another number of ranks can go on.
+    counts, on samples that are held out, lower is better; both are called under the spec's autocast. state: a file
+    that a killed run goes on from; it is left behind when training has ended, so that the caller can remove it once
+    the result is safe. The best parameters so far lie beside it. on_progress: told the share of the steps done, 0
+    to below 1, before each step. sizes: what relative rates are multiples of, where it is not the root mean square.
+    shards: the ranks that train together, which call this alike with the same `evaluate`; each gives the loss of
+    its own samples, rank 0 writes, and another number of ranks can go on.
 
     A loss or gradient that is not finite brings back the best parameters and halves the learning rates once; the second
     time training ends there. `InputError` where a kind has no learning rate, or `state` is of another training.
     """
     training = _Fit(
-        parameters, loss, spec, samples, evaluate, state, progress or Silent(), save_seconds, shards or Shards()
-    )
+        parameters, loss, spec, samples, evaluate, state, progress or Silent(), sizes or {}, save_seconds,
+        shards or Shards(),
+    )  # fmt: skip
     return training.run(what, on_progress or (lambda share: None))
 
 
@@ -133,6 +136,7 @@ class _Fit:
         evaluate: Callable[[], float],
         file: Path,
         progress: Progress,
+        sizes: Mapping[Parameter, float],
         save_seconds: float,
         shards: Shards,
     ) -> None:
@@ -146,7 +150,7 @@ class _Fit:
         self.file, self.progress, self.save_seconds, self.shards = file, progress, save_seconds, shards
         self.named = {f"{kind}.{i}": p for kind, ps in groups.items() for i, p in enumerate(ps)}
         self.device = next(iter(self.named.values())).device
-        size = self._sizes() if spec.relative else {}
+        size = self._sizes() | dict(sizes) if spec.relative else {}
         rates = [
             {"params": [p], "kind": kind, "largest": spec.lr[kind] * size.get(p, 1.0)}
             for kind, ps in groups.items()

@@ -283,15 +283,16 @@ class Preprocess(EndToEnd):
 class TrainSpec:
     """How parameters are trained; the defaults are EfficientQAT's for scales (arXiv 2407.11062).
 
-    lr: by kind of parameter, the largest of the schedule. relative: rates are multiples of the root mean square
-    that a tensor has at the start, 1e-3 at least, as in Adafactor (Shazeer and Stern 2018, arXiv 1804.04235): what
-    suits one model then suits another whose weights are ten times smaller, as those of larger models are. epochs:
-    passes over the samples, unless `steps` counts the optimizer's steps. batch: samples in a forward pass.
-    accumulation: forward passes in a step. warmup: share of the steps in which the rate rises from 0; it then falls
-    on a cosine to `final_lr` of it. clip_norm: of the gradient of all parameters, null for none. evaluations: on
-    held-out samples, evenly spread over the steps, the last after the last step. patience: evaluations without a
-    better one after which training ends, null for none. autocast: bfloat16 products, "auto" on GPUs, and on CPUs
-    with AMX where more than 2^24 numbers are trained.
+    lr: by kind of parameter, the largest of the schedule. relative: rates of latent weights are multiples of the
+    mean distance between their levels, other rates of the root mean square that a tensor has at the start, 1e-3 at
+    least, as in Adafactor (Shazeer and Stern 2018, arXiv 1804.04235): what suits one model and number of levels
+    then suits others, such as larger models, whose weights are ten times smaller. epochs: passes over the samples,
+    unless `steps` counts the optimizer's steps. batch: samples in a forward pass. accumulation: forward passes in a
+    step. warmup: share of the steps in which the rate rises from 0; it then falls on a cosine to `final_lr` of it.
+    clip_norm: of the gradient of all parameters, null for none. evaluations: on held-out samples, evenly spread
+    over the steps, the last after the last step. patience: evaluations without a better one after which training
+    ends, null for none. autocast: bfloat16 products, "auto" on GPUs, and on CPUs with AMX where more than 2^24
+    numbers are trained.
     """
 
     lr: dict[str, Annotated[float, Field(gt=0)]]

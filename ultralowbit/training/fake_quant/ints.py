@@ -49,6 +49,11 @@ class FakeQuantInts(nn.Module):
 
             register(self, "latent", moved_to_code(latent, decoded(segment, parts), coded, dtype), True)
 
+    @property
+    def distance(self) -> float:
+        """Of neighbouring levels, in the mean."""
+        return self.scale.detach().mean().item()
+
     def _nearest(self, own: Mapping[str, Tensor], latent: Tensor, scale: Tensor) -> Tensor:
         """code - zero of the nearest code [rows, groups, group]."""
         code = RoundSTE.apply(grouped(latent.float(), self.segment.group) / scale[..., None])

@@ -76,6 +76,12 @@ class LatentPlanes(FixedPlanes):
     def _hard(self, p: int, x: Tensor, bits: Tensor | None = None) -> Tensor:
         return step(x, self.low) if bits is None else bits
 
+    @property
+    def distance(self) -> float:
+        """Of neighbouring levels, in the mean."""
+        span = (1 - self.low) * self.scale.detach().abs().sum(1)  # [out, groups], from the lowest to the highest
+        return span.mean().item() / (2**self.segment.planes - 1)
+
     def _centred(self, own: Mapping[str, Tensor]) -> Tensor:
         """The latent weight less the offset [rows, groups, group]."""
         x = grouped(own["latent"].float(), self.segment.group)

@@ -171,6 +171,13 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return by_kind
 
 
+def level_distances(model: nn.Module) -> dict[nn.Parameter, float]:
+    """How far apart the levels of each trained latent weight in a model are, in the mean."""
+    linears = (module for module in model.modules() if isinstance(module, FakeQuantLinear))
+    parts = (part for linear in linears for part in linear.parts)
+    return {p: part.distance for part in parts for name, p in part.named_parameters() if name == "latent"}
+
+
 def set_progress(model: nn.Module, progress: float) -> None:
     """Tell the estimators of all `FakeQuantLinear`s in a model which share of the training, 0 to 1, is done."""
     for module in model.modules():
