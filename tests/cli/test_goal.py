@@ -88,6 +88,7 @@ def test_a_file_of_the_most_planes_is_the_largest_that_can_be_asked_for(compress
         (["--bits", "2", "--set", "name=mine"], "--bits says itself what --set name would"),
         (["--size", "1MB", "--set", "quantize.planes=3"], "--set quantize.planes says nothing where allocate chooses"),
         (["--bits", "2", "--set", "allocate.bits=3"], "--bits says itself what --set allocate.bits would"),
+        (["--bits", "2", "--set", "allocate={bits: 3}"], "--bits says itself what --set allocate would"),
         (["--bits", "2", "--device", "gpu"], "a GPU is called cuda here, so try --device cuda"),
         (["--size", "60 potatoes"], "is no size"),
         (["--size", "10kB"], "embeddings, head, norms and headers take"),

@@ -24,7 +24,7 @@ class Effort(StrEnum):
     BEST = "best"
 
 
-_OWN = ("allocate.bits", "name")
+_OWN = ("allocate", "allocate.bits", "name")
 """Keys of the recipe that `--bits` and `--size` decide."""
 OURS = {Effort.FAST: "ulb-fast", Effort.DEFAULT: "ulb", Effort.BEST: "ulb-best"}
 
