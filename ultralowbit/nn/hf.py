@@ -140,6 +140,19 @@ def load(
             raise InputError(
                 f"{path} is a mixture of experts, whose steps are not compiled yet: load it without compile"
             )
+        model.generation_config.__class__ = _CompilingConfig
         model.generation_config.cache_implementation = "static"
         model.generation_config.compile_config = compiled_steps()
     return model
+
+
+class _CompilingConfig(GenerationConfig):
+    """That of a model whose steps are compiled, which is no part of a checkpoint."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        here = {name: self.__dict__[name] for name in ("cache_implementation", "compile_config")}
+        self.update(**dict.fromkeys(here))
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.update(**here)
