@@ -338,6 +338,13 @@ def test_what_lies_outside_linears_is_refused_by_the_share_that_would_stay(
         Decoder(folder, torch.float32, CPU)
 
 
+def test_what_a_model_casts_to_is_not_packed(llama, monkeypatch):
+    decoder = Decoder(llama, torch.float32, CPU)
+    names = decoder.shapes(0)
+    monkeypatch.setattr("ultralowbit.nn.decoder.cast_to", lambda block: {"mlp.up_proj"})
+    assert names.keys() - decoder.shapes(0).keys() == {"model.layers.0.mlp.up_proj"}
+
+
 def test_blocks_that_are_told_of_the_text_are_refused(tmp_path, save_model):
     """The small Gemma 3n and 4 give each block embeddings of the tokens: those of one batch are wrong for another."""
     values = GQA | SLIDING | {"head_dim": 16, "global_head_dim": 16}

@@ -143,3 +143,9 @@ def test_what_is_no_embedding_is_refused():
     model.model.embed_tokens = nn.EmbeddingBag(ROWS, COLUMNS)
     with pytest.raises(InputError, match="embeddings of LlamaForCausalLM are EmbeddingBag and its head Linear"):
         find_ends(model)
+
+
+def test_a_head_that_the_model_casts_to_is_refused(monkeypatch):
+    monkeypatch.setattr("ultralowbit.nn.embedding.cast_to", lambda model: {"lm_head", "model.layers.0.mlp"})
+    with pytest.raises(InputError, match="casts to the dtype of lm_head, which has none where it is packed"):
+        find_ends(tied("llama"))

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from ultralowbit.errors import InputError
 from ultralowbit.nn import refuse_old
-from ultralowbit.nn.hf_names import cache_name, match_keys, tied_names
+from ultralowbit.nn.hf_names import cache_name, cast_to, match_keys, tied_names
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -112,3 +113,19 @@ def test_compress_eval_and_generate_use_nothing_deprecated(save_model, text, tmp
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "deprecat" not in done.stderr.lower()
+
+
+class Casting(nn.Module):
+    """As the indexer of DeepSeek V3.2 has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights_proj, self.proj = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weights_proj(self.proj(x).to(self.weights_proj.weight.dtype))
+
+
+def test_what_a_model_casts_to_is_told():
+    assert cast_to(nn.Sequential(nn.Linear(4, 4), Casting())) == {"1.weights_proj"}
+    assert not cast_to(model("llama"))

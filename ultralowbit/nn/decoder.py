@@ -29,7 +29,7 @@ from ultralowbit.format.words import TensorSpec
 from ultralowbit.nn.calls import BlockCall, CallSpy, Reached, products
 from ultralowbit.nn.experts import Experts, routing_linears, separate_experts
 from ultralowbit.nn.folding import Folding, why_not_foldable
-from ultralowbit.nn.hf_names import match_stored, separate, tied_names
+from ultralowbit.nn.hf_names import cast_to, match_stored, separate, tied_names
 from ultralowbit.nn.linear import PackedLinear, linear_shape
 from ultralowbit.nn.original import build_on_meta, read_config, refuse_adapters, refuse_codes
 
@@ -221,14 +221,15 @@ class Decoder:
         return {name: self.model.get_submodule(name) for name in self.shapes(i, ignore)}
 
     def shapes(self, i: int, ignore: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
-        """Full name -> (out, in) of the Linears of block i, but routers and those whose full name matches a pattern in
-        `ignore`; `InputError` where that leaves out some of a projection's experts, and not all."""
-        routing, named = routing_linears(self.blocks[i]), {}
+        """Full name -> (out, in) of the Linears of block i, but routers, those that the model casts to, and those whose
+        full name matches a pattern in `ignore`; `InputError` where that leaves out some of a projection's experts, and
+        not all."""
+        apart, named = routing_linears(self.blocks[i]) | cast_to(self.blocks[i]), {}
         for name, module in self.blocks[i].named_modules():
             full = f"{self.block_name(i)}.{name}"
             if isinstance(module, Experts):
                 named |= {f"{full}.{linear}": shape for linear, shape in module.linear_shapes().items()}
-            elif isinstance(module, nn.Linear | Conv1D) and name not in routing:
+            elif isinstance(module, nn.Linear | Conv1D) and name not in apart:
                 named[full] = linear_shape(module)
         kept = {name: shape for name, shape in named.items() if not any(fnmatch(name, p) for p in ignore)}
         packed = {weight_name(name) for name in kept} if len(kept) < len(named) else set()

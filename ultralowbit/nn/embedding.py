@@ -13,7 +13,7 @@ from torch.func import functional_call
 from ultralowbit.errors import InputError
 from ultralowbit.format.weight import Format
 from ultralowbit.kernels.packed_matmul import packed_matmul
-from ultralowbit.nn.hf_names import onloaded, retie, tied_names, untie, without_hook
+from ultralowbit.nn.hf_names import cast_to, onloaded, retie, tied_names, untie, without_hook
 from ultralowbit.nn.linear import PackedModule, swap
 
 if TYPE_CHECKING:
@@ -119,6 +119,11 @@ def find_ends(model: PreTrainedModel) -> Ends:
         )
     names = {id(module): name for name, module in model.named_modules()}
     name, head_name = names[id(embedding)], names[id(head)]
+    if strange := {name, head_name} & cast_to(model):
+        raise InputError(
+            f"{type(model).__name__} casts to the dtype of {min(strange)}, which has none where it is packed: leave "
+            "`embeddings` out of the recipe"
+        )
     is_tied = tied_names(model).get(f"{head_name}.weight") == f"{name}.weight"
     return Ends(name, None if is_tied else head_name)
 

@@ -7,9 +7,11 @@ hooks on modules.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -143,6 +145,22 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
         return None
     activation = "_apply_gate" if module.has_gate else "act_fn"
     return ExpertsLayout((first, "down_proj"), module.is_transposed, module.has_bias, activation)
+
+
+def cast_to(model: nn.Module) -> set[str]:
+    """The names of the modules to the dtype of whose weights a model's own code casts: packed words are of none that
+    hidden states can have."""
+    return {
+        f"{name}.{leaf}".removeprefix(".") for name, m in model.named_modules() for leaf in _cast_to(type(m).forward)
+    }
+
+
+@cache
+def _cast_to(forward: Callable[..., Any]) -> list[str]:
+    try:
+        return re.findall(r"\.to\(self\.(\w+)\.weight\.dtype\)", inspect.getsource(forward))
+    except (OSError, TypeError):  # there is no source
+        return []
 
 
 def tied_names(model: PreTrainedModel) -> Mapping[str, str]:
