@@ -106,7 +106,9 @@ def _check(x: Tensor, tensors: Sequence[Tensor], layout: str) -> None:
             f"x is {list(x.shape)}, expected [..., {format.in_features}]: the weight has so many columns"
         )
     if not x.is_floating_point():
-        raise RuntimeError(f"x is {x.dtype}, expected a floating point dtype: a model casts to that of a packed weight")
+        raise RuntimeError(
+            f"x is {x.dtype}, expected floating point: leave a layer unpacked to the dtype of whose weight its model casts"
+        )
     for (name, spec), tensor in zip(_specs(layout, int(tensors[0].shape[-2])), tensors, strict=True):
         if tensor.device != device:
             raise RuntimeError(f"x is on {device}, {name} of the packed weight on {tensor.device}: move one of them")

@@ -138,7 +138,7 @@ def pack_embedding(model: PreTrainedModel, name: str, format: Format) -> PackedE
         swap(model, head, TiedHead(packed, model.get_submodule(head).bias))
     if tied:
         untie(model, f"{name}.weight")
-    model.resize_token_embeddings = partial(_resize, packed)  # not a function of its own: copied with the model
+    model.resize_token_embeddings = partial(_resize, packed)  # copied with the model, unlike a closure
     return packed
 
 

@@ -96,9 +96,10 @@ class Experts(nn.Module):
     def entering(self, expert: int, projection: str, x: Tensor) -> Tensor:
         """What a projection of an expert is given, for x [tokens, d] that the expert is given."""
         first, _ = self.projections
-        return (
-            x if projection == first else getattr(self._original[0], self._activation)(self._project(expert, first, x))
-        )
+        if projection == first:
+            return x
+        activation = getattr(self._original[0], self._activation)
+        return activation(self._project(expert, first, x))
 
     def forward(self, hidden: Tensor, routed: Tensor, weights: Tensor) -> Tensor:
         k = routed.shape[-1]
