@@ -107,7 +107,7 @@ def _check(x: Tensor, tensors: Sequence[Tensor], layout: str) -> None:
         )
     if not x.is_floating_point():
         raise RuntimeError(
-            f"x is {x.dtype}, expected floating point: leave a layer unpacked to the dtype of whose weight its model casts"
+            f"x is {x.dtype}, expected floating point: leave a layer unpacked whose model casts to its weight's dtype"
         )
     for (name, spec), tensor in zip(_specs(layout, int(tensors[0].shape[-2])), tensors, strict=True):
         if tensor.device != device:
