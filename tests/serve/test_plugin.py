@@ -110,7 +110,7 @@ def test_a_folder_that_is_not_packed_is_refused(folders, tmp_path):
     done = run(folders["source"])
     assert done.exit_code == 2
     assert "is not packed, expected a checkpoint of `ultralowbit compress`" in done.stderr
-    assert run(tmp_path).exit_code == 1
+    assert run(tmp_path).exit_code == 2
 
 
 def test_vllm_is_told_by_an_entry_point():
