@@ -107,7 +107,7 @@ STEPS = 24
 def distilled(folder: Path, latents: str) -> tuple[str, str]:
     """The option for a recipe that trains the latent weights and scales of all blocks; five of 12 windows are held
     out, so that neither they nor the last batch of an epoch can be dealt evenly."""
-    training = {"lr": {"latent": 0.15, "scale": 0.05}, "relative": True, "steps": STEPS, "batch": 2, "accumulation": 2}
+    training = {"lr": {"latent": 0.09, "scale": 0.05}, "relative": True, "steps": STEPS, "batch": 2, "accumulation": 2}
     stage = {"objective": {"kind": "kl"}, "held_out": 0.4, "latents": latents, "checkpointing": latents == "bf16"}
     path = folder / f"{latents}.yaml"
     path.write_text(json.dumps({"quantize": {"method": "sign"}, "finetune": stage | {"training": training}}))
