@@ -58,7 +58,7 @@ def finetune(
     teacher, student = teacher_and_student(_original(folder, dtype, change, device, trust_remote_code), outside)
     if spec.is_checkpointed(sum(math.prod(p.shape) for p in packed.values())):
         checkpoint_blocks(student)
-    training, held_out, notes = spec.windows(tokens.to(device))
+    training, held_out, notes = spec.windows(tokens, device)
     run = partial(_outputs, hidden=spec.objective.needs_hidden)
 
     @torch.no_grad()

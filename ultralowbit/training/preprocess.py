@@ -89,7 +89,7 @@ def preprocess(
         if not adapt:
             raise InputError(f"preprocess.targets {list(spec.targets)} match no packed Linear: give patterns of names")
         model.requires_grad_(False)
-        fitted = _train(model, adapt, tokens.to(device), spec, work / "adapters.safetensors", progress)
+        fitted = _train(model, adapt, tokens, spec, work / "adapters.safetensors", progress)
         for name in adapt:
             swap(model, name, model.get_submodule(name).merge(dtype))
         half_done = work / "merging"
@@ -114,7 +114,7 @@ def _train(
         checkpoint_blocks(model, generator)
     for name in adapt:
         swap(model, name, Adapted(model.get_submodule(name), spec, generator))
-    training, held_out, notes = spec.windows(tokens)
+    training, held_out, notes = spec.windows(tokens, model.device)
     objective = CrossEntropy()
 
     def loss(batch: Tensor) -> Tensor:

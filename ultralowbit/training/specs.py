@@ -233,15 +233,17 @@ class EndToEnd(Trained):
         "packed weights",
     )
 
-    def windows(self, tokens: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-        """Of tokens [windows, length] those to train on, those that are held out, and what there is to note: windows
-        that share text with held out ones are left out, as windows of one text may lie over each other."""
+    def windows(self, tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+        """Of tokens [windows, length] on the host those to train on and those that are held out, on a device, and what
+        there is to note: windows that share text with held out ones, as those of one text may lie over each other, are
+        left out."""
         training, held_out = (tokens[part.start : part.stop] for part in self.split(range(len(tokens))))
         own = apart(training, held_out)
         left_out = len(own) - int(own.sum())
+        notes = (f"{left_out} windows that share text with those held out were not trained on",)
         if left_out in (0, len(own)):
-            return training, held_out, ()
-        return training[own], held_out, (f"{left_out} windows that share text with those held out were not trained on",)
+            own, notes = slice(None), ()
+        return training[own].to(device), held_out.to(device), notes
 
     def is_checkpointed(self, weights: int) -> bool:
         """Whether blocks are run again for their gradients, where so many weights are packed."""
