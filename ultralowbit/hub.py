@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from ultralowbit.checkpoint.files import INDEX, WEIGHTS, weight_files
+from ultralowbit.checkpoint.files import INDEX, WEIGHTS, refuse_missing_folder, weight_files
 from ultralowbit.checkpoint.gguf import decoded_folder
 from ultralowbit.checkpoint.storage import read_json
 from ultralowbit.errors import CheckpointError, InputError, reason
@@ -42,8 +42,7 @@ def resolve_model(name: str) -> Path:
             return decoded_folder(folder)
         raise InputError(f"{name!r} is a file, expected a model's folder or hub name: give the folder that it lies in")
     if not os.path.isdir(folder):
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise InputError(f"there is no such folder {name!r}: check the path, or give a hub name like org/model")
+        refuse_missing_folder(name)
         folder = _download(name)
     _check(folder, name)
     return folder

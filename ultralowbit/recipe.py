@@ -218,7 +218,7 @@ class Recipe(StrictModel):
             recipe = cls.model_validate(data)
         except ValidationError as e:
             raise InputError(f"{label}: " + "; ".join(_explain(error, data) for error in e.errors())) from e
-        if recipe.allocate is not None and any(_key(setting) == "quantize.planes" for setting in settings):
+        if recipe.allocate is not None and any(key_of(setting) == "quantize.planes" for setting in settings):
             raise InputError(
                 "--set quantize.planes says nothing where allocate chooses the planes of each Linear: set "
                 "allocate.bits, or allocate=null too"
@@ -327,14 +327,14 @@ def _set_texts(data: dict[str, Any], texts: Mapping[str, Any]) -> None:
             text |= texts
 
 
-def _key(setting: str) -> str:
+def key_of(setting: str) -> str:
     """Which key a setting is of."""
     return setting.partition("=")[0].strip()
 
 
 def _apply(data: dict[str, Any], setting: str) -> None:
     _, equals, value = setting.partition("=")
-    keys = _key(setting).split(".")
+    keys = key_of(setting).split(".")
     if not equals or not all(keys):
         raise InputError(f"--set {setting!r} is not KEY.PATH=VALUE, such as quantize.bits=3")
     parsed = read_yaml(value, f"--set {setting!r}")

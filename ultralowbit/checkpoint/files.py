@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ultralowbit.checkpoint.storage import DTYPES, read_json, sha256_files
-from ultralowbit.errors import CheckpointError, naming_memory
+from ultralowbit.errors import CheckpointError, InputError, naming_memory
 from ultralowbit.format.words import TensorSpec
 from ultralowbit.progress import Progress
 
@@ -54,6 +54,12 @@ def weight_files(folder: Path) -> list[Path]:
         if not os.path.isfile(file):  # unlike Path's, for any name
             raise CheckpointError(f"{file} is missing, though {INDEX} names it: copy or download it again")
     return files
+
+
+def refuse_missing_folder(name: str) -> None:
+    """Raise `InputError` for the name of no folder, where a hub model cannot have it either."""
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"there is no such folder {name!r}: check the path, or give a hub name like org/model")
 
 
 def hash_model(folder: Path, progress: Progress) -> dict[str, str]:

@@ -306,11 +306,11 @@ class Job:
             self.state["publishing"] = True
             self.commit()
         if self.checkpoint.exists():
+            self._check_out()
             (self._publish_inside if self.inside else self._publish_by_rename)()
         self.close(finished=True)
 
     def _publish_by_rename(self) -> None:
-        self._check_out()
         if self.out.exists():
             _remove(self.work / "replaced")
             self.out.replace(self.work / "replaced")
@@ -320,7 +320,6 @@ class Job:
     def _publish_inside(self) -> None:
         """Remove the files of the checkpoint that --restart replaces, then move the new ones, each manifest last: it is
         what makes OUT a checkpoint."""
-        self._check_out()
         for name in sorted(self._replaced(), key=_manifest_last):
             (self.out / name).unlink()
             _remove_empty((self.out / name).parent, self.out)

@@ -58,7 +58,7 @@ class Goal(NamedTuple):
     def load(self, model: str, settings: Sequence[str], device: str, trust_remote_code: bool, **options: Any) -> Recipe:
         """The recipe that goes there, with settings applied; `InputError` unless exactly one goal is given."""
         from ultralowbit.pipeline.estimate import bits_for_size
-        from ultralowbit.recipe import Recipe, at_bits
+        from ultralowbit.recipe import Recipe, at_bits, key_of
 
         goals = {"--recipe": self.recipe, "--bits": self.bits, "--size": self.size}
         given = [name for name, value in goals.items() if value is not None]
@@ -76,7 +76,7 @@ class Goal(NamedTuple):
                 f"{given[0]} shares planes out among Linears, which --set allocate=null turns off: leave that out, or "
                 f"give --recipe {name} instead of {given[0]}"
             )
-        set_twice = [key for key in _OWN if any(s.partition("=")[0].strip() == key for s in settings)]
+        set_twice = [key for key in _OWN if key in map(key_of, settings)]
         if set_twice:
             raise InputError(f"{given[0]} says itself what --set {set_twice[0]} would: leave one of them out")
         if bits is not None and not 1 <= bits < 5:  # where exactly it begins and ends is the model's

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ultralowbit.checkpoint.config import CONFIG, QUANT_METHOD, read_config_json
-from ultralowbit.checkpoint.files import weight_files
+from ultralowbit.checkpoint.files import refuse_missing_folder, weight_files
 from ultralowbit.checkpoint.names import expert_of
 from ultralowbit.errors import CheckpointError, InputError, naming_memory, reason
 from ultralowbit.format.weight import PackedWeight
@@ -86,8 +86,7 @@ def _check_name(name: str, options: Mapping[str, Any]) -> None:
     from huggingface_hub import file_exists, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise InputError(f"there is no such folder {name!r}: check the path, or give a hub name like org/model")
+    refuse_missing_folder(name)
     if options.get("local_files_only"):
         return
     file, revision = "/".join(filter(None, (options.get("subfolder"), CONFIG))), options.get("revision")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ultralowbit.checkpoint.config import CONFIG, DIGEST, config_digest
-from ultralowbit.checkpoint.contents import LOCAL
+from ultralowbit.checkpoint.contents import LOCAL, files_in
 from ultralowbit.checkpoint.job import EMBEDDINGS, STATE, Job
 from ultralowbit.checkpoint.manifest import MANIFEST
 from ultralowbit.checkpoint.merge import merge_tensors
@@ -72,7 +72,7 @@ def write_checkpoint(
     command = "# ultralowbit compress MODEL --recipe recipe.yaml --out DIR\n"  # no paths: the same run, the same bytes
     write_atomic(out / "recipe.yaml", (command + shown.to_yaml()).encode())
     manifest = _manifest(job, model, decoder, shown, data)
-    digests = sha256_files(out / name for name in sorted(_files(out)))
+    digests = sha256_files(out / name for name in sorted(files_in(out)))
     manifest["files"] = {str(path.relative_to(out)): digest for path, digest in digests.items()}
     write_json(out / MANIFEST, manifest)
     texts = {  # by stage: two may read texts of one name in different folders
@@ -146,10 +146,6 @@ def _is_own(path: Path, folder: Path) -> bool:
     target = Path(os.path.realpath(path))  # unlike Path's, for links in a circle
     of_cache = folder.resolve().parent.name == "snapshots" and folder.resolve().parents[1] / "blobs" == target.parent
     return target.is_file() and (target.name == path.name or of_cache)
-
-
-def _files(out: Path) -> Iterator[str]:
-    return (str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
 
 
 def _path(source: str) -> Path:

@@ -150,9 +150,8 @@ class _Fit:
         self.file, self.progress, self.save_seconds, self.shards = file, progress, save_seconds, shards
         self.named = {f"{kind}.{i}": p for kind, ps in groups.items() for i, p in enumerate(ps)}
         self.device = next(iter(self.named.values())).device
-        size = self._sizes() | dict(sizes) if spec.relative else {}
         rates = [
-            {"params": [p], "kind": kind, "largest": spec.lr[kind] * size.get(p, 1.0)}
+            {"params": [p], "largest": spec.lr[kind] * (_size(p, sizes) if spec.relative else 1.0)}
             for kind, ps in groups.items()
             for p in ps
         ]
@@ -222,18 +221,6 @@ class _Fit:
             optimizer.step()
         self.state.loss += mean_loss
         self.state.counted += 1
-
-    def _sizes(self) -> dict[Parameter, float]:
-        """The root mean square of every parameter, of all its rows."""
-        squares = [
-            torch.linalg.vector_norm(local(p.detach()), dtype=torch.float32).cpu() ** 2 for p in self.named.values()
-        ]
-        own, total = torch.stack(squares), self.shards.gather(torch.stack(squares)).sum(0)
-        of_all = torch.where(torch.tensor([isinstance(p, DTensor) for p in self.named.values()]), total, own).tolist()
-        return {
-            p: max(LEAST_SIZE, math.sqrt(square / p.numel()))
-            for p, square in zip(self.named.values(), of_all, strict=True)
-        }
 
     def _measured(self, loss: Tensor) -> tuple[float, float]:
         """The mean loss, from what this rank's samples add to it, and the norm of all gradients."""
@@ -392,6 +379,13 @@ def _together(ranks: int) -> str:
         f"trained by {ranks} processes together: the last digits differ from what another number of them makes, "
         "because sums are rounded in another order"
     )
+
+
+def _size(p: Parameter, sizes: Mapping[Parameter, float]) -> float:
+    """What a relative rate is a multiple of; parameters that are sharded, latent weights, have theirs in `sizes`."""
+    if p in sizes:
+        return sizes[p]
+    return max(LEAST_SIZE, torch.linalg.vector_norm(p.detach(), dtype=torch.float32).item() / math.sqrt(p.numel()))
 
 
 def _optimizer(dtype: torch.dtype, groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Optimizer:
