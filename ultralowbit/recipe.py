@@ -141,6 +141,16 @@ class Recipe(StrictModel):
         return {"calibration": self.calibration, **read}
 
     @property
+    def packed_windows(self) -> int:
+        """Windows of the calibration text that are packed from, the first ones. Fine-tuning on the same text judges by
+        the last: packing has fitted itself to what it has read, and there whatever is trained afterwards looks worse.
+        Where blocks are trained, all are read, as by the papers."""
+        samples = self.calibration.samples
+        if self.finetune is None or self.finetune.data is not None or self.blockwise is not None:
+            return samples
+        return len(self.finetune.split(range(samples))[0])
+
+    @property
     def sources(self) -> list[str]:
         """The texts that stages read, by name or path."""
         return list(dict.fromkeys(text for spec in self.texts.values() for text in spec.shares))

@@ -337,6 +337,30 @@ def test_another_text_to_train_on_is_another_run(source, recipe, tmp_path, text)
     assert set(fingerprint["calibration"]) == {"sha256", "finetune sha256"}
 
 
+def test_windows_that_judge_the_training_are_not_packed_from(source, recipe, tmp_path, text):
+    """Unless that is another text's windows, or blocks are trained, which read all."""
+    spoils = {"training": SCALES | {"lr": {"scale": 1e3}}}
+    calibration, judged, packed = recipe().calibration.model_dump(), DISTILL | spoils, {}
+
+    def run(name: str, samples: int = 10, **values: Any) -> dict[str, Any]:
+        asked = recipe(calibration=calibration | {"samples": samples}, output_feedback={}, **values)
+        planned = estimate(str(source), asked, device="cpu").disk["activation files"]
+        result = compress(str(source), asked, tmp_path / name, device="cpu")
+        packed[name] = tensors(result.folder)
+        assert result.manifest.get("finetune", {"best_step": 0})["best_step"] == 0
+        return result.manifest["calibration"] | {"files": planned // (5 if "blockwise" in values else 2)}
+
+    def same(one: str, other: str) -> bool:
+        return all(torch.equal(t, packed[other][name]) for name, t in packed[one].items())
+
+    ten, eight = run("ten"), run("eight", 8)
+    own = judged | {"data": {"source": text, "samples": 10, "length": 24}}
+    assert run("judged", finetune=judged) == eight and same("judged", "eight")
+    assert run("other text", finetune=own) == ten and same("other text", "ten")
+    assert run("blocks", finetune=judged, blockwise=TUNE | spoils) == ten and same("blocks", "ten")
+    assert not same("ten", "eight") and (eight["samples"], eight["tokens"]) == (8, 8 * 24)
+
+
 def test_windows_of_several_texts_are_those_of_each_in_turn(source, tmp_path, text):
     other = tmp_path / "other.txt"
     other.write_text(Path(text).read_text()[::-1])
@@ -398,12 +422,13 @@ def test_a_block_without_anything_to_train_is_passed_over(source, recipe, tmp_pa
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_the_light_form_trains_scales_norms_and_biases(config, dtype, save_model, recipe, tmp_path):
+def test_the_light_form_trains_scales_norms_and_biases(config, dtype, save_model, recipe, tmp_path, text):
     """What is stored is what was judged: values of the files' dtype; codes and all else stay as they are."""
     kind = "llama" if config is LLAMA else "gpt2"
     source = save_model(AutoConfig.for_model(kind, **config), tmp_path / "model", dtype=dtype)
     rates = {"scale": 1e-2, "norm": 1e-2} | ({"bias": 1e-2} if config is GPT2 else {})
-    light = recipe(finetune=DISTILL | {"training": SCALES | {"lr": rates}})
+    data = {"source": text, "samples": 10, "length": 24}
+    light = recipe(finetune=DISTILL | {"training": SCALES | {"lr": rates}, "data": data})
     plain = compress(str(source), recipe(), tmp_path / "plain")
     result = compress(str(source), light, tmp_path / "out")
     report = result.manifest["finetune"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -180,9 +180,10 @@ def _read_texts(recipe: Recipe, formats: Mapping[str, Any], reader: TextReader) 
     needs_data = recipe.stage_reads_text or any(recipe.method_for(n).needs is not Need.NOTHING for n in formats)
     if not needs_data:
         return {}
-    texts = {"calibration": reader.read(recipe.calibration)}
+    whole = reader.read(recipe.calibration)
+    texts = {"calibration": replace(whole, tokens=whole.tokens[: recipe.packed_windows])}
     for stage, spec in trained.items():
-        texts[stage] = texts["calibration"] if spec.data is None else reader.read(spec.data)
+        texts[stage] = whole if spec.data is None else reader.read(spec.data)
     return texts
 
 

@@ -41,7 +41,7 @@ class Workload:
         self.outside = sum(math.prod(spec.shape) for spec in outside)
         self.vocabulary = decoder.config.get_text_config().vocab_size
         measured = recipe.blockwise is not None or any(method.needs for method in self.methods.values())
-        self.tokens = recipe.calibration.samples * self.length if measured else 0
+        self.tokens = recipe.packed_windows * self.length if measured else 0
         self.batch = min(self.tokens, max(BATCH_TOKENS, self.length))  # tokens that run at a time, at most
         clip = recipe.calibration.clip_tokens
         self.outliers = 0 if clip is None else int(self.tokens * (1 - clip)) + 1  # tokens held back by each Hessian
@@ -54,7 +54,7 @@ class Workload:
         heard = [] if recipe.output_feedback is None else [n for n, _ in self.shapes.values()]
         self.kept_outputs = sum(4 * n * min(n, ROWS) for n in heard)  # bytes of what output feedback needs
         self.costed, self.heard = (  # tokens on which it is measured what Linears cost, and what outputs say
-            0 if spec is None else min(spec.windows, recipe.calibration.samples) * self.length
+            0 if spec is None else min(spec.windows, recipe.packed_windows) * self.length
             for spec in (recipe.allocate, recipe.output_feedback)
         )
         self.backwards = max(self.costed, self.heard)  # tokens on which the blocks run backwards

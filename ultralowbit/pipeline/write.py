@@ -103,7 +103,8 @@ def _manifest(job: Job, model: str, decoder: Decoder, recipe: Recipe, data: Cali
                     part, tensors, f"{weights:,}", type(decoder.model).__name__)  # fmt: skip
     calibration = None
     if data is not None:
-        windows = {"length": data.tokens.shape[1], "tokens": data.tokens.numel(), "sha256": data.sha256}
+        samples, length = data.tokens.shape
+        windows = {"samples": samples, "length": length, "tokens": samples * length, "sha256": data.sha256}
         calibration = {**recipe.calibration.model_dump(), "source": recipe.calibration.named, **windows}
     return {
         "fingerprint": job.state["fingerprint"],

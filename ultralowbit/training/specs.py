@@ -226,7 +226,11 @@ class Blockwise(FakeQuantized):
 class EndToEnd(Trained):
     """A stage in which the model is trained as a whole."""
 
-    data: TextSpec | None = Field(None, description="text to train on, null for that of the calibration")
+    data: TextSpec | None = Field(
+        None,
+        description="text to train on, null for that of the calibration; what fine-tuning holds out of that is not "
+        "packed from, unless blocks are trained",
+    )
     checkpointing: bool | None = Field(
         None,
         description="run each block again for its gradient instead of keeping what it made; null: for more than 2^28 "
