@@ -1,4 +1,4 @@
-"""What the shipped kernels become, read from the machine code that they are compiled to for three GPUs; none is needed.
+"""What the shipped kernels become, read from the machine code that they are compiled to for two GPUs; none is needed.
 
 Speed cannot be seen here, but what has cost it before can: spilled registers, loads that lost their width, shuffles in
 the loop, dots without tensor cores, instructions by the packed bit.
@@ -44,8 +44,9 @@ if NARROWEST_DOT > 8:
     pytest.skip("the budget is that of tiles of 8 tokens", allow_module_level=True)
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-"""Compute capability -> bytes of shared memory that a program may use."""
+SHARED = {80: 99 * 1024, 90: 227 * 1024}
+"""Compute capability -> bytes of shared memory that a program may use: on sm_80 those of sm_89, which has the same
+instructions for what is done here, and less of it."""
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int16: "*i16", torch.uint8: "*u8",
     torch.int32: "*i32",
@@ -216,7 +217,7 @@ H200's tensor cores as long as 8 of them take to be issued."""
 
 @pytest.mark.parametrize(
     ("segment", "capability"),
-    [(segment, 90) for segment in UNPACKED] + [(Planes(4096, 2, 128), 80), (Ints(4096, 4, 64), 89)],
+    [(segment, 90) for segment in UNPACKED] + [(Planes(4096, 2, 128), 80), (Ints(4096, 4, 64), 80)],
     ids=lambda v: getattr(v, "summary", f"sm_{v}"),
 )
 def test_programs_that_unpack_weights(code, segment, capability):

@@ -92,7 +92,7 @@ HOST = Sizes(
         vocab_size=96,
     ),
     depths=(1, 2), formats=("1 plane",), batches=(1,), steps=2, small=TINY, small_layers=2, deep=TINY,
-    deep_layers=(1, 3), windows=(4, 16), measured=256, context=32, tests=("tests/test_architecture.py",),
+    deep_layers=(1, 3), windows=(4, 16), measured=256, context=32, tests=("tests/test_recipe.py",),
     best=("--small", "--samples", "4", "--length", "16", "--set", "finetune.training.steps=2", "--max-tokens", "256",
           "--set", "finetune.data.samples=4", "--set", "finetune.data.length=16"),
 )  # fmt: skip
