@@ -135,7 +135,9 @@ def test_a_repeated_run_writes_the_same_bytes(source, text, tmp_path):
 
 def test_training_leaves_the_packed_embedding_as_it_is(source, text, tmp_path, short):
     trained = short("sign-2-distilled")
-    plain = trained.model_copy(update={"finetune": None, "embeddings": recipe(text).embeddings})
+    seen = trained.calibration.model_copy(update={"samples": trained.packed_windows})  # the others judge
+    plain = {"finetune": None, "embeddings": recipe(text).embeddings, "calibration": seen}
+    plain = trained.model_copy(update=plain)
     both = trained.model_copy(update={"embeddings": plain.embeddings})
     before = tensors(compress(str(source), plain, tmp_path / "plain").folder)
     done = compress(str(source), both, tmp_path / "trained")
