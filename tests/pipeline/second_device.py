@@ -201,10 +201,13 @@ def compressions(
 ) -> dict[str, Callable[[], None]]:
     """A compression with each recipe into a folder of its name."""
     from ultralowbit.pipeline.compress import compress
+    from ultralowbit.pipeline.verify import verify
     from ultralowbit.recipe import Recipe
 
     def run(values: dict[str, Any]) -> None:
         compress(model, Recipe.model_validate(values), folder / values["name"], device=str(device))
+        if problems := verify(folder / values["name"]):
+            raise ValueError("; ".join(problems))
 
     return {values["name"]: partial(run, values) for values in recipes}
 

@@ -23,9 +23,9 @@ ROWS = [
 
 @pytest.fixture
 def told(tmp_path):
-    def write(rows=ROWS, source="Their own code."):
+    def write(rows=ROWS, source="Their own code.", **more):
         path = tmp_path / "others.yaml"
-        path.write_text(yaml.safe_dump({"source": source, "rows": rows}))
+        path.write_text(yaml.safe_dump({"source": source, "rows": rows, **more}))
         return path
 
     return write
@@ -58,6 +58,19 @@ def test_the_page_and_the_table_have_them(run, build, told, tmp_path):
     assert re.search(r"\| \*\*auto-round\*\* \| 58\.000 \| 2\.280 \|", text), text
     assert "told, not measured here" in text
     assert 'class="told"' in (tmp_path / "out/report.html").read_text()
+
+
+def test_runs_that_are_gone_are_drawn_as_runs(run, build, told, tmp_path):
+    folder = run("a", "sign-2", 2.1, [build.perplexity(62.5)])
+    (section,) = collect([folder], tmp_path, told=[Told.read(told(measured=True))])
+    assert {row.kind for row in section.rows[1:]} == {"run"} and len(section.rows) == 2 + len(ROWS)
+    (note,) = (note for note in section.notes if "of runs that are not at hand" in note)
+    assert "auto-round" in note and "sign-2" not in note
+    for plot in pictures(section):
+        assert "told by others" not in plot.caption
+        plot.draw(640)
+    write_comparison([folder], tmp_path / "out", told=[told(measured=True)])
+    assert "**auto-round**" in (tmp_path / "out/report.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,8 @@ ToldOption = Annotated[
     typer.Option(
         "--told",
         metavar="FILE",
-        help="YAML file of results of other programs on the same model and windows, to draw beside them; repeatable",
+        help="YAML file of results of other programs, or of runs whose folders are gone, on the same model and "
+        "windows, to draw beside them; repeatable",
     ),
 ]
 

@@ -55,7 +55,7 @@ def write_comparison(
 ) -> Comparison:
     """Write report.html, report.md, report.json and the plots of the runs in `folders` into `out`.
 
-    `told` are YAML files of results of other programs, see `Told`; `failed` are runs that gave no result; `tracks` are
+    `told` are YAML files of results without a folder, see `Told`; `failed` are runs that gave no result; `tracks` are
     those of `bench methods`. Returns what report.json holds, see `collect`. Raises `InputError` for runs that cannot be
     read, or where `out` holds something else.
     """

@@ -1,4 +1,4 @@
-"""Results of other programs, as somebody tells them, to stand beside the runs in a comparison."""
+"""Results that somebody tells, of other programs or of runs that are gone, to stand beside the runs in a comparison."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ class ToldRow(Record):
 
 
 class Told(Record):
-    """Results that nothing here has measured. source: who tells them, and what was measured how."""
+    """Results of which no folder is at hand. source: who tells them, and what was measured how; measured: whether with
+    this package, so that sizes are true and rows are drawn as runs."""
 
     source: str
+    measured: bool = False
     rows: list[ToldRow] = Field(min_length=1)
 
     @classmethod
@@ -64,16 +66,17 @@ class Told(Record):
     def compared(self, columns: Sequence[Column]) -> list[ComparedRow]:
         """The rows that have a value of one of these columns."""
         keys = {column.drawn: column.key for column in columns if column.drawn}
-        rows = []
+        rows, kind = [], "run" if self.measured else "told"
         for row in self.rows:
             if measured := {keys[name]: value for name, value in row.values.items() if name in keys}:
                 sizes = {"linear_bits": row.bits, "file_bytes": row.file}
                 numbers = measured | {key: size for key, size in sizes.items() if size is not None}
                 values = {key: Value(mean=number, values=[number]) for key, number in numbers.items()}
-                rows.append(ComparedRow(label=row.name, kind="told", metrics=values, budget={}, linear_weights=0))
+                rows.append(ComparedRow(label=row.name, kind=kind, metrics=values, budget={}, linear_weights=0))
         return sorted(rows, key=lambda row: -row.mean("linear_bits") if "linear_bits" in row.metrics else math.inf)
 
     def note(self, rows: Sequence[ComparedRow]) -> str:
         """What a comparison says of these rows."""
         names = ", ".join(row.label for row in rows)
-        return f"{names}: told, not measured here, and sizes are nominal. {self.source}"
+        what = "of runs that are not at hand" if self.measured else "told, not measured here, and sizes are nominal"
+        return f"{names}: {what}. {self.source}"
