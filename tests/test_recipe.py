@@ -197,6 +197,11 @@ def test_a_typo_in_a_stage_lists_the_keys_of_that_stage(place):
     assert f"unknown key {place}.zzzz (known: {KEYS[place]})" in message
 
 
+@pytest.mark.parametrize("setting", ["rotate=null", "rotate=off", "rotate.inputs=off", 'rotate.inputs="off"'])
+def test_rotation_can_be_turned_off(setting):
+    assert Recipe.load("ulb-fast").rotate is not None and Recipe.load("ulb-fast", [setting]).rotate is None
+
+
 @pytest.mark.parametrize(
     ("setting", "kinds"),
     [

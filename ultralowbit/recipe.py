@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from ultralowbit.errors import InputError
 from ultralowbit.methods import METHODS
@@ -64,6 +64,13 @@ class Recipe(StrictModel):
     )
     _planes: Mapping[str, int] = PrivateAttr(default_factory=dict)
     _folded: frozenset[str] = PrivateAttr(default=frozenset())
+
+    @field_validator("rotate", mode="before")
+    @classmethod
+    def _may_be_off(cls, rotate: Any) -> Any:
+        """`off`, which YAML reads as false, for all of it or for its inputs, is none."""
+        inputs = rotate.get("inputs") if isinstance(rotate, dict) else rotate
+        return None if inputs is False or inputs == "off" else rotate
 
     @model_validator(mode="after")
     def _can_correct(self) -> Recipe:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -17,6 +19,16 @@ from ultralowbit.methods.statistics import InputStats
 )
 def test_a_block_divides_the_columns_where_one_of_some_size_does(columns, block):
     assert Rotate().block(columns) == block
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [(576, None), (32, None), (1, None), (99, "99 inputs: .* in blocks of 64, the last 35 in smaller ones"),
+     (1100, "1100 inputs: .* in blocks of 512, the last 76 in")],
+)  # fmt: skip
+def test_columns_that_no_block_divides_are_told(columns, said):
+    note = Rotate().about(columns)
+    assert re.search(said, note) if said else note is None
 
 
 @pytest.mark.parametrize("columns", [64, 100])

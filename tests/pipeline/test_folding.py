@@ -144,6 +144,15 @@ def test_what_cannot_be_folded_is_said(rotate, instead, save_model, tiny_config,
     assert all((done.folder / f).read_bytes() == (expected.folder / f).read_bytes() for f in ("model.safetensors",))
 
 
+@pytest.mark.parametrize("rotate", [{}, FOLDED], ids=str)
+def test_inputs_that_no_block_divides_are_said(rotate, save_model, tiny_config, recipe, tmp_path):
+    source, lines = save_model(tiny_config(num_hidden_layers=1, intermediate_size=99), tmp_path / "model"), Lines()
+    done = compress(str(source), recipe(rotate=rotate, quantize={"method": "sign"}), tmp_path / "out", progress=lines)
+    (note,) = (note for note in done.manifest["rotation"]["notes"] if note.startswith("no Hadamard block"))
+    assert "divides 99 inputs" in note and note in lines.said
+    assert note in estimate(str(source), recipe(rotate=rotate, quantize={"method": "sign"})).notes
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_tied_head_stays_so_where_it_is_to(tied, save_model, tiny_config, recipe, tmp_path):
     source = save_model(tiny_config(num_hidden_layers=2, tie_word_embeddings=tied), tmp_path / "model")

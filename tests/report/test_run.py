@@ -22,6 +22,7 @@ from ultralowbit.cli.app import app
 from ultralowbit.cli.console import Pace
 from ultralowbit.cli.render import rows_table, show
 from ultralowbit.data.corpora import has_test_split
+from ultralowbit.errors import InputError
 from ultralowbit.eval.runner import open_model
 from ultralowbit.eval.schema import Evaluation, read_file, write_file
 from ultralowbit.hub import open_tokenizer
@@ -203,6 +204,16 @@ def test_calibrating_on_what_is_measured_is_told(compress, text, tmp_path):
         assert ("figures of it flatter" in " ".join(result.output.split())) is seen
         for name in ("report.md", CARD):
             assert ("**Seen before.**" in (folder / name).read_text()) is seen
+
+
+def test_it_is_told_before_the_work(compress, text, monkeypatch):
+    def work(*_):
+        raise InputError("the work begins")
+
+    monkeypatch.setattr("ultralowbit.pipeline.compress.BlockStream", work)
+    result, _ = compress("--recipe", "gptq-4bit", "--calib", text, "--length", "32", "--max-tokens", "99999")
+    said = " ".join(result.output.split())
+    assert said.index("figures of it flatter") < said.index("the work begins")
 
 
 def test_a_default_text_of_another_kind_is_told(compress, text, monkeypatch):

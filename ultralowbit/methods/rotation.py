@@ -28,10 +28,10 @@ SMALLEST = 32
 class Rotate:
     """inputs: `online` multiplies the inputs of every packed Linear by a block Hadamard matrix where they enter it;
     `folded` rotates the residual stream and the values of each head within the weights, where the architecture allows
-    that, at no cost when the model runs. others: what is done to inputs that no rotation can be folded into, those of
-    down_proj or, where nothing can be folded, all: `online`, or `none`. tied: a head that is tied to the embedding gets
-    a weight of its own with `untie`; with `keep` nothing is folded into such a model. seed: of the signs of folded
-    rotations.
+    that, at no cost when the model runs; `off` is as no `rotate` at all. others: what is done to inputs that no
+    rotation can be folded into, those of down_proj or, where nothing can be folded, all: `online`, or `none`. tied: a
+    head that is tied to the embedding gets a weight of its own with `untie`; with `keep` nothing is folded into such a
+    model. seed: of the signs of folded rotations.
     """
 
     inputs: Literal["online", "folded"] = "online"
@@ -50,6 +50,16 @@ class Rotate:
             return None
         divides = min(LARGEST, in_features & -in_features)
         return divides if divides >= SMALLEST else min(LARGEST, 1 << in_features.bit_length() - 1)
+
+    def about(self, in_features: int) -> str | None:
+        """A sentence where no block of a size that is worth it divides so many inputs."""
+        block = self.block(in_features)
+        if block is None or in_features % block == 0:
+            return None
+        return (
+            f"no Hadamard block of {SMALLEST} or more divides {in_features} inputs: they are rotated in blocks of "
+            f"{block}, the last {in_features % block} in smaller ones"
+        )
 
 
 def rotated_format(format: Format, block: int) -> Format:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -52,11 +52,10 @@ from ultralowbit.training.shards import Shards
 
 @dataclass(frozen=True)
 class Compressed:
-    """What `compress` leaves behind: the folder and its manifest; and the windows that its stages read, by stage."""
+    """What `compress` leaves behind: the folder and its manifest."""
 
     folder: Path
     manifest: dict[str, Any]
-    texts: Mapping[str, Calibration] = field(default_factory=dict)
 
     @property
     def fallbacks(self) -> dict[str, str]:
@@ -83,12 +82,14 @@ def compress(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
+    on_texts: Callable[[Mapping[str, Calibration]], object] = lambda texts: None,
 ) -> Compressed:
     """Compress a local folder or hub model into the packed checkpoint `out`.
 
     Killed at any moment, the same call goes on from the last committed block and ends with the same bytes; once
     `out` is there it returns at once. ranks: the processes that share the work, by default this one alone; each calls
-    this with the same arguments, and `out` lies where all of them see it. Raises `InputError`, `CheckpointError`,
+    this with the same arguments, and `out` lies where all of them see it. on_texts: told the windows that the stages
+    read, by stage, before any work. Raises `InputError`, `CheckpointError`,
     `DiskFull` or `OutOfMemory` in one sentence; `out` is then untouched.
     """
     progress, ranks = progress or Silent(), ranks or Ranks()
@@ -98,13 +99,14 @@ def compress(
     formats = planned_formats(decoder, expected_planes(decoder, recipe))
     reader = TextReader(folder, decoder, trust_remote_code, progress)
     texts = _shared_texts(ranks, lambda: _read_texts(recipe, formats, reader))
+    on_texts(texts)
     text = texts.get("calibration")
     fingerprint = _fingerprint(decoder, recipe, texts, _model_digests(ranks, decoder, progress), Path(out))
     original, job = decoder, _open_job(Path(out), fingerprint, rotation, restart, progress, ranks)
     if job is None:
         target = Path(out).expanduser().resolve()
         progress.say(f"{target} is already what this command makes")
-        return Compressed(target, read_manifest(target), texts)
+        return Compressed(target, read_manifest(target))
     again = partial(compress, model, device=str(where), trust_remote_code=trust_remote_code, progress=progress)
 
     def preprocessed() -> str:
@@ -132,7 +134,7 @@ def compress(
         manifest = ranks.agree(finish)
     finally:
         job.close()
-    return Compressed(job.out, manifest, texts)
+    return Compressed(job.out, manifest)
 
 
 def _shared_texts(ranks: Ranks, read: Callable[[], dict[str, Calibration]]) -> dict[str, Calibration]:

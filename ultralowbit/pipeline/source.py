@@ -51,17 +51,22 @@ def open_folded(
 ) -> tuple[Decoder, Recipe, dict[str, Any] | None]:
     """The model with rotations folded into what is read of it, where the recipe asks for that and the architecture
     allows it; the recipe that knows which inputs are then rotated; and what the manifest says of that, None where
-    nothing was asked for."""
+    nothing is folded and there is nothing to note."""
     decoder, rotate = open_decoder(folder, device, trust_remote_code, recipe.calibration), recipe.rotate
-    if rotate is None or rotate.inputs != "folded":
+    if rotate is None:
         return decoder, recipe, None
-    why_not = decoder.fold(rotate.seed, rotate.tied == "untie")
-    if why_not is None:
-        untied = [UNTIED] * decoder.folding.untied
-        return decoder, recipe.with_folded(decoder.folding.folded), {"inputs": "folded", "notes": untied}
-    instead = "nothing is rotated" if rotate.others == "none" else "inputs are rotated where they enter"
-    note = f"rotations cannot be folded into {decoder.config.model_type}, {why_not}: {instead}"
-    return decoder, recipe, {"inputs": rotate.others, "notes": [note]}
+    inputs, notes = rotate.inputs, []
+    if inputs == "folded":
+        why_not = decoder.fold(rotate.seed, rotate.tied == "untie")
+        if why_not is None:
+            recipe, notes = recipe.with_folded(decoder.folding.folded), [UNTIED] * decoder.folding.untied
+        else:
+            instead = "nothing is rotated" if rotate.others == "none" else "inputs are rotated where they enter"
+            notes = [f"rotations cannot be folded into {decoder.config.model_type}, {why_not}: {instead}"]
+            inputs = rotate.others
+    entered = {m for name, (_, m) in packed_linears(decoder, recipe).items() if recipe.hadamard(name, m)}
+    notes += filter(None, map(rotate.about, sorted(entered)))
+    return decoder, recipe, {"inputs": inputs, "notes": notes} if notes or rotate.inputs == "folded" else None
 
 
 def window_length(spec: TextSpec, decoder: Decoder) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,6 +16,7 @@ from ultralowbit.checkpoint.config import vocabulary
 from ultralowbit.checkpoint.manifest import MANIFEST
 from ultralowbit.checkpoint.size import LayerSize, measure_size
 from ultralowbit.checkpoint.storage import sha256_file, write_atomic
+from ultralowbit.data.calibration import Calibration
 from ultralowbit.data.corpora import SOURCES, has_test_split, public_name
 from ultralowbit.data.overlap import seen_share
 from ultralowbit.errors import CheckpointError, FormatError, InputError, reason
@@ -99,7 +101,8 @@ def compress_and_measure(
     """Compress `model` into the folder `out`, measure it before and after, and write report.json, report.md and a model
     card, README.md, there.
 
-    Texts are read first, so that a mistake in them costs nothing. What an earlier report of the same checkpoint has
+    Texts are read first, so that a mistake in them costs nothing, and are seen to hold none of what is trained on, or
+    warned of. What an earlier report of the same checkpoint has
     measured stands; `known` are results of the original to be taken over. The card says to load from `load_from`, by
     default the name of the folder; a card that someone has edited is left alone. `thorough` runs both models side by
     side, where they fit into memory together, to see how far apart their predictions are, and lets the packed model
@@ -112,10 +115,11 @@ def compress_and_measure(
     out, where, folder = out.expanduser(), pick_device(device), resolve_model(model)
     is_first = ranks is None or ranks.is_first
     wanted = texts.read(folder, recipe, trust_remote_code, watch) if is_first else []
+    seen: dict[str, float] = {}
     forget_peak_memory()  # what this process did before is no cost of this run
     compressed = compress(
         model, recipe, out, device=device, restart=restart, trust_remote_code=trust_remote_code, progress=watch,
-        ranks=ranks,
+        ranks=ranks, on_texts=lambda read: seen.update(_seen(read, wanted)),
     )  # fmt: skip
     if not is_first:
         return None
@@ -129,7 +133,7 @@ def compress_and_measure(
         ) from error
     models = Models(folder, out, where, pick_dtype(folder, where), trust_remote_code, watch, model, recipe.name)
     models.measure(report, wanted, known or {}, thorough)
-    report.seen, report.unlike = _seen(compressed, wanted), texts.unlike(recipe)
+    report.seen, report.unlike = seen, texts.unlike(recipe)
     columns = min(layer.shape[1] for layer in report.layers)
     report.limits, report.advice = limits, advice(recipe, report.packed.size.bits, columns)
     report.hopeless = collapsed(report.original.metrics, report.vocabulary)
@@ -178,10 +182,10 @@ def _notes(manifest: dict[str, Any]) -> dict[str, list[str]]:
     return {name: noted["notes"] for name, noted in {**manifest["layers"], **trainings}.items()}
 
 
-def _seen(compressed: Compressed, wanted: list[EvalText]) -> dict[str, float]:
-    """Texts to measure on that hold a part of what was calibrated or trained on, which is warned of."""
-    read = [text.tokens for text in compressed.texts.values()]
-    shares = {text.source: share for text in wanted if (share := seen_share(read, text.tokens)) > 0}
+def _seen(read: Mapping[str, Calibration], wanted: list[EvalText]) -> dict[str, float]:
+    """Texts to measure on that hold a part of what is calibrated or trained on, which is warned of."""
+    windows = [text.tokens for text in read.values()]
+    shares = {text.source: share for text in wanted if (share := seen_share(windows, text.tokens)) > 0}
     for source, share in shares.items():
         log.warning("%.1f %% of the calibration text stands in %s: figures of it flatter", 100 * share, source)
     return shares
