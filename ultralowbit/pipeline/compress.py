@@ -255,7 +255,7 @@ def _finetune(
     )  # fmt: skip
     for name, p in trained.items():
         blocks[block_of[name]] |= named_tensors({name: p})
-        state["layers"][name] |= {"error": None}
+        state["layers"][name]["trained"] = True
     for i in blocks:
         blocks[i] |= {name: plain.pop(name) for name in blocks[i].keys() & plain.keys()}
     for i, tensors in blocks.items():

@@ -247,8 +247,7 @@ class BlockStream:
         within.step(within.left)  # where training has ended early
         for n, p in trained.items():
             give_weight(linears[n], p.dequantize())
-            # the error was that of the codes and scales before
-            state["layers"][n] |= {"error": None}
+            state["layers"][n]["trained"] = True
         if fitted is not None:
             state["blockwise"][name], self.earlier_seconds = fitted
         for done in self.job.work.glob("blockwise-*.safetensors"):

@@ -77,9 +77,13 @@ def how_measured(columns: Sequence[Column], notes: Sequence[str]) -> list[str]:
 
 
 def measured(layers: Sequence[PackedLinear]) -> str:
-    """How many of the Linears have a measured error, "5 of 6 measured", where not all of them have one."""
+    """How many of the Linears have a measured error, where not all of them have one, and how many were measured before
+    they were trained: "5 of 6 measured, 4 before they were trained"."""
     count = sum(layer.error is not None for layer in layers)
-    return f"{count} of {len(layers)} measured" if count < len(layers) else ""
+    trained = sum(layer.error is not None and layer.trained for layer in layers)
+    parts = [f"{count} of {len(layers)} measured"] * (count < len(layers))
+    parts += [f"{'all' if trained == len(layers) else trained} before they were trained"] * (trained > 0)
+    return ", ".join(parts)
 
 
 def slug(name: str) -> str:

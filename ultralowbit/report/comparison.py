@@ -33,6 +33,7 @@ from ultralowbit.report.schema import (
     ComparedRow,
     Comparison,
     Failure,
+    PackedLinear,
     Provenance,
     Section,
     SizeRecord,
@@ -286,7 +287,7 @@ def _layers(group: Sequence[Run]) -> list[ComparedLayer]:
     layers = []
     for name in group[0].manifest["layers"]:
         if name in reports[0]:
-            first = reports[0][name].model_dump(include={"name", "shape", "format", "bits_per_weight", "fallback"})
+            first = reports[0][name].model_dump(include={*PackedLinear.model_fields} - {"error", "least_error"})
             means = {}
             for key in ("error", "least_error"):
                 values = [getattr(report[name], key) for report in reports if name in report]

@@ -207,7 +207,7 @@ def _layers(sizes: tuple[LayerSize, ...], results: dict[str, dict]) -> list[Laye
             name=size.name, shape=size.shape, format=size.format, parts=size.parts, claimed_bits=size.claimed_bits,
             bytes=size.bytes, bits_per_weight=size.bits_per_weight,
             **{key: results[size.name].get(key) for key in ("error", "least_error", "fallback", "seconds")},
-            notes=results[size.name].get("notes") or [],
+            trained=results[size.name].get("trained", False), notes=results[size.name].get("notes") or [],
         )
         for size in sizes
     ]  # fmt: skip

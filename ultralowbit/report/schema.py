@@ -70,6 +70,8 @@ class PackedLinear(Record):
     bits_per_weight: float
     error: float | None
     """Share of the energy of its output that is lost on the calibration text; None where that was not measured."""
+    trained: bool = False
+    """Whether it was trained since: the error is that of what was packed before."""
     least_error: float | None = None
     """The share that any code of as many bits loses at least, for Gaussian rows: the rate-distortion bound."""
     fallback: str | None
