@@ -23,8 +23,11 @@ from ultralowbit.nn.inputs import shared_inputs
 from ultralowbit.pipeline.compress import compress
 from ultralowbit.pipeline.embed import planned_embeddings
 from ultralowbit.pipeline.estimate import estimate, planned_size, planned_tensors
+from ultralowbit.pipeline.rates import Rates, measured_rates, seconds
 from ultralowbit.pipeline.source import open_decoder, planned_formats
+from ultralowbit.pipeline.workload import Workload
 from ultralowbit.recipe import Recipe, shipped
+from ultralowbit.training.specs import Finetune
 
 SHAPE = Shape(hidden=64, inter=172, heads=4, kv_heads=2, vocab=96)
 RECIPES = {
@@ -286,6 +289,29 @@ def calls(f) -> int:
     finally:
         sys.setprofile(None)
     return count
+
+
+def test_training_takes_what_its_weights_and_logits_take(model):
+    """Beside products, which are free here: 3 steps of 2 windows, 1 of the 4 windows judges at the start and twice."""
+    training = {"lr": {"latent": 1e-3}, "steps": 3, "batch": 2, "evaluations": 2}
+    tuned = recipe(model, "sign", samples=4, length=16).model_copy(
+        update={"finetune": Finetune.model_validate({"objective": {"kind": "kl"}, "training": training})}
+    )
+    decoder = open_decoder(model, torch.device("cpu"))
+    formats = planned_formats(decoder, tuned)
+    work, size = Workload(decoder, tuned, formats), planned_size(decoder, formats)
+    rates = Rates(
+        single=math.inf, half=math.inf, factor=0, hashing=math.inf, rounding=lambda _: (0, 0),
+        training=lambda *_: (1, 10), logits=lambda vocabulary, has_teacher: (1, 4) if has_teacher else (0, 0),
+    )  # fmt: skip
+    expected = size.linear_weights * (3 * 10 + 3 * 1) + 16 * SHAPE.vocab * (3 * 2 * 4 + 3 * 1)
+    assert seconds(work, size, rates)["finetune"] == expected
+    for name, measured in measured_rates(torch.device("cpu"))._asdict().items():
+        if name == "training":
+            forward, both = measured(tuned.finetune, torch.float32, tuned.quantize.quantize(torch.ones(8, 64), None))
+            assert both > forward > 0
+        elif name == "logits":
+            assert all(both > forward > 0 for forward, both in (measured(96, True), measured(96, False)))
 
 
 @pytest.mark.parametrize("grown", ["blocks", "experts"])

@@ -3,35 +3,50 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from ultralowbit.checkpoint.size import Size
+from ultralowbit.errors import InputError
+from ultralowbit.format.weight import PackedWeight
 from ultralowbit.methods.base import Method
 from ultralowbit.methods.output_feedback import ROWS
+from ultralowbit.methods.rotation import rotated_weight
 from ultralowbit.methods.statistics import InputStats
 from ultralowbit.pipeline.source import window_length
 from ultralowbit.pipeline.workload import Workload
 from ultralowbit.system import multiplies_bf16
+from ultralowbit.training.fake_quant.linear import FakeQuantLinear
+from ultralowbit.training.loop import adamw
+from ultralowbit.training.objectives import divergence
+from ultralowbit.training.specs import EndToEnd, FakeQuantized
 
 
 class Rates(NamedTuple):
     """How fast a machine is. single, half: flops a second of products in fp32 and in 16 bits; factor: seconds
     of a factorisation of an m x m Hessian, over m^3; hashing: bytes a second; rounding: of a method, seconds a column
-    and seconds a weight that it takes beside the large products."""
+    and seconds a weight that it takes beside the large products; training: of a stage, a dtype of latent weights and a
+    packed weight, seconds a weight that it takes to make a weight of what is trained, and those of a step, with the
+    gradients and AdamW; logits: of a vocabulary, with a teacher or without, seconds a logit of the objective, and those
+    with its gradient."""
 
     single: float
     half: float
     factor: float
     hashing: float
     rounding: Callable[[Method], tuple[float, float]]
+    training: Callable[[FakeQuantized, torch.dtype, PackedWeight], tuple[float, float]]
+    logits: Callable[[int, bool], tuple[float, float]]
 
     def products(self, half: bool) -> float:
         return self.half if half else self.single
@@ -44,6 +59,7 @@ def measured_rates(device: torch.device) -> Rates:
     return Rates(
         single, half, _factor_seconds(device),
         len(chunk) / _timed(lambda: hashlib.sha256(chunk), device), cache(partial(_column_seconds, device=device)),
+        partial(_step_seconds, device=device), partial(_logit_seconds, device=device),
     )  # fmt: skip
 
 
@@ -105,8 +121,9 @@ def seconds(work: Workload, size: Size, rates: Rates) -> dict[str, float]:
 
 
 def _training_seconds(work: Workload, flops: float, rates: Rates) -> dict[str, float]:
-    """Of the stages that train, from the flops of a token's forward pass; a backward pass takes two of them."""
-    recipe, parts = work.recipe, {}
+    """Of the stages that train, from the flops of a token's forward pass through the blocks; a backward pass takes two
+    of them, and one more where blocks run again for it."""
+    recipe, parts, weights = work.recipe, {}, sum(map(math.prod, work.shapes.values()))
     for stage, spec in (
         ("blockwise", recipe.blockwise),
         ("finetune", recipe.finetune),
@@ -114,18 +131,42 @@ def _training_seconds(work: Workload, flops: float, rates: Rates) -> dict[str, f
     ):
         if spec is None:
             continue
-        token = flops / rates.products(work.autocasts(spec))
-        source = getattr(spec, "data", None) or recipe.calibration
+        source, training = getattr(spec, "data", None) or recipe.calibration, spec.training
         trained = len(spec.split(range(source.samples))[0])
-        training = spec.training
-        windows = training.total_steps(trained) * training.batch * training.accumulation
-        judged = (training.evaluations + 1) * (source.samples - trained)
-        taught = windows + judged if stage == "finetune" and spec.objective.needs_teacher else 0
-        parts[stage] = token * window_length(source, work.decoder) * (3 * windows + judged + taught)
+        passes = training.total_steps(trained) * training.accumulation
+        windows, judged = passes * training.batch, (training.evaluations + 1) * (source.samples - trained)
+        has_teacher = stage == "finetune" and spec.objective.needs_teacher
+        taught = (windows + judged) * has_teacher
+        length, products = window_length(source, work.decoder), rates.products(work.autocasts(spec))
+        again = isinstance(spec, EndToEnd) and spec.is_checkpointed(weights)
+        parts[stage] = length * flops * ((3 + again) * windows + judged + taught) / products
+        if isinstance(spec, EndToEnd):  # the head is not trained
+            head, (forward, both) = 2 * work.hidden * work.vocabulary, rates.logits(work.vocabulary, has_teacher)
+            parts[stage] += length * head * (2 * windows + judged + taught) / products
+            parts[stage] += length * work.vocabulary * (both * windows + forward * judged)
+        if isinstance(spec, FakeQuantized):
+            whole = stage == "finetune"
+            judged = judged if whole else judged / training.batch  # at a time
+            dtype = spec.latent_dtype(weights if whole else weights // len(work.decoder.blocks))
+            for packed, count in _kinds(work):
+                forward, both = rates.training(spec, dtype, packed)
+                parts[stage] += count * (both * passes + forward * judged)
     if recipe.preprocess is not None:
         again = 2 * work.tokens * flops / rates.products(work.runs_in_half)  # the model is quantized twice
         parts["preprocess"] += parts.get("blockwise", 0.0) + again
     return parts
+
+
+def _kinds(work: Workload) -> Iterator[tuple[PackedWeight, int]]:
+    """A packed weight for each method of a recipe, of random numbers, and how many weights of the model it packs."""
+    weights: Counter[Method] = Counter()
+    for name, shape in work.shapes.items():
+        weights[work.methods[name]] += math.prod(shape)
+    size = 1024  # larger than caches with all that is made of it
+    block = None if work.recipe.rotate is None else work.recipe.rotate.block(size)
+    for method, count in weights.items():
+        packed = method.quantize(random(size, size, torch.device("cpu")), None)
+        yield rotated_weight(packed, block) if block else packed, count
 
 
 def _timed(f: Callable[[], object], device: torch.device) -> float:
@@ -173,3 +214,44 @@ def _column_seconds(method: Method, device: torch.device) -> tuple[float, float]
     low, high = run(few), run(many)
     per_weight = max(0.0, high - low) / ((many - few) * m)
     return max(0.0, low - few * m * per_weight) / m, per_weight
+
+
+def _step_seconds(
+    spec: FakeQuantized, dtype: torch.dtype, packed: PackedWeight, device: torch.device
+) -> tuple[float, float]:
+    """Seconds a weight that it takes to make a weight of what is trained, and those with its gradients and AdamW."""
+    there = PackedWeight(packed.format, packed.shape, {name: t.to(device) for name, t in packed.tensors.items()})
+    latent = random(*packed.shape, device)
+    try:
+        linear = FakeQuantLinear(
+            there, spec.of_packed, latent=latent, estimator=spec.estimator, scales=spec.scales, dtype=dtype
+        )
+    except InputError:  # it has nothing of what is trained, and stays packed
+        return 0.0, 0.0
+    by_dtype: dict[torch.dtype, list[Parameter]] = defaultdict(list)
+    for p in linear.parameters():
+        by_dtype[p.dtype].append(p)
+    optimizers = [adamw(dtype, [{"params": ps}], spec.training) for dtype, ps in by_dtype.items()]
+
+    def step() -> None:
+        linear.zero_grad()
+        linear.dense().backward(latent)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    with torch.no_grad():
+        forward = _timed(linear.dense, device)
+    return forward / latent.numel(), _timed(step, device) / latent.numel()
+
+
+def _logit_seconds(vocabulary: int, has_teacher: bool, device: torch.device) -> tuple[float, float]:
+    """Seconds a logit of the objective of a model as a whole, and those with its gradient."""
+    student, teacher = random(64, vocabulary, device).requires_grad_(), random(64, vocabulary, device)
+    tokens = torch.zeros(64, dtype=torch.long, device=device)
+
+    def loss() -> Tensor:
+        return divergence(student, teacher).mean() if has_teacher else F.cross_entropy(student, tokens)
+
+    with torch.no_grad():
+        forward = _timed(loss, device)
+    return forward / student.numel(), _timed(lambda: loss().backward(), device) / student.numel()

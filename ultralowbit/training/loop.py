@@ -156,7 +156,7 @@ class _Fit:
             for p in ps
         ]
         self.optimizers = [
-            _optimizer(dtype, [group for group in rates if group["params"][0].dtype == dtype], spec)
+            adamw(dtype, [group for group in rates if group["params"][0].dtype == dtype], spec)
             for dtype in dict.fromkeys(p.dtype for p in self.named.values())
         ]
         self.optimizer_of = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
@@ -388,7 +388,7 @@ def _size(p: Parameter, sizes: Mapping[Parameter, float]) -> float:
     return max(LEAST_SIZE, torch.linalg.vector_norm(p.detach(), dtype=torch.float32).item() / math.sqrt(p.numel()))
 
 
-def _optimizer(dtype: torch.dtype, groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Optimizer:
+def adamw(dtype: torch.dtype, groups: list[dict[str, Any]], spec: TrainSpec) -> torch.optim.Optimizer:
     """AdamW for parameters of one dtype."""
     if dtype == torch.bfloat16:
         return AdamW8bit(groups, 0.0, spec.betas, spec.weight_decay, spec.seed)
