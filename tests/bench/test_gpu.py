@@ -142,6 +142,26 @@ def test_targets_are_judged_on_what_was_measured():
     assert {row["met"] for row in verdicts(summary)} == {None}
 
 
+@pytest.mark.parametrize(("original", "judged"), [(28.523, (41.0, True)), (30.0, (None, None))])
+def test_the_best_rungs_are_judged_on_their_model_alone(original, judged):
+    metrics = {"original": original, "packed": 41.0}
+    metrics = {label: {"perplexity": [{"perplexity": value}]} for label, value in metrics.items()}
+    rows = [{"bits": "2.05", "seconds": None, "metrics": metrics}]
+    summary = {"machine": {"cuda": "13.0"}, "results": {"best": {"rows": rows}}}
+    found = {row["what"]: (row["measured"], row["met"]) for row in verdicts(summary)}
+    assert found["SmolLM2-135M, --bits 2.05 --effort best: perplexity"] == judged
+    assert found["the first of them, measuring included: s"] == (None, None)  # it went on from an earlier run
+
+
+def test_named_parts_have_the_time_that_they_may_take(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "PARTS", gpu.PARTS | {"deep": replace(gpu.PARTS["deep"], limit=1000, asked=True)})
+    monkeypatch.setattr(
+        gpu, "_run_part", lambda name, folder, task: {"status": "done", "seconds": task.seconds, "reason": ""}
+    )
+    summary = device_bench(tmp_path, CPU, ["deep"], say=lambda line: None)
+    assert 990 < summary["parts"]["deep"]["seconds"] <= 1000
+
+
 def test_every_part_has_what_runs_it():
     assert RUNS.keys() == PARTS.keys()
 
@@ -171,10 +191,11 @@ def test_all_parts_run_on_a_cpu(tmp_path, monkeypatch):
 def test_the_best_recipe_is_a_part_that_is_asked_for(tmp_path, save_model, tiny_config, text):
     model = save_model(tiny_config(), tmp_path / "model")
     command = ["bench", "gpu", "--device", "cpu", "--part", "best", "--model", model, "--calib", text, "--eval", text]
-    result = CliRunner().invoke(app, [*map(str, command), "--out", str(tmp_path / "out"), "--minutes", "15"])
+    result = CliRunner().invoke(app, [*map(str, command), "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output + (tmp_path / "out/best.log").read_text()
     best = json.loads((tmp_path / "out/best.json").read_text())
-    assert best["metrics"]["packed"]["fidelity"] and (tmp_path / "out/best/model.safetensors").exists()
+    (row,) = best["rows"]
+    assert row["metrics"]["packed"]["fidelity"] and (tmp_path / "out/best-2.2/model.safetensors").exists()
 
 
 def test_the_command_says_what_is_wrong():

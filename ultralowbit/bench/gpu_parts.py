@@ -71,7 +71,9 @@ class Sizes:
     tests: tuple[str, ...]
     """What pytest is told."""
     best: tuple[str, ...]
-    """What `compress` is told beside the model and the texts."""
+    """What `compress` is told beside the model, the bits and the texts."""
+    rungs: tuple[str, ...]
+    """At which bits, the first ones first."""
 
 
 def _llama(**sizes: Any) -> LlamaConfig:
@@ -83,6 +85,7 @@ CARD = Sizes(
     decoded=_llama(**LLAMA_7B), depths=(1, 9), formats=("1 plane", "2 tied planes g128"), batches=(1, 8), steps=32,
     small=SMOLLM2, small_layers=30, deep=Shape(), deep_layers=(4, 22), windows=(64, 512), measured=40_960, context=512,
     tests=("tests", "-k", "cuda", "-n", "12", "-m", "not campaign"), best=("--context", "512", "--max-tokens", "16384"),
+    rungs=("2.05", "3.1", "2.6", "1.6", "1.05"),
 )  # fmt: skip
 TINY = Shape(hidden=64, inter=128, heads=4, kv_heads=2, vocab=96)
 HOST = Sizes(
@@ -95,6 +98,7 @@ HOST = Sizes(
     deep_layers=(1, 3), windows=(4, 16), measured=256, context=32, tests=("tests/test_recipe.py",),
     best=("--small", "--samples", "4", "--length", "16", "--set", "finetune.training.steps=2", "--max-tokens", "256",
           "--set", "finetune.data.samples=4", "--set", "finetune.data.length=16"),
+    rungs=("2.2",),
 )  # fmt: skip
 
 
@@ -304,19 +308,23 @@ def tune(task: Task, device: torch.device, folder: Path, keep: Keep) -> None:
 
 
 def best(task: Task, device: torch.device, folder: Path, keep: Keep) -> None:
-    """`ulb-best` by the command that a user would give; its folder stays."""
-    out = folder / "best"
+    """`ulb-best` at one number of bits after the other, by the command that a user would give; its folders stay."""
+    sizes, rows = sizes_of(device), []
     texts = ["--calib", task.calibration] if task.calibration else []
     texts += ["--eval", task.evaluation] if task.evaluation else []
-    command = [
-        sys.executable, "-P", "-m", "ultralowbit", "compress", str(task.model), "--bits", "2.05", "--effort", "best",
-        "--out", str(out), "--device", str(device), *texts, *sizes_of(device).best,
-    ]  # fmt: skip
-    began = time.perf_counter()
-    subprocess.run(command, check=True)
-    report = json.loads((out / "report.json").read_text())
-    rows = {label: report[label]["metrics"] for label in ("original", "packed")}
-    keep({"seconds": time.perf_counter() - began, "metrics": rows})
+    for bits in sizes.rungs:
+        out = folder / f"best-{bits}"
+        command = [
+            sys.executable, "-P", "-m", "ultralowbit", "compress", str(task.model), "--bits", bits, "--effort", "best",
+            "--out", str(out), "--device", str(device), *texts, *sizes.best,
+        ]  # fmt: skip
+        begins, began = not any(folder.glob(f"{out.name}*")), time.perf_counter()
+        subprocess.run(command, check=True)
+        seconds = time.perf_counter() - began if begins else None  # one that goes on takes less
+        report = json.loads((out / "report.json").read_text())
+        metrics = {label: report[label]["metrics"] for label in ("original", "packed")}
+        rows.append({"bits": bits, "seconds": seconds, "metrics": metrics})
+        keep({"rows": rows})
 
 
 def _small_model(task: Task, sizes: Sizes, scratch: Path) -> tuple[str, str]:

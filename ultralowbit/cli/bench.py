@@ -361,7 +361,10 @@ def bench_gpu(
     parts: Annotated[
         list[str], typer.Option("--part", metavar="NAME", help="part to run, repeatable; all but best by default")
     ] = [],  # noqa: B006
-    minutes: Annotated[float, typer.Option(min=0.5, help="time for all parts together")] = 8,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0.5, help="time for all parts together, 8 by default; with best what the parts may take"),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="folder of the model to compress; a random one by default")
     ] = None,
@@ -375,16 +378,17 @@ def bench_gpu(
 
     Each part has a process and a limit of its own, and none stops the others. What was measured, and which targets it
     meets, stands in summary.md and summary.json of the folder; further runs with --part add to them. The part best, the
-    recipe ulb-best on a model of yours, runs where it is named. On a CPU all of it runs at sizes for tests.
+    recipe ulb-best at five numbers of bits on a model of yours, runs where it is named, and goes on where it was
+    stopped. On a CPU all of it runs at sizes for tests.
 
     [bold]ultralowbit bench gpu --out h200[/]
 
-    [bold]ultralowbit bench gpu --part best --model ./smollm2 --calib train.txt --minutes 15 --out h200[/]
+    [bold]ultralowbit bench gpu --part best --model ./smollm2 --calib train.txt --eval wiki.test.raw --out h200[/]
     """
     from ultralowbit.bench.gpu import Task, device_bench
 
     task = Task(device, model and str(download(model, quiet=False)), calib, text)
-    summary = device_bench(out_folder, task, parts, 60 * minutes, say=say)
+    summary = device_bench(out_folder, task, parts, minutes and 60 * minutes, say=say)
     say(f"{out_folder / 'summary.md'}  summary.json, a log for each part")
     names = parts or summary["parts"]
     if any(summary["parts"][name]["status"] != "done" for name in names):
