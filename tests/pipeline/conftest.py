@@ -47,12 +47,14 @@ def kinds() -> list[str]:
 
 @pytest.fixture(scope="session")
 def short(text) -> Callable[[str], Recipe]:
-    """short(name): a shipped recipe on little text; what trains takes two steps, and rows are heard in two parts."""
+    """short(name): a shipped recipe on little text; what trains takes two steps, what refines one round, and rows are
+    heard in two parts."""
 
     def load(name: str) -> Recipe:
         settings = [f"calibration.source={text}", "calibration.samples=6", "calibration.length=24"]
         recipe = Recipe.load(name, small=True)
         settings += ["output_feedback.parts=2"] * (recipe.output_feedback is not None)
+        settings += ["quantize.refine=1"] * (getattr(recipe.quantize, "refine", 0) > 1)
         for stage in TRAINED:
             spec = getattr(recipe, stage)
             settings += [f"{stage}.training.steps=2", f"{stage}.held_out=0.2"] * (spec is not None)

@@ -16,7 +16,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.cpp_extension import include_paths, library_paths
 
 GUARD = """
@@ -135,29 +134,58 @@ def _tensors(index: Any) -> Any:
     return torch.tensor(index) if isinstance(index, list) else index
 
 
+def mapped(change: Callable[[Any], Any], x: Any) -> Any:
+    """What an operation is given, or gives, with each value changed: pytrees would take most of the time."""
+    if isinstance(x, list | tuple):
+        return type(x)([mapped(change, value) for value in x])
+    return change(x)
+
+
+@cache
+def traits(func: Any) -> tuple[str, bool, bool]:
+    """Of an operation its name, whether tensors of the host and of the card meet in it, and whether what it returns
+    shares memory with what it is given."""
+    name = func._schema.name
+    return name, name in COPIES, any(returned.alias_info for returned in func._schema.returns)
+
+
 def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation, run on the host; raises `RuntimeError` where a GPU would."""
-    name = func._schema.name
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    cards = [tensor for tensor in tensors if isinstance(tensor, CardTensor)]
-    hosts = [tensor for tensor in tensors if not isinstance(tensor, CardTensor) and tensor.dim()]
-    if cards and hosts and name not in COPIES and not (name in INDEXED and isinstance(args[0], CardTensor)):
-        shapes = [tuple(tensor.shape) for tensor in hosts]
-        raise RuntimeError(f"{func} on the card was given tensors of the host, of shapes {shapes}")
+    name, mixes, shares = traits(func)
+    tensors: list[Tensor] = []
+    host = lambda x: _host(x, tensors)  # noqa: E731
+    args_there, kwargs_there = mapped(host, tuple(args)), {key: mapped(host, value) for key, value in kwargs.items()}
+    cards = any(isinstance(tensor, CardTensor) for tensor in tensors)
+    if cards and not mixes and not (name in INDEXED and isinstance(args[0], CardTensor)):
+        hosts = [tensor for tensor in tensors if not isinstance(tensor, CardTensor) and tensor.dim()]
+        if hosts:
+            shapes = [tuple(tensor.shape) for tensor in hosts]
+            raise RuntimeError(f"{func} on the card was given tensors of the host, of shapes {shapes}")
     device = kwargs.get("device")
     if device is not None:
         onto = torch.device(device).type == "card"
     else:
-        onto = isinstance(args[0], CardTensor) if name == "aten::copy_" else bool(cards)
-    kwargs_there = {k: torch.device("cpu") if k == "device" and onto else v for k, v in kwargs.items()}
+        onto = isinstance(args[0], CardTensor) if name == "aten::copy_" else cards
     if not cards and not onto:
         return func(*args, **kwargs)
-    host = lambda x: x.host if isinstance(x, CardTensor) else x  # noqa: E731
-    result = func(*tree_map(host, args), **tree_map(host, kwargs_there))
+    if device is not None and onto:
+        kwargs_there["device"] = torch.device("cpu")
+    result = func(*args_there, **kwargs_there)
     if not onto or name == "aten::_local_scalar_dense":
         return result
-    wrap = lambda x: CardTensor(x) if isinstance(x, Tensor) and not isinstance(x, CardTensor) else x  # noqa: E731
-    return return_and_correct_aliasing(func, args, kwargs, tree_map(wrap, result))
+    result = mapped(_card, result)
+    return return_and_correct_aliasing(func, args, kwargs, result) if shares else result
+
+
+def _host(x: Any, tensors: list[Tensor]) -> Any:
+    """The values of a tensor; all tensors are noted."""
+    if isinstance(x, Tensor):
+        tensors.append(x)
+    return x.host if isinstance(x, CardTensor) else x
+
+
+def _card(x: Any) -> Any:
+    return CardTensor(x) if isinstance(x, Tensor) and not isinstance(x, CardTensor) else x
 
 
 class Card(TorchDispatchMode):
