@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PhiConfig
 
 from ultralowbit.bench.models import Shape, write_headers, write_model, write_text
@@ -232,14 +234,59 @@ def test_what_makes_a_stage_fit_is_named(model):
     assert totals == sorted(totals, reverse=True) and totals[0] < plain.stages["finetune"].total[0]
     alone = replace(plain, stages={"finetune": plain.stages["finetune"]})
     settings = ["--set finetune.checkpointing=true", "--set finetune.latents=bf16", "--set finetune.training.batch=1"]
-    for i, total in enumerate(totals):
+    for i, total in enumerate(totals[:3]):
         (warning,) = replace(alone, available_memory=total).warnings
         assert "needed for fine-tuning" in warning
         assert [setting in warning for setting in settings] == [k <= i for k in range(3)]
     (warning,) = replace(alone, available_memory=1).warnings
-    assert "no key of the recipe makes it fit" in warning
+    assert totals[-1] == 0 and warning.endswith("--set finetune=null leaves it out")
     less = planned(checkpointing=True, latents="bf16", training=training | {"batch": 1, "accumulation": 4})
-    assert less.stages["finetune"].total[0] == totals[-1] and "fine-tuning" in str(less)
+    assert less.stages["finetune"].total[0] == totals[2] and "fine-tuning" in str(less)
+    # what is so already, by the recipe or by size, is not named
+    assert [setting for setting, _ in less.smaller["finetune"]] == ["--set finetune=null"]
+
+    blocks = replace(plain, stages={"blocks": plain.stages["blocks"]}, available_memory=1)
+    assert blocks.warnings[0].endswith("no key of the recipe makes it fit: close others")
+
+
+def test_training_without_latent_weights_is_named_before_none(model):
+    """Where the scale is trained beside them; it is what the key then makes of the recipe."""
+    training = {"lr": {"latent": 1e-3, "scale": 1e-3}, "batch": 1, "steps": 2}
+    stage = {"objective": {"kind": "kl"}, "training": training, "checkpointing": True, "latents": "bf16"}
+    tuned = Recipe.model_validate(recipe(model, "sign").model_dump() | {"finetune": stage})
+    (light, less), (none, _) = estimate(str(model), tuned, device="cpu").smaller["finetune"]
+    assert none == "--set finetune=null"
+    setting = shlex.split(light)[1]
+    assert setting == "finetune.training.lr={scale: 0.0002, norm: 0.0002}"
+    lr = yaml.safe_load(setting.partition("=")[2])
+    stage = stage | {"training": training | {"lr": lr}}
+    chosen = Recipe.model_validate(recipe(model, "sign").model_dump() | {"finetune": stage})
+    planned = estimate(str(model), chosen, device="cpu")
+    assert planned.stages["finetune"].total == less.total < estimate(str(model), tuned, "cpu").stages["finetune"].total
+
+
+def test_windows_that_are_long_may_be_shorter(save_model, tiny_config, text, tmp_path):
+    folder = save_model(tiny_config(max_position_embeddings=8192), tmp_path / "model")
+    values = {"name": "long", "quantize": {"method": "gptq"}, "calibration": {"source": text, "samples": 2}}
+    planned = {
+        length: estimate(
+            str(folder),
+            Recipe.model_validate(values | {"calibration": values["calibration"] | {"length": length}}),
+            "cpu",
+        )
+        for length in (8192, 2048)
+    }
+    ((setting, less),) = planned[8192].smaller["blocks"]
+    assert setting == "--length 2048" and less.total == planned[2048].stages["blocks"].total
+    assert "blocks" not in planned[2048].smaller
+
+
+def test_activation_files_are_gone_where_the_whole_is_trained(model):
+    training = {"lr": {"latent": 1e-3}, "steps": 2}
+    stage = {"finetune": {"objective": {"kind": "kl"}, "training": training}}
+    planned = estimate(str(model), Recipe.model_validate(recipe(model).model_dump() | stage), "cpu")
+    beside = {name: host - planned.process - planned.stages[name].total[0] for name, (host, _) in planned.peaks.items()}
+    assert beside == {"blocks": planned.mapped, "finetune": 0} and planned.mapped > 0
 
 
 def test_ranks_share_what_is_trained_end_to_end(model):

@@ -147,7 +147,8 @@ def _fresh_runs(
 
 
 STAGES = {
-    "training adapters": "preprocess", "blocks": "blocks", "blocks, by steps": "blocks", "fine-tuning": "finetune",
+    "training adapters": "preprocess", "blocks": "blocks", "blocks, by steps": "blocks",
+    "models to fine-tune": "finetune", "fine-tuning": "finetune",
 }  # fmt: skip
 """What `compress` tells whoever watches it when a stage begins -> the stage's name in an estimate."""
 

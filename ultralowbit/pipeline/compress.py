@@ -107,10 +107,12 @@ def compress(
         target = Path(out).expanduser().resolve()
         progress.say(f"{target} is already what this command makes")
         return Compressed(target, read_manifest(target))
+    shapes = [shape for _, shape in formats.values()]
+    helps = partial(what_helps, recipe, device=where, shapes=shapes, blocks=len(decoder.blocks))
     again = partial(compress, model, device=str(where), trust_remote_code=trust_remote_code, progress=progress)
 
     def preprocessed() -> str:
-        with naming_memory(f"training adapters of {folder}", what_helps(recipe, "preprocess", where)):
+        with naming_memory(f"training adapters of {folder}", helps("preprocess")):
             return str(_preprocess(job, recipe, texts, decoder, again, trust_remote_code, progress))
 
     def finish() -> dict[str, Any]:
@@ -122,14 +124,15 @@ def compress(
     try:
         if recipe.preprocess is not None:
             decoder = open_decoder(Path(ranks.agree(preprocessed)), where, trust_remote_code, recipe.calibration)
-        with naming_memory(f"running {folder} block by block", what_helps(recipe, "blocks", where)):
+        with naming_memory(f"running {folder} block by block", helps("blocks")):
             measure_predictions(job, decoder, recipe, text, progress, ranks)
             chosen = allocated(job, decoder, recipe)
         outside = packed_embeddings(job, decoder, recipe, text, progress, ranks)
-        BlockStream(job, decoder, chosen, text, progress, ranks, partial(dense_embedding, decoder, outside)).run()
+        dense = partial(dense_embedding, decoder, outside)
+        BlockStream(job, decoder, chosen, text, progress, ranks, dense, helps("blocks")).run()
         if recipe.finetune is not None:
             tokens = texts["finetune"].tokens
-            with naming_memory(f"fine-tuning {folder}", what_helps(recipe, "finetune", where)), ranks.exchanging():
+            with naming_memory(f"fine-tuning {folder}", helps("finetune")), ranks.exchanging():
                 _finetune(job, original, decoder, recipe, outside, tokens, trust_remote_code, progress, ranks)
         manifest = ranks.agree(finish)
     finally:

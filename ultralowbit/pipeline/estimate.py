@@ -47,8 +47,8 @@ DOING = {"preprocess": "training adapters", "blocks": "packing blocks", "finetun
 @dataclass(frozen=True)
 class Estimate:
     """size: what will be stored, headers left out; process: bytes that this process has already; mapped: bytes of the
-    activation files; stages: the peak of each stage beside these; smaller: by stage, settings with which it takes less,
-    and how much it then takes; disk: part -> bytes; seconds: part -> s.
+    activation files while blocks are packed; stages: the peak of each stage beside these; smaller: by stage, settings
+    with which it takes less, and how much it then takes; disk: part -> bytes; seconds: part -> s.
     """
 
     model: str
@@ -71,9 +71,8 @@ class Estimate:
     @property
     def memory(self) -> dict[str, int]:
         """Bytes by part of the stage that takes most, on the host."""
-        parts = max((stage.host for stage in self.stages.values()), key=lambda parts: sum(parts.values()))
-        mapped = {ACTIVATIONS: self.mapped} if self.mapped else {}
-        return {"this process": self.process} | parts | mapped
+        stages = ({**stage.host, **self._files(name)} for name, stage in self.stages.items())
+        return {"this process": self.process} | max(stages, key=lambda parts: sum(parts.values()))
 
     @property
     def device_memory(self) -> dict[str, int]:
@@ -83,8 +82,14 @@ class Estimate:
     @property
     def peaks(self) -> dict[str, tuple[int, int]]:
         """Bytes of each stage on the host, this process included, and on the device."""
-        here = self.process + self.mapped
-        return {stage: (here + memory.total[0], memory.total[1]) for stage, memory in self.stages.items()}
+        return {
+            name: (self.process + stage.total[0] + sum(self._files(name).values()), stage.total[1])
+            for name, stage in self.stages.items()
+        }
+
+    def _files(self, stage: str) -> dict[str, int]:
+        """The activation files, which are gone where a model is trained as a whole."""
+        return {ACTIVATIONS: self.mapped} if self.mapped and stage == "blocks" else {}
 
     @property
     def warnings(self) -> list[str]:
@@ -108,11 +113,9 @@ class Estimate:
         """What makes a stage fit into what is free on the host or on the device."""
         for settings, less in self.smaller.get(stage, ()):
             if less.total[on_device] <= free:
-                return f"{settings} makes it fit ({format_bytes(less.total[on_device])})"
-        if on_device:
-            return "no key of the recipe makes it fit: --device cpu"
-        shorter = "use shorter calibration windows (--length), or close others" if stage == "blocks" else "close others"
-        return f"no key of the recipe makes it fit: {shorter}"
+                left = less.total[on_device]
+                return f"{settings} makes it fit ({format_bytes(left)})" if left else f"{settings} leaves it out"
+        return f"no key of the recipe makes it fit: {'--device cpu' if on_device else 'close others'}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in __str__, as JSON values."""

@@ -6,8 +6,11 @@ The formulas follow the code: `_blocks` is stream.py, statistics.py and methods/
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,12 +22,14 @@ from ultralowbit.format.weight import Format
 from ultralowbit.pipeline.embed import ROWS
 from ultralowbit.pipeline.experts import at_once
 from ultralowbit.pipeline.gradients import LOGITS
-from ultralowbit.pipeline.source import window_length
+from ultralowbit.pipeline.source import BATCH_TOKENS, window_length
 from ultralowbit.pipeline.workload import Workload
 from ultralowbit.recipe import Recipe
 from ultralowbit.training.specs import Blockwise, EndToEnd, FakeQuantized, Finetune, Preprocess, Trained
 
 TRAINING = "training."
+LIGHT = {"scale": 2e-4, "norm": 2e-4}
+"""Rates of fine-tuning without latent weights."""
 
 
 class Memory(NamedTuple):
@@ -51,20 +56,27 @@ def stage_memory(work: Workload, recipe: Recipe) -> dict[str, Memory]:
 def smaller_memory(work: Workload, recipe: Recipe) -> dict[str, list[tuple[str, Memory]]]:
     """By stage, what to set so that it takes less memory, from what costs least on; each with the peak that is left."""
     options: dict[str, list[tuple[str, Memory]]] = {}
-    for stage, key, changes in _changes(recipe):
-        spec = getattr(recipe, key)
-        training = {name.removeprefix(TRAINING): v for name, v in changes.items() if name.startswith(TRAINING)}
-        update = {name: v for name, v in changes.items() if not name.startswith(TRAINING)}
-        update["training"] = replace(spec.training, **training)
-        less = recipe.model_copy(update={key: spec.model_copy(update=update)})
-        options.setdefault(stage, []).append((_settings(key, changes), stage_memory(work, less)[stage]))
+    for stage, key, changes in _changes(recipe, work.shapes.values(), len(work.decoder.blocks)):
+        spec, less = getattr(recipe, key), None
+        if changes is not None:
+            training = {name.removeprefix(TRAINING): v for name, v in changes.items() if name.startswith(TRAINING)}
+            update = {name: v for name, v in changes.items() if not name.startswith(TRAINING)}
+            less = spec.model_copy(update=update | {"training": replace(spec.training, **training)})
+        left = stage_memory(work, recipe.model_copy(update={key: less})).get(stage, Memory({}, {}))
+        options.setdefault(stage, []).append((_settings(key, changes), left))
+    if work.length > BATCH_TOKENS:  # shorter windows run several at a time
+        shorter = copy(work)
+        shorter.batch = BATCH_TOKENS
+        left = stage_memory(shorter, recipe)["blocks"]
+        options["blocks"] = [(f"--length {BATCH_TOKENS}", left), *options.get("blocks", [])]
     return options
 
 
-def what_helps(recipe: Recipe, stage: str, device: torch.device) -> str:
-    """What to do where memory ran out in a stage, as the end of a sentence."""
-    settings = [_settings(key, changes) for where, key, changes in _changes(recipe) if where == stage]
-    options = [*settings[-1:], "a smaller --length"]
+def what_helps(recipe: Recipe, stage: str, device: torch.device, shapes: Iterable[tuple[int, int]], blocks: int) -> str:
+    """What to do where memory ran out in a stage of a model with so many blocks, whose packed Linears have these
+    shapes; as the end of a sentence."""
+    settings = [_settings(key, changes) for where, key, changes in _changes(recipe, shapes, blocks) if where == stage]
+    options = [*settings[-2:], "a smaller --length"]
     if settings and recipe.allocate is not None:
         options.append("--effort fast")
     if device.type != "cpu":
@@ -72,26 +84,42 @@ def what_helps(recipe: Recipe, stage: str, device: torch.device) -> str:
     return "free some and run the same command to go on, or begin again with --restart and " + " or ".join(options)
 
 
-def _settings(key: str, changes: Mapping[str, object]) -> str:
-    """Changes of a part of the recipe, as options."""
-    return " ".join(f"--set {key}.{name}={str(value).lower()}" for name, value in changes.items())
+def _settings(key: str, changes: Mapping[str, object] | None) -> str:
+    """Changes of a part of the recipe, or none of it at all, as options."""
+    if changes is None:
+        return f"--set {key}=null"
+    values = {name: json.dumps(value).replace('"', "") for name, value in changes.items()}
+    settings = (f"{key}.{name}={value}" for name, value in values.items())
+    return " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
 
 
-def _changes(recipe: Recipe) -> Iterator[tuple[str, str, dict[str, object]]]:
-    """Stage, key of the recipe, and what to change there, from what costs least on; what is so already is not among
-    them."""
+def _changes(
+    recipe: Recipe, shapes: Iterable[tuple[int, int]], blocks: int
+) -> Iterator[tuple[str, str, dict[str, object] | None]]:
+    """Stage, key of the recipe, and what to change there, None for no such stage; from what costs least on. What is so
+    already, by the recipe or by the size of the model, is not among them."""
+    weights = sum(map(math.prod, shapes))
     for stage, key in (("preprocess", "preprocess"), ("blocks", "blockwise"), ("finetune", "finetune")):
         spec = getattr(recipe, key)
+        if spec is None:
+            continue
         changes: dict[str, object] = {}
-        if isinstance(spec, EndToEnd) and not spec.checkpointing:
+        if isinstance(spec, EndToEnd) and not spec.is_checkpointed(weights):
             changes["checkpointing"] = True
             yield stage, key, dict(changes)
-        if isinstance(spec, FakeQuantized) and "latent" in spec.training.lr and spec.latents != "bf16":
+        latent = "latent" in spec.training.lr
+        at_once = weights // (blocks if key == "blockwise" else 1)
+        if isinstance(spec, FakeQuantized) and latent and spec.latent_dtype(at_once) != torch.bfloat16:
             changes["latents"] = "bf16"
             yield stage, key, dict(changes)
-        if spec is not None and spec.training.batch > 1:
+        if spec.training.batch > 1:
             rest = spec.training.batch * spec.training.accumulation  # the same steps
-            yield stage, key, changes | {f"{TRAINING}batch": 1, f"{TRAINING}accumulation": rest}
+            changes |= {f"{TRAINING}batch": 1, f"{TRAINING}accumulation": rest}
+            yield stage, key, dict(changes)
+        if isinstance(spec, Finetune) and latent and "scale" in spec.training.lr:
+            changes.pop("latents", None)
+            yield stage, key, changes | {f"{TRAINING}lr": LIGHT}
+        yield stage, key, None
 
 
 def _blocks(work: Workload, recipe: Recipe) -> Memory:

@@ -29,7 +29,6 @@ from ultralowbit.nn.inputs import InputGroup, input_groups
 from ultralowbit.nn.linear import linear_shape, linear_weight
 from ultralowbit.pipeline.collect import Original, collect, residual_writers
 from ultralowbit.pipeline.experts import Mixture
-from ultralowbit.pipeline.memory import what_helps
 from ultralowbit.pipeline.quantize import give_weight, quantize_weight
 from ultralowbit.pipeline.ranks import Ranks, own_batches
 from ultralowbit.pipeline.sensitivity import read_outputs
@@ -54,11 +53,12 @@ class BlockStream:
 
     def __init__(
         self, job: Job, decoder: Decoder, recipe: Recipe, data: Calibration | None, progress: Progress, ranks: Ranks,
-        instead: Callable[[], Mapping[str, Tensor]],
+        instead: Callable[[], Mapping[str, Tensor]], helps: str,
     ) -> None:  # fmt: skip
-        """instead: makes what the packed model has in the place of tensors before its blocks, by their state names."""
+        """instead: makes what the packed model has in the place of tensors before its blocks, by their state names;
+        helps: what to do where memory runs out, see `what_helps`."""
         self.job, self.decoder, self.recipe, self.data, self.progress = job, decoder, recipe, data, progress
-        self.ranks, self.instead = ranks, instead
+        self.ranks, self.instead, self.helps = ranks, instead, helps
         spec = recipe.blockwise
         most = None if spec is None else spec.training.batch  # a block is trained on a batch at a time
         self.tokens = None if data is None else batched(data.tokens, most)  # [batches, batch, length]
@@ -134,7 +134,7 @@ class BlockStream:
         with (
             naming_memory(
                 f"packing {decoder.block_name(i)} of {decoder.source.folder}",
-                what_helps(self.recipe, "blocks", decoder.device),
+                self.helps,
             ),
             decoder.filled_block(i) as (block, stored),
         ):

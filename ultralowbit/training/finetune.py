@@ -55,6 +55,7 @@ def finetune(
     the packed embedding and head, with which the student computes and which stay as they are; state: the file that a
     killed run goes on from; shards: the ranks that train together and call this alike, which all get the result.
     """
+    progress.start("models to fine-tune", len(packed))
     teacher, student = teacher_and_student(_original(folder, dtype, change, device, trust_remote_code), outside)
     if spec.is_checkpointed(sum(math.prod(p.shape) for p in packed.values())):
         checkpoint_blocks(student)
@@ -78,6 +79,7 @@ def finetune(
     last = {names[-1]: unit for unit, names in units.items() if unit}
 
     def ready(name: str) -> None:
+        progress.step()
         if name in last:
             shards.shard(student.get_submodule(last[name]))
 
