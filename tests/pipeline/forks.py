@@ -20,7 +20,7 @@ from transformers.models.llama import modeling_llama  # noqa: F401
 from transformers.models.qwen3_moe import modeling_qwen3_moe  # noqa: F401
 
 from ultralowbit.cli import app, compress  # noqa: F401
-from ultralowbit.pipeline import estimate, stream  # noqa: F401
+from ultralowbit.pipeline import estimate, source, stream  # noqa: F401
 from ultralowbit.report import run as measured  # noqa: F401
 from ultralowbit.training import finetune  # noqa: F401
 
@@ -49,6 +49,7 @@ def started(rank: int, port: int, wanted: dict[str, Any]) -> int:
     size = str(wanted["size"])
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | wanted["changes"]
+    source.BATCH_TOKENS = int(os.environ.get("BATCH_TOKENS", source.BATCH_TOKENS))  # few tokens make several lanes
     out = os.open(wanted["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for printed in (1, 2):
         os.dup2(out, printed)

@@ -37,7 +37,7 @@ from ultralowbit.nn.folding import give_folded
 from ultralowbit.pipeline.allocate import allocated, expected_planes
 from ultralowbit.pipeline.embed import dense_embedding, packed_embeddings
 from ultralowbit.pipeline.memory import what_helps
-from ultralowbit.pipeline.ranks import Ranks, check_agreement, machine_facts
+from ultralowbit.pipeline.ranks import Ranks, check_agreement, check_same_files, machine_facts
 from ultralowbit.pipeline.sensitivity import measure_predictions
 from ultralowbit.pipeline.source import TextReader, open_decoder, open_folded, planned_formats
 from ultralowbit.pipeline.stream import BlockStream
@@ -154,6 +154,7 @@ def _shared_texts(ranks: Ranks, read: Callable[[], dict[str, Calibration]]) -> d
 
 def _model_digests(ranks: Ranks, decoder: Decoder, progress: Progress) -> dict[str, str] | None:
     """Digests of the model's files; None where another rank of this machine makes them."""
+    check_same_files(ranks, decoder.source.folder, decoder.source.files)
     is_local_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     return hash_model(decoder.source.folder, progress) if ranks.is_first or is_local_first else None
 

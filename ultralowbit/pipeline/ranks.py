@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -300,6 +301,21 @@ def check_agreement(ranks: Ranks, facts: Mapping[str, Any], differ: Callable[[An
             raise InputError(
                 f"rank {rank} on {theirs['host']} does not agree with rank 0 on {first['host']} in {difference}: give "
                 "all ranks the same files, versions, options and OMP_NUM_THREADS"
+            )
+
+
+def check_same_files(ranks: Ranks, folder: Path, names: Iterable[str]) -> None:
+    """Raise `InputError` where two ranks of a machine read other files: one of them alone hashes those."""
+    stats = {name: os.stat(folder / name) for name in names}
+    mine = {name: [found.st_size, found.st_mtime_ns] for name, found in stats.items()}
+    firsts: dict[str, tuple[int, Any]] = {}
+    for rank, (host, theirs) in enumerate(ranks.gather((platform.node(), mine))):
+        first, files = firsts.setdefault(host, (rank, theirs))
+        if theirs != files:
+            name = next(name for name in sorted({*theirs, *files}) if theirs.get(name) != files.get(name))
+            raise InputError(
+                f"rank {rank} does not read the model that rank {first} reads on {host}: {name} has another size or "
+                "time of change; give all ranks the same MODEL"
             )
 
 
