@@ -400,10 +400,12 @@ def test_a_model_with_code_of_its_own_asks_for_trust(tmp_path):
 
 def test_a_quantized_source_is_refused(llama, tmp_path):
     config = json.loads((llama / "config.json").read_text())
-    for method in ({"quant_method": "gptq", "bits": 4}, UltraLowBitConfig(recipe="x").to_dict()):
+    published = {"quant_method": "mxfp4"}
+    for method in ({"quant_method": "gptq", "bits": 4}, UltraLowBitConfig(recipe="x").to_dict(), published):
         (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": method}))
-        with pytest.raises(InputError, match=f"already quantized \\({method['quant_method']}\\)"):
+        with pytest.raises(InputError, match=f"already quantized \\({method['quant_method']}\\)") as refused:
             Decoder(tmp_path, torch.float32, CPU)
+        assert ("Mxfp4Config(dequantize=True)" in str(refused.value)) is (method is published)
 
 
 def copied(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:

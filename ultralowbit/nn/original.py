@@ -37,8 +37,21 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
     quantized = getattr(config, "quantization_config", None)
     if quantized:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise InputError(f"{folder} is already quantized ({method}): compress the original checkpoint instead")
+        raise InputError(f"{folder} is already quantized ({method}): {_instead(folder, method)}")
     return config
+
+
+DEQUANTIZED = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
+"""Formats in which models are published that have no other -> what tells transformers to make 16 bits of them."""
+
+
+def _instead(folder: Path, method: object) -> str:
+    """What to do about a model that is quantized already."""
+    instead = "compress the original checkpoint instead"
+    if made := DEQUANTIZED.get(str(method)):
+        loaded = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, quantization_config={made}(dequantize=True))"
+        instead += f", or what transformers makes of this one with {loaded} and save_pretrained"
+    return instead
 
 
 class _EmptyOnMeta(TorchFunctionMode):

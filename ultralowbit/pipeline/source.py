@@ -87,9 +87,10 @@ def planned_formats(decoder: Decoder, recipe: Recipe) -> dict[str, tuple[Format,
         find_ends(decoder.model)  # refuses what cannot be packed
     for stage in ("preprocess", "blockwise", "finetune") if decoder.experts else ():
         if getattr(recipe, stage) is not None:
+            without = "--effort fast" if recipe.allocate is not None else f"--set {stage}=null"
             raise InputError(
                 f"the stage {stage} of recipe {recipe.name} cannot run on a mixture of experts yet, which "
-                f"{decoder.config.model_type} is: leave it out with --set {stage}=null, or give a recipe without it"
+                f"{decoder.config.model_type} is: leave it out with {without}, or give a recipe without it"
             )
     _check_ignored(decoder, recipe)
     formats, made = {}, {}
