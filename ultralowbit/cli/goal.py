@@ -33,7 +33,11 @@ RecipeOption = Annotated[
 ]
 BitsOption = Annotated[
     float | None,
-    typer.Option(metavar="BITS", help="true bits a packed weight, 1 to 4, such as 1.7: the best that we know for them"),
+    typer.Option(
+        metavar="BITS",
+        help="true bits a packed weight, a little over 1 (one plane and its scales) to 4, such as 1.7: the best that we "
+        "know for them",
+    ),
 ]
 SizeOption = Annotated[
     str | None, typer.Option(metavar="SIZE", help="file size instead of bits, such as 60MB or 1.5GB; all tensors count")
