@@ -35,8 +35,8 @@ BitsOption = Annotated[
     float | None,
     typer.Option(
         metavar="BITS",
-        help="true bits a packed weight, a little over 1 (one plane and its scales) to 4, such as 1.7: the best that we "
-        "know for them",
+        help="true bits a packed weight, such as 1.7, from a little over 1 (a plane and its scales) to 4: the best "
+        "that we know for them",
     ),
 ]
 SizeOption = Annotated[
