@@ -23,6 +23,8 @@ from ultralowbit.methods.base import Method
 from ultralowbit.methods.output_feedback import ROWS
 from ultralowbit.methods.rotation import rotated_weight
 from ultralowbit.methods.statistics import InputStats
+from ultralowbit.pipeline.embed import HEAD_TOKENS, planned_embeddings
+from ultralowbit.pipeline.embed import ROWS as AT_A_TIME
 from ultralowbit.pipeline.source import window_length
 from ultralowbit.pipeline.workload import Workload
 from ultralowbit.system import multiplies_bf16
@@ -83,6 +85,7 @@ def seconds(work: Workload, size: Size, rates: Rates) -> dict[str, float]:
         )
 
     parts = {"hashing": hashed / rates.hashing, "rounding": rounding(feedback is not None)}
+    parts |= _embedding_seconds(work, rates)
     if not (work.tokens or work.recipe.finetune or work.recipe.preprocess):
         return parts
     attention = len(work.decoder.blocks) * work.length * work.hidden
@@ -118,6 +121,19 @@ def seconds(work: Workload, size: Size, rates: Rates) -> dict[str, float]:
         "updates": updates,
         "output errors": 4 * products / single,
     }
+
+
+def _embedding_seconds(work: Workload, rates: Rates) -> dict[str, float]:
+    """Of packing the embedding and the head, rows by rows, and of running the blocks once for what the head reads."""
+    planned = planned_embeddings(work.decoder, work.recipe)
+    if not planned:
+        return {}
+    quantizer = work.recipe.embeddings.quantizer
+    per_column, per_weight = rates.rounding(quantizer)
+    total = sum(n * m * per_weight + -(-n // AT_A_TIME) * m * per_column for _, (n, m) in planned.values())
+    if quantizer.needs:
+        total += 2 * min(work.tokens, HEAD_TOKENS) * sum(work.forward.values()) / rates.products(work.runs_in_half)
+    return {"embeddings": total}
 
 
 def _training_seconds(work: Workload, flops: float, rates: Rates) -> dict[str, float]:
