@@ -51,9 +51,8 @@ class Card:
     def rates(self) -> Rates:
         """In the units of estimates; files are hashed at 1 GB/s. What training takes beside products is left out."""
         return Rates(
-            1e12 * self.fp32, 1e12 * self.bf16, 1e-12 / self.factors, 1e9, lambda method: (1e-6 * self.column, 0.0),
-            training=lambda *weight: (0.0, 0.0), logits=lambda *logit: (0.0, 0.0),
-        )  # fmt: skip
+            1e12 * self.fp32, 1e12 * self.bf16, 1e-12 / self.factors, 1e9, lambda method: (1e-6 * self.column, 0.0)
+        )
 
 
 LARGE: dict[str, Callable[[], PretrainedConfig]] = {

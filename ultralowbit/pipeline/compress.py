@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ultralowbit.checkpoint.contents import LOCAL
 from ultralowbit.checkpoint.files import hash_model
@@ -89,12 +88,11 @@ def compress(
     Killed at any moment, the same call goes on from the last committed block and ends with the same bytes; once
     `out` is there it returns at once. ranks: the processes that share the work, by default this one alone; each calls
     this with the same arguments, and `out` lies where all of them see it. on_texts: told the windows that the stages
-    read, by stage, before any work. Raises `InputError`, `CheckpointError`,
-    `DiskFull` or `OutOfMemory` in one sentence; `out` is then untouched.
+    read, by stage, before any work. Raises `InputError`, `CheckpointError`, `DiskFull` or `OutOfMemory` in one
+    sentence; `out` is then untouched.
     """
     progress, ranks = progress or Silent(), ranks or Ranks()
-    where = pick_device(ranks.device(device))
-    folder = resolve_model(model)
+    where, folder = pick_device(ranks.device(device)), resolve_model(model)
     decoder, recipe, rotation = open_folded(folder, where, recipe, trust_remote_code)
     formats = planned_formats(decoder, expected_planes(decoder, recipe))
     reader = TextReader(folder, decoder, trust_remote_code, progress)
@@ -102,18 +100,14 @@ def compress(
     on_texts(texts)
     text = texts.get("calibration")
     fingerprint = _fingerprint(decoder, recipe, texts, _model_digests(ranks, decoder, progress), Path(out))
-    original, job = decoder, _open_job(Path(out), fingerprint, rotation, restart, progress, ranks)
+    job, original = _open_job(Path(out), fingerprint, rotation, restart, progress, ranks), decoder
     if job is None:
-        target = Path(out).expanduser().resolve()
-        progress.say(f"{target} is already what this command makes")
+        progress.say(f"{(target := Path(out).expanduser().resolve())} is already what this command makes")
         return Compressed(target, read_manifest(target))
     shapes = [shape for _, shape in formats.values()]
     helps = partial(what_helps, recipe, device=where, shapes=shapes, blocks=len(decoder.blocks))
     again = partial(compress, model, device=str(where), trust_remote_code=trust_remote_code, progress=progress)
-
-    def preprocessed() -> str:
-        with naming_memory(f"training adapters of {folder}", helps("preprocess")):
-            return str(_preprocess(job, recipe, texts, decoder, again, trust_remote_code, progress))
+    preprocessed = partial(_preprocess, job, recipe, texts, decoder, again, helps, trust_remote_code, progress)
 
     def finish() -> dict[str, Any]:
         manifest = write_checkpoint(job, model, folder, decoder, recipe, text)
@@ -131,9 +125,8 @@ def compress(
         dense = partial(dense_embedding, decoder, outside)
         BlockStream(job, decoder, chosen, text, progress, ranks, dense, helps("blocks")).run()
         if recipe.finetune is not None:
-            tokens = texts["finetune"].tokens
             with naming_memory(f"fine-tuning {folder}", helps("finetune")), ranks.exchanging():
-                _finetune(job, original, decoder, recipe, outside, tokens, trust_remote_code, progress, ranks)
+                _finetune(job, original, decoder, recipe, outside, texts, trust_remote_code, progress, ranks)
         manifest = ranks.agree(finish)
     finally:
         job.close()
@@ -219,16 +212,18 @@ def _preprocess(
     texts: Mapping[str, Calibration],
     decoder: Decoder,
     again: Callable[[Recipe, Path], Compressed],
+    helps: Callable[[str], str],
     trust_remote_code: bool,
     progress: Progress,
-) -> Path:
+) -> str:
     """The folder of the preprocessed model, in the work folder; `again` compresses the model with another recipe."""
     first = recipe.model_copy(update={"preprocess": None, "embeddings": None, "finetune": None})
-    made, job.state["preprocess"], job.state["seconds"]["preprocess"] = preprocess(
-        lambda folder: again(first, folder).folder, texts["preprocess"].tokens, recipe.preprocess,
-        decoder.config.dtype or torch.float32, job.work / "preprocess", decoder.device, trust_remote_code, progress,
-    )  # fmt: skip
-    return made
+    with naming_memory(f"training adapters of {decoder.source.folder}", helps("preprocess")):
+        made, job.state["preprocess"], job.state["seconds"]["preprocess"] = preprocess(
+            lambda folder: again(first, folder).folder, texts["preprocess"].tokens, recipe.preprocess,
+            decoder.config.dtype or torch.float32, job.work / "preprocess", decoder.device, trust_remote_code, progress,
+        )  # fmt: skip
+    return str(made)
 
 
 def _finetune(
@@ -237,7 +232,7 @@ def _finetune(
     decoder: Decoder,
     recipe: Recipe,
     outside: Mapping[str, PackedWeight],
-    tokens: Tensor,
+    texts: Mapping[str, Calibration],
     trust_remote_code: bool,
     progress: Progress,
     ranks: Ranks,
@@ -253,8 +248,9 @@ def _finetune(
     trained, plain, fitted = finetune(
         original.source.folder, original.stored_dtype,
         partial(give_folded, decoder=original) if original.folding else lambda model: None,
-        lambda name: decoder.read([f"{name}.weight"])[f"{name}.weight"], packed, outside, tokens,
-        recipe.finetune, job.work / "finetune.safetensors", decoder.device, trust_remote_code, progress,
+        lambda name: decoder.read([f"{name}.weight"])[f"{name}.weight"], packed, outside,
+        texts["finetune"].tokens, recipe.finetune, job.work / "finetune.safetensors",
+        decoder.device, trust_remote_code, progress,
         Shards(ranks.mesh(decoder.device)),
     )  # fmt: skip
     for name, p in trained.items():

@@ -47,8 +47,8 @@ class Rates(NamedTuple):
     factor: float
     hashing: float
     rounding: Callable[[Method], tuple[float, float]]
-    training: Callable[[FakeQuantized, torch.dtype, PackedWeight], tuple[float, float]]
-    logits: Callable[[int, bool], tuple[float, float]]
+    training: Callable[[FakeQuantized, torch.dtype, PackedWeight], tuple[float, float]] = lambda *_: (0.0, 0.0)
+    logits: Callable[[int, bool], tuple[float, float]] = lambda *_: (0.0, 0.0)
 
     def products(self, half: bool) -> float:
         return self.half if half else self.single

@@ -102,12 +102,11 @@ def compress_and_measure(
     card, README.md, there.
 
     Texts are read first, so that a mistake in them costs nothing, and are seen to hold none of what is trained on, or
-    warned of. What an earlier report of the same checkpoint has
-    measured stands; `known` are results of the original to be taken over. The card says to load from `load_from`, by
-    default the name of the folder; a card that someone has edited is left alone. `thorough` runs both models side by
-    side, where they fit into memory together, to see how far apart their predictions are, and lets the packed model
-    write. The "exceeded" of the report says which `limits` do not hold. ranks: the processes that share the work, of
-    which rank 0 measures; the others return None.
+    warned of. What an earlier report of the same checkpoint has measured stands; `known` are results of the original to
+    be taken over. The card says to load from `load_from`, by default the name of the folder; a card that someone has
+    edited is left alone. `thorough` runs both models side by side, where they fit into memory together, to see how far
+    apart their predictions are, and lets the packed model write. The "exceeded" of the report says which `limits` do
+    not hold. ranks: the processes that share the work, of which rank 0 measures; the others return None.
     """
     limits = limits or Limits()
     if limits and texts.sources == ():
@@ -123,14 +122,8 @@ def compress_and_measure(
     )  # fmt: skip
     if not is_first:
         return None
-    try:
-        report = _begin(model, folder, recipe, out, compressed, command)
-        report.vocabulary = vocabulary(read_any_config(folder, trust_remote_code))
-    except (ValidationError, KeyError, TypeError, FormatError) as error:
-        what = first_mistake(error) if isinstance(error, ValidationError) else reason(error)
-        raise CheckpointError(
-            f"{out / MANIFEST} is not as `ultralowbit compress` wrote it ({what}): copy it again, or give --restart"
-        ) from error
+    report = _begin(model, folder, recipe, out, compressed, command)
+    report.vocabulary = vocabulary(read_any_config(folder, trust_remote_code))
     models = Models(folder, out, where, pick_dtype(folder, where), trust_remote_code, watch, model, recipe.name)
     models.measure(report, wanted, known or {}, thorough)
     report.seen, report.unlike = seen, texts.unlike(recipe)
@@ -148,7 +141,20 @@ def compress_and_measure(
 def _begin(
     model: str, folder: Path, recipe: Recipe, out: Path, compressed: Compressed, command: str | None
 ) -> RunReport:
-    """The report before anything is measured, with what an earlier one says of the very same checkpoint."""
+    """The report before anything is measured; `CheckpointError` if the manifest is not one that `compress` writes."""
+    try:
+        return _from_manifest(model, folder, recipe, out, compressed, command)
+    except (ValidationError, KeyError, TypeError, FormatError) as error:
+        what = first_mistake(error) if isinstance(error, ValidationError) else reason(error)
+        raise CheckpointError(
+            f"{out / MANIFEST} is not as `ultralowbit compress` wrote it ({what}): copy it again, or give --restart"
+        ) from error
+
+
+def _from_manifest(
+    model: str, folder: Path, recipe: Recipe, out: Path, compressed: Compressed, command: str | None
+) -> RunReport:
+    """The report with what an earlier one says of the very same checkpoint."""
     manifest, digest, packed_size = compressed.manifest, sha256_file(out / MANIFEST), measure_size(out)
     original = Row(label=ORIGINAL, size=SizeRecord.model_validate(measure_size(folder)))
     packed = Row(

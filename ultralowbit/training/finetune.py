@@ -52,9 +52,8 @@ def finetune(
     so, on tokens [windows, length]; return those that are better for it, by their names, with how the training went.
 
     change: done to that model once it is loaded; weight: reads what the latent weight of a Linear starts from; outside:
-    the packed embedding and head, with which the student computes and which stay as they are; state: the file that a
-    killed run goes on from; shards: the ranks that train together and call this alike, which all get the result.
-    """
+    the packed embedding and head that the student computes with, which stay as they are; state: the file that a killed
+    run goes on from; shards: the ranks that train together and call this alike, which all get the result."""
     progress.start("models to fine-tune", len(packed))
     teacher, student = teacher_and_student(_original(folder, dtype, change, device, trust_remote_code), outside)
     if spec.is_checkpointed(sum(math.prod(p.shape) for p in packed.values())):
@@ -75,7 +74,7 @@ def finetune(
     def evaluate() -> float:
         return sum(shards.map(lambda k: loss(held_out[[k]]).item(), range(len(held_out)))) / len(held_out)
 
-    units = _units(student, packed)
+    units, plain = _units(student, packed), make_trainable(student, spec.training.lr)
     last = {names[-1]: unit for unit, names in units.items() if unit}
 
     def ready(name: str) -> None:
@@ -83,7 +82,6 @@ def finetune(
         if name in last:
             shards.shard(student.get_submodule(last[name]))
 
-    plain = make_trainable(student, spec.training.lr)
     with fake_quantized(student, packed, weight, spec, ready) as linears:
         shards.shard(student)
         fitted = fit(
