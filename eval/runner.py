@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -146,6 +146,10 @@ def open_model(
     return model.to(device).eval()
 
 
+Opening = Callable[[Path, torch.device, torch.dtype, bool], PreTrainedModel]
+"""How models that are measured are opened: `open_model`, or what keeps them for the next measurement."""
+
+
 def too_large(folders: Iterable[tuple[Path, torch.dtype]], device: torch.device) -> str | None:
     """Say why the checkpoints should not be loaded together in these dtypes; None if there is room for them."""
     need = round(1.1 * sum(_in_memory(folder, dtype) for folder, dtype in folders))
@@ -171,6 +175,7 @@ def measure_alone(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     label: str = "",
+    opening: Opening = open_model,
 ) -> Measured:
     """Measure one model on each text with every metric that needs no original.
 
@@ -182,7 +187,7 @@ def measure_alone(
     rows = {text.source: known_results(known, text, dtype, metrics) for text in texts}
     missing = [text for text in texts if len(rows[text.source]) < len(metrics)]
     if missing:
-        model = open_model(folder, device, dtype, trust_remote_code)
+        model = opening(folder, device, dtype, trust_remote_code)
         for text in missing:
             counter = progress.counter(f"{label or folder.name}: reading {text.source}")
             (rows[text.source],) = measure(
@@ -227,6 +232,7 @@ def measure_beside(
     floor: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    opening: Opening = open_model,
 ) -> Compared:
     """Measure an original and models made from it with every metric, each run once over each text.
 
@@ -239,7 +245,7 @@ def measure_beside(
     loads = [(original, other)] * floor + [(folder, dtype) for folder in models]
     together = too_large([(original, dtype), *loads], device) is None
     with ExitStack() as files:
-        first = open_model(original, device, dtype, trust_remote_code)
+        first = opening(original, device, dtype, trust_remote_code)
         if together:
             references, groups = [first] * len(texts), [loads]
         else:
@@ -252,7 +258,7 @@ def measure_beside(
         by_model: list[Measured] = []
         for group in groups:
             release(device)
-            opened = [open_model(folder, device, load_dtype, trust_remote_code) for folder, load_dtype in group]
+            opened = [opening(folder, device, load_dtype, trust_remote_code) for folder, load_dtype in group]
             rows = [
                 measure(
                     opened, t.tokens, METRICS, context=t.context, original=reference, source=t.source, bos=t.bos,
@@ -277,12 +283,13 @@ def measure_depth(
     dtype: torch.dtype,
     trust_remote_code: bool = False,
     progress: OnProgress | None = None,
+    opening: Opening = open_model,
 ) -> Depth:
     """Measure how the divergence of a model from the original builds up along the blocks, on the beginning of a text.
 
     Both are in memory together.
     """
-    nets = [open_model(folder, device, dtype, trust_remote_code) for folder in (original, model)]
+    nets = [opening(folder, device, dtype, trust_remote_code) for folder in (original, model)]
     blocks, others = (find_blocks(net, net.config)[1] for net in nets)
     windows = cut(text.tokens[:DEPTH_TOKENS], min(text.context, DEPTH_TOKENS))
     result = by_depth(nets[0], blocks, others, windows, source=text.source, progress=progress)

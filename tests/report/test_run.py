@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import html
 import io
 import json
@@ -10,6 +11,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -155,6 +157,33 @@ def test_eval_json_of_a_folder_that_is_called_like_its_original(compress, text, 
     assert [[value for _, value in r.values()] for r in (plain.readings, run.original, run.readings)] == [
         [before], [before], [after],
     ]  # fmt: skip
+
+
+def test_each_model_is_opened_once(compress, monkeypatch):
+    """For perplexity, fidelity, the divergence by depth and what it writes; where two have no room, one is there at a
+    time, and both are measured."""
+    opened, live, measure = [], WeakSet(), "ultralowbit.report.measure"
+
+    def opening(folder, *more):
+        opened.append(folder.name)
+        live.add(model := open_model(folder, *more))
+        return model
+
+    monkeypatch.setattr(f"{measure}.open_model", opening)
+    assert compress()[0].exit_code == 0
+    assert sorted(opened) == ["packed", "tiny"] and not live
+
+    def too_large(folders, device):
+        gc.collect()
+        return "needs more" if len(folders) + len(live) > 1 else None
+
+    monkeypatch.setattr(f"{measure}.too_large", too_large)
+    result, folder = compress("--restart")
+    assert result.exit_code == 0, result.output
+    report = read_file(folder / "report.json", RunReport, "")
+    assert report.original.metrics["perplexity"] and report.packed.metrics["perplexity"] and not live
+    assert "fidelity" not in report.packed.metrics or not report.packed.metrics["fidelity"]
+    assert all(sample.original is not None for sample in report.samples)
 
 
 def test_both_models_write_after_the_same_prompts(compress, monkeypatch, tmp_path):

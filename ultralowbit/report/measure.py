@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ultralowbit.checkpoint.files import Source
 from ultralowbit.checkpoint.packed import packed_weight
@@ -29,6 +30,7 @@ from ultralowbit.hub import open_tokenizer
 from ultralowbit.progress import Progress
 from ultralowbit.report.gates import Continuation, continuations
 from ultralowbit.report.schema import RunReport, Sample, Written
+from ultralowbit.system import release
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ class Models:
     model: str
     """What the user called the original."""
     recipe: str
+    _kept: dict[Path, PreTrainedModel] = field(default_factory=dict, init=False, repr=False)
 
     def measure(self, report: RunReport, texts: list[EvalText], known: Measured, thorough: bool) -> None:
         """Fill in all that is measured on the texts; what the report or `known` holds of them already stands."""
@@ -67,7 +70,7 @@ class Models:
         if thorough and missing and self._fit_together(missing):
             both = measure_beside(
                 self.folder, [self.packed], missing, self.device, dtype=self.dtype,
-                trust_remote_code=self.trust_remote_code, progress=self.watch,
+                trust_remote_code=self.trust_remote_code, progress=self.watch, opening=self._open,
             )  # fmt: skip
             before, after = _joined(before, both.original), _joined(after, both.models[0])
         relative = by_metric([self._known(after, text, relative=True) for text in texts])
@@ -79,6 +82,18 @@ class Models:
             self._measure_depth(report, texts[0])
             if report.continuation is None:
                 self._let_write(report, texts[0], room)
+        self._drop()
+
+    def _open(self, folder: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+        """A model that is opened once for all that is measured of it, unless there is no room for both."""
+        if folder not in self._kept:
+            self._too_large(folder)
+            self._kept[folder] = open_model(folder, device, dtype, trust_remote_code)
+        return self._kept[folder]
+
+    def _drop(self) -> None:
+        self._kept.clear()
+        release(self.device)
 
     def _known(self, known: Measured, text: EvalText, relative: bool = False) -> dict[str, Any]:
         names = [name for name, metric in METRICS.items() if metric.needs_original or not relative]
@@ -87,11 +102,17 @@ class Models:
     def _alone(self, folder: Path, texts: list[EvalText], known: Measured, label: str) -> Measured:
         return measure_alone(
             folder, texts, self.device, dtype=self.dtype, known=known, trust_remote_code=self.trust_remote_code,
-            progress=self.watch, label=label,
+            progress=self.watch, label=label, opening=self._open,
         )  # fmt: skip
 
     def _too_large(self, *folders: Path) -> str | None:
-        return too_large([(folder, self.dtype) for folder in folders], self.device)
+        """Say why these should not be in memory together; what else is kept is dropped where it leaves them no room."""
+        wanted = [(folder, self.dtype) for folder in folders]
+        why = too_large([each for each in wanted if each[0] not in self._kept], self.device)
+        if why and self._kept:
+            self._drop()
+            why = too_large(wanted, self.device)
+        return why
 
     def _fit_together(self, texts: list[EvalText]) -> bool:
         """Whether both models fit into memory; if not, says what to do instead."""
@@ -119,6 +140,7 @@ class Models:
             report.packed.divergence_by_depth = measure_depth(
                 self.folder, self.packed, text, self.device, dtype=self.dtype,
                 trust_remote_code=self.trust_remote_code, progress=self.watch.counter("divergence by depth"),
+                opening=self._open,
             )  # fmt: skip
 
     def _let_write(self, report: RunReport, text: EvalText, room: bool) -> None:
@@ -136,7 +158,7 @@ class Models:
 
     def _written(self, folder: Path, text: EvalText, label: str) -> dict[str | None, Continuation]:
         """Continuations by prompt, that of the text under None."""
-        model = open_model(folder, self.device, self.dtype, self.trust_remote_code)
+        model = self._open(folder, self.device, self.dtype, self.trust_remote_code)
         tokenizer, rows = open_tokenizer(folder, self.trust_remote_code), model.get_input_embeddings().num_embeddings
         starts: dict[str | None, Tensor] = {None: text.tokens[:START]}
         for prompt in PROMPTS:
