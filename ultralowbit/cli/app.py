@@ -3,7 +3,6 @@ back to round-to-nearest, 4 done but a quality gate failed, 130 interrupted."""
 
 from __future__ import annotations
 
-import _thread
 import errno
 import os
 import signal
@@ -129,8 +128,8 @@ def _keep_interrupts() -> None:
 
     def hook(raised: Any) -> None:
         if raised.exc_type is KeyboardInterrupt:
-            # not SIGINT, which background jobs ignore
-            threading.Timer(0.1, _thread.interrupt_main, [signal.SIGTERM]).start()
+            # to the main thread, so that it wakes up where it waits; not SIGINT, which background jobs ignore
+            threading.Timer(0.1, signal.pthread_kill, [threading.main_thread().ident, signal.SIGTERM]).start()
         else:
             show(raised)
 
