@@ -147,7 +147,7 @@ def open_model(
 
 
 Opening = Callable[[Path, torch.device, torch.dtype, bool], PreTrainedModel]
-"""How models that are measured are opened: `open_model`, or what keeps them for the next measurement."""
+"""How models that are measured are opened, where not by `open_model`: by what keeps them for the next measurement."""
 
 
 def too_large(folders: Iterable[tuple[Path, torch.dtype]], device: torch.device) -> str | None:
@@ -175,7 +175,7 @@ def measure_alone(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     label: str = "",
-    opening: Opening = open_model,
+    opening: Opening | None = None,
 ) -> Measured:
     """Measure one model on each text with every metric that needs no original.
 
@@ -187,7 +187,7 @@ def measure_alone(
     rows = {text.source: known_results(known, text, dtype, metrics) for text in texts}
     missing = [text for text in texts if len(rows[text.source]) < len(metrics)]
     if missing:
-        model = opening(folder, device, dtype, trust_remote_code)
+        model = (opening or open_model)(folder, device, dtype, trust_remote_code)
         for text in missing:
             counter = progress.counter(f"{label or folder.name}: reading {text.source}")
             (rows[text.source],) = measure(
@@ -232,7 +232,7 @@ def measure_beside(
     floor: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-    opening: Opening = open_model,
+    opening: Opening | None = None,
 ) -> Compared:
     """Measure an original and models made from it with every metric, each run once over each text.
 
@@ -245,6 +245,7 @@ def measure_beside(
     loads = [(original, other)] * floor + [(folder, dtype) for folder in models]
     together = too_large([(original, dtype), *loads], device) is None
     with ExitStack() as files:
+        opening = opening or open_model
         first = opening(original, device, dtype, trust_remote_code)
         if together:
             references, groups = [first] * len(texts), [loads]
@@ -283,12 +284,13 @@ def measure_depth(
     dtype: torch.dtype,
     trust_remote_code: bool = False,
     progress: OnProgress | None = None,
-    opening: Opening = open_model,
+    opening: Opening | None = None,
 ) -> Depth:
     """Measure how the divergence of a model from the original builds up along the blocks, on the beginning of a text.
 
     Both are in memory together.
     """
+    opening = opening or open_model
     nets = [opening(folder, device, dtype, trust_remote_code) for folder in (original, model)]
     blocks, others = (find_blocks(net, net.config)[1] for net in nets)
     windows = cut(text.tokens[:DEPTH_TOKENS], min(text.context, DEPTH_TOKENS))
