@@ -86,7 +86,7 @@ def test_compress_reports_what_is_stored(run, model, text, tmp_path):
 def test_a_finished_folder_is_measured_only_where_it_was_not(run, model, text, tmp_path, monkeypatch):
     assert run("compress", model, "--recipe", "rtn-4bit", *options(text)).exit_code == 0
     first = json.loads((tmp_path / "tiny-rtn-4bit/report.json").read_text())
-    monkeypatch.setattr("ultralowbit.eval.runner.open_model", lambda *a: pytest.fail("measured again"))
+    monkeypatch.setattr("ultralowbit.report.measure.open_model", lambda *a: pytest.fail("measured again"))
     again = run("compress", model, "--recipe", "rtn-4bit", *options(text))
     assert again.exit_code == 0, again.output
     second = json.loads((tmp_path / "tiny-rtn-4bit/report.json").read_text())

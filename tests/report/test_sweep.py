@@ -88,6 +88,7 @@ def test_seeds_failures_and_tracks_in_one_table(bench, monkeypatch, tmp_path):
 
     # again: nothing is run or measured
     monkeypatch.setattr("ultralowbit.eval.runner.open_model", lambda *a, **k: pytest.fail("measured again"))
+    monkeypatch.setattr("ultralowbit.report.measure.open_model", lambda *a, **k: pytest.fail("measured again"))
     monkeypatch.setattr(sweep_tracks, "open_model", lambda *a, **k: pytest.fail("measured again"))
     monkeypatch.setattr("ultralowbit.pipeline.stream.quantize_weight", lambda *a, **k: pytest.fail("packed again"))
     assert bench(*options).exit_code == 1
