@@ -183,11 +183,12 @@ def measure_alone(
     `label` names the model where stages are shown.
     """
     dtype, progress = dtype or pick_dtype(folder, device), progress or Silent()
+    opening = opening or open_model
     known, metrics = known or {}, without_original(METRICS)
     rows = {text.source: known_results(known, text, dtype, metrics) for text in texts}
     missing = [text for text in texts if len(rows[text.source]) < len(metrics)]
     if missing:
-        model = (opening or open_model)(folder, device, dtype, trust_remote_code)
+        model = opening(folder, device, dtype, trust_remote_code)
         for text in missing:
             counter = progress.counter(f"{label or folder.name}: reading {text.source}")
             (rows[text.source],) = measure(
@@ -241,11 +242,11 @@ def measure_beside(
     `texts` are in the tokens of all of them, see `check_comparable`.
     """
     dtype, progress = dtype or pick_dtype(original, device), progress or Silent()
+    opening = opening or open_model
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     loads = [(original, other)] * floor + [(folder, dtype) for folder in models]
     together = too_large([(original, dtype), *loads], device) is None
     with ExitStack() as files:
-        opening = opening or open_model
         first = opening(original, device, dtype, trust_remote_code)
         if together:
             references, groups = [first] * len(texts), [loads]

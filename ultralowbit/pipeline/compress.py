@@ -102,8 +102,7 @@ def compress(
     fingerprint = _fingerprint(decoder, recipe, texts, _model_digests(ranks, decoder, progress), Path(out))
     job, original = _open_job(Path(out), fingerprint, rotation, restart, progress, ranks), decoder
     if job is None:
-        progress.say(f"{(target := Path(out).expanduser().resolve())} is already what this command makes")
-        return Compressed(target, read_manifest(target))
+        return _finished(Path(out).expanduser().resolve(), progress)
     shapes = [shape for _, shape in formats.values()]
     helps = partial(what_helps, recipe, device=where, shapes=shapes, blocks=len(decoder.blocks))
     again = partial(compress, model, device=str(where), trust_remote_code=trust_remote_code, progress=progress)
@@ -131,6 +130,11 @@ def compress(
     finally:
         job.close()
     return Compressed(job.out, manifest)
+
+
+def _finished(out: Path, progress: Progress) -> Compressed:
+    progress.say(f"{out} is already what this command makes")
+    return Compressed(out, read_manifest(out))
 
 
 def _shared_texts(ranks: Ranks, read: Callable[[], dict[str, Calibration]]) -> dict[str, Calibration]:

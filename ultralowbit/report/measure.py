@@ -87,7 +87,8 @@ class Models:
     def _open(self, folder: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
         """A model that is opened once for all that is measured of it, unless there is no room for both."""
         if folder not in self._kept:
-            self._too_large(folder)
+            if self._kept:
+                self._too_large(folder)  # which makes room
             self._kept[folder] = open_model(folder, device, dtype, trust_remote_code)
         return self._kept[folder]
 
